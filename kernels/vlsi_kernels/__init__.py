@@ -1,0 +1,30 @@
+"""Operators for distilling language heads layer by layer, without logits ever being held.
+
+    head_statistics, merge_head_statistics      the streaming primitive, and its merge over vocabulary shards
+    linear_logsumexp, linear_cross_entropy      head and loss in one
+    teacher_targets, layer_kl_matrix            KLs of all pairs of teacher and student layers
+    verb_ffn                                    the verbalizer's gated feed-forward network
+
+Usable without the trainer; needs only PyTorch. Dense float64 references stand beside each operator.
+"""
+
+from ._common import DEFAULT_WORKSPACE_BYTES
+from .head_statistics import HeadStatistics, head_statistics, merge_head_statistics
+from .layer_kl import TeacherTargets, layer_kl_matrix, teacher_targets
+from .linear_cross_entropy import linear_cross_entropy, linear_logsumexp
+from .verb_ffn import verb_ffn
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_WORKSPACE_BYTES",
+    "HeadStatistics",
+    "TeacherTargets",
+    "head_statistics",
+    "layer_kl_matrix",
+    "linear_cross_entropy",
+    "linear_logsumexp",
+    "merge_head_statistics",
+    "teacher_targets",
+    "verb_ffn",
+]

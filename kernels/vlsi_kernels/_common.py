@@ -1,0 +1,188 @@
+"""What the vocabulary operators share: input checks, options, chunk sizes, and full-precision matrix products.
+
+Dimension letters used throughout the package:
+    N tokens, V vocabulary (rows of a language head), D width; S / L student / teacher layers, Ds / Dl their widths.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "torch", "reference", "triton")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Bytes of scratch that one call may keep alive, by device type. CPU: on 2 Zen 4 cores (32 MiB shared L3) 2 to 32 MiB
+# are within noise of one another, and larger tiles lose up to 15% because softmax passes start to leave the cache.
+DEFAULT_WORKSPACE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
+# The CPU reads the heads once per row block, and more rows give the matrix products nothing.
+MAX_ROW_CHUNK = {"cpu": 2048}
+# Fewer rows or columns than this starve the matrix products; a smaller workspace is therefore not honoured.
+MIN_ROW_CHUNK = 256
+MIN_VOCAB_CHUNK = 256
+# Tile-sized buffers alive at once. CPU: logits and exponentials. CUDA: also the two bfloat16 halves of the exponentials.
+TILE_BUFFERS = {"cpu": 2, "cuda": 4}
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """The non-tensor options of a vocabulary operator, after checks."""
+
+    vocab_size: int  # rows of the heads that take part
+    temperature: float  # logits are divided by it
+    impl: str  # "torch" or "reference"
+    workspace_bytes: int  # scratch that decides the row and vocabulary chunks
+
+
+def resolve_impl(impl: str, device: torch.device) -> str:
+    """Turns the user's `impl` into one that exists on `device`.
+
+    Raises: ValueError on an unknown name; NotImplementedError on "triton".
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(map(repr, IMPLS))}")
+    if impl == "triton":
+        raise NotImplementedError(
+            f'impl="triton": Triton kernels are not part of this release (device {device}); use impl="auto" or "torch"'
+        )
+    return "torch" if impl == "auto" else impl
+
+
+def check_tensor(name: str, tensor: Tensor, dims: tuple[str, ...]) -> None:
+    """Checks that `tensor` is a floating-point tensor with one dimension for each letter of `dims`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(dims):
+        raise ValueError(
+            f"{name} must have shape [{', '.join(dims)}], got {list(tensor.shape)}; flatten or add dimensions first"
+        )
+    if tensor.dtype not in FLOAT_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+        raise TypeError(f"{name} has dtype {tensor.dtype}; convert it to one of {names}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Checks that all tensors given are on the device of the first."""
+    present = {name: t for name, t in tensors.items() if t is not None}
+    first_name, first = next(iter(present.items()))
+    for name, tensor in present.items():
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {first_name} is on {first.device}; "
+                f"move them to one device, e.g. {name}.to({first_name}.device)"
+            )
+
+
+def check_width(left: str, left_size: int, right: str, right_size: int) -> None:
+    """Checks that two widths that are contracted agree."""
+    if left_size != right_size:
+        raise ValueError(
+            f"{left} has width {left_size} but {right} has width {right_size}; a hidden state and its head must agree "
+            "in their last dimension"
+        )
+
+
+def check_no_grad(name: str, tensor: Tensor | None, reason: str) -> None:
+    """Refuses a tensor that asks for a gradient which the operator does not compute."""
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, but {reason}; pass {name}.detach()")
+
+
+def make_options(
+    vocab_size: int | None,
+    vocab_rows: int,
+    temperature: float,
+    impl: str,
+    workspace_bytes: int | None,
+    device: torch.device,
+) -> HeadOptions:
+    """Checks the options; `vocab_rows` is the row count of the shortest head, and the default of `vocab_size`."""
+    if vocab_rows < 1:
+        raise ValueError("a head has 0 rows; it needs at least one (is the weight sharded and not gathered here?)")
+    size = vocab_rows if vocab_size is None else vocab_size
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"vocab_size must be an int or None, got {size!r}")
+    if not 1 <= size <= vocab_rows:
+        raise ValueError(f"vocab_size={size} is outside 1..{vocab_rows} (the rows of the shortest head given)")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature} must be a finite number above 0; 1.0 leaves the logits alone")
+    if workspace_bytes is None:
+        workspace_bytes = DEFAULT_WORKSPACE_BYTES.get(device.type, DEFAULT_WORKSPACE_BYTES["cuda"])
+    elif isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes={workspace_bytes!r} must be a positive int (bytes) or None for the default")
+    return HeadOptions(size, float(temperature), resolve_impl(impl, device), workspace_bytes)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 when any input is float64, else float32: half precision is never accumulated in."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def plan_chunks(rows: int, options: HeadOptions, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Row and vocabulary chunk such that the tile buffers fill the workspace; rows are split into equal blocks."""
+    tile = options.workspace_bytes // (dtype.itemsize * TILE_BUFFERS.get(device.type, TILE_BUFFERS["cuda"]))
+    row_limit = min(MAX_ROW_CHUNK.get(device.type, rows), max(tile // MIN_VOCAB_CHUNK, MIN_ROW_CHUNK))
+    blocks = max(1, math.ceil(rows / row_limit))
+    row_chunk = max(1, math.ceil(rows / blocks))
+    vocab_chunk = max(MIN_VOCAB_CHUNK, tile // row_chunk // 64 * 64)
+    return row_chunk, min(vocab_chunk, options.vocab_size)
+
+
+def spans(total: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step` that cover range(total)."""
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+@contextmanager
+def exact_matmul(device: torch.device) -> Iterator[None]:
+    """Runs matrix products as written: no autocast, and no TF32 or bfloat16 shortcut for float32 operands.
+
+    A logit near 50 loses 1e-2 to TF32, far above the bar. The precision flags are process-wide in PyTorch; they are
+    touched only where the user has lowered them, and put back on the way out.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    lowered = [(b, b.fp32_precision) for b in backends if b.fp32_precision not in ("ieee", "none")]
+    for backend, _ in lowered:
+        backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device_type=device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in lowered:
+            backend.fp32_precision = precision
+
+
+def logits_chunk(hidden: Tensor, weight: Tensor, scale: float, out: Tensor) -> Tensor:
+    """scale * hidden @ weight.T, never rounded below out's dtype.
+
+    hidden [R, D], weight [C, D] -> [R, C] in out's dtype; `out` [R, C] is scratch that may be used for the result.
+    bfloat16 on CUDA multiplies exactly on the tensor cores and accumulates in float32; all else is converted first.
+    """
+    if _tensor_core_pair(hidden, weight):
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return logits if scale == 1.0 else logits.mul_(scale)
+    # beta=0: what `out` held before is not read, not even a NaN
+    return torch.addmm(out, hidden.to(out.dtype), weight.to(out.dtype).t(), beta=0, alpha=scale, out=out)
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total = left @ right + (0 if first else total), in total's dtype.
+
+    total [R, D], left [R, C] in total's dtype, right [C, D]. bfloat16 `right` on CUDA: `left` is split in two bfloat16
+    parts (16 bits in all), since one part alone costs 1.6e-2 of gradient near convergence.
+    """
+    if right.is_cuda and right.dtype == torch.bfloat16 and total.dtype == torch.float32:
+        high = left.to(torch.bfloat16)
+        product = torch.mm(high, right, out_dtype=torch.float32)
+        product += torch.mm((left - high).to(torch.bfloat16), right, out_dtype=torch.float32)
+        total.copy_(product) if first else total.add_(product)
+    else:
+        total.addmm_(left, right.to(total.dtype), beta=0 if first else 1)
+
+
+def _tensor_core_pair(left: Tensor, right: Tensor) -> bool:
+    return left.is_cuda and left.dtype == right.dtype == torch.bfloat16

@@ -1,0 +1,9 @@
+"""Two import packages from one install: `vlsi_fast`, the trainer, and `vlsi_kernels`, the operators alone."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=find_packages(include=["vlsi_fast", "vlsi_fast.*"]) + find_packages("kernels"),
+    package_dir={"vlsi_kernels": "kernels/vlsi_kernels"},
+    package_data={"vlsi_fast.demo": ["models/*/*"]},
+)

@@ -1,0 +1,21 @@
+"""One small adapter per family of vision-language models, found by the config's `model_type`."""
+
+from __future__ import annotations
+
+from .base import Family, default_layers
+from .qwen2_vl import QWEN2_VL
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_VL,)}
+
+__all__ = ["FAMILIES", "Family", "default_layers", "family_of"]
+
+
+def family_of(config) -> Family:
+    """The adapter of a transformers config. Raises ValueError with the list of known families."""
+    try:
+        return FAMILIES[config.model_type]
+    except KeyError:
+        raise ValueError(
+            f"no adapter for model type {config.model_type!r}; known families: {', '.join(sorted(FAMILIES))}. "
+            "CONTRIBUTING.md tells how to add one"
+        ) from None

@@ -1,0 +1,405 @@
+"""Every option of a run: one class a section, a line of documentation under each field, checks that name the fix.
+
+A run is one YAML file (`configs/*.yaml`), changed by `--section.field value` pairs on the command line:
+
+    config = load_config("configs/demo.yaml", ["--interact.training.max_steps", "20"])
+
+Unknown keys, wrong types and values out of range raise `ConfigError` when the file is loaded, not hours later.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .data.sources import DataConfig
+
+STAGES = ("verbalize", "interact", "sft")
+ARCHITECTURES = ("mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message names the field and the fix."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, the string under a field is its documentation."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class BackboneConfig(Section):
+    """One of the two vision-language models."""
+
+    path: str
+    """Folder or Hub name of a stock Hugging Face checkpoint with its processor."""
+    layers: list[int] | None = None
+    """Target layers; k is the hidden state after k decoder layers, 1 <= k <= depth. null: 2, 6, 10, .. (section 4.1b)."""
+    verbalizers: str | None = None
+    """Folder of trained verbalizers of this model. null: those of this run's own verbalize stage."""
+    attn_implementation: str = "sdpa"
+    """Attention of the backbone, by its transformers name: sdpa, eager, flash_attention_2."""
+
+    @model_validator(mode="after")
+    def _layers_rise(self):
+        if self.layers is not None and (not self.layers or sorted(set(self.layers)) != self.layers):
+            raise ValueError(f"layers must be a non-empty, strictly rising list, got {self.layers}; sort it")
+        return self
+
+
+class VerbalizerConfig(Section):
+    """The small network between a target layer and the frozen final norm and language head (table 4f)."""
+
+    architecture: Literal["mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2"] = (
+        "verb_ffn"
+    )
+    """One of the eight architectures of table 4f."""
+    norm: bool = False
+    """RMSNorm in front of every block. The paper's parameter counts are without it; recommended for decoder."""
+    residual: bool = False
+    """Add each block's input to its output. A decoder layer has its own residuals and takes no further one."""
+
+    @model_validator(mode="after")
+    def _decoder_has_residuals(self):
+        if self.residual and self.architecture.startswith("decoder"):
+            raise ValueError("a decoder verbalizer has residual connections of its own; remove verbalizer.residual")
+        return self
+
+
+class MatchingConfig(Section):
+    """How student layers find teacher layers (Algorithm 1, table 4e). See `vlsi_fast.matching.match_layers`."""
+
+    strategy: Literal["multinomial", "random", "uniform", "bottom"] = "multinomial"
+    """multinomial is Algorithm 1; random, uniform and bottom are the baselines of appendix D."""
+    k: int = Field(1, ge=1)
+    """Number of lowest-KL teacher layers averaged by strategy bottom (bottom-1, bottom-3)."""
+    search_range: bool = True
+    """multinomial: student layer i looks no deeper than teacher layer t_l - t_s + i."""
+    order_preservation: bool = True
+    """multinomial: each match is deeper than the one before it."""
+    adaptive_temperature: bool = True
+    """multinomial: temperature = scale / (max - min + eps) of the candidates' KLs; otherwise 1."""
+    scale: float = Field(2.0, gt=0)
+    """Scale of the adaptive temperature (Algorithm 1: 2)."""
+    eps: float = Field(1e-6, gt=0)
+    """Guard of the adaptive temperature (Algorithm 1: 1e-6)."""
+
+
+class LoraSettings(Section):
+    """LoRA on the student's language model (section 4.1c), by peft."""
+
+    rank: int = Field(64, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(64.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability in front of the update."""
+    target_modules: str | None = None
+    """Regular expression over module names. null: every linear layer of the language model (the family's own list)."""
+
+
+class TrainingConfig(Section):
+    """Optimisation; names are those of `transformers.TrainingArguments`. Defaults are the paper's (section 4.1c)."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    min_learning_rate: float = Field(1e-6, ge=0)
+    """Learning rate at the end of the cosine."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Schedule from learning_rate to min_learning_rate (linear ends at 0, constant stays)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over data.train; used where max_steps is -1."""
+    max_steps: int = -1
+    """Optimizer steps; -1: as many as num_train_epochs give."""
+    per_device_train_batch_size: int = Field(4, ge=1)
+    """Rows of one micro-batch on one rank."""
+    gradient_accumulation_steps: int = Field(16, ge=1)
+    """Micro-batches of one optimizer step on one rank."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay (matrices only)."""
+    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    """AdamW's second-moment decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the global gradient norm to this; 0: no clipping."""
+    gradient_checkpointing: bool = True
+    """Recompute the student's decoder layers in backward (only where its backbone is trained)."""
+    optim: str = "adamw_torch"
+    """Optimizer, by its transformers name."""
+    logging_steps: int = Field(1, ge=1)
+    """Optimizer steps between reports to report_to; metrics.jsonl has every step."""
+    save_steps: int = Field(500, ge=1)
+    """Optimizer steps between checkpoints for --resume."""
+    save_total_limit: int | None = Field(2, ge=1)
+    """Checkpoints kept; null: all."""
+    report_to: list[str] = ["tensorboard"]
+    """Trackers, by their transformers names: tensorboard, wandb, mlflow, ..; []: none."""
+    deepspeed: str | dict | None = None
+    """DeepSpeed JSON (path or mapping), used where a launcher started the ranks; null: plain data parallelism."""
+    extra: dict[str, Any] = {}
+    """Any further field of transformers.TrainingArguments, by its own name."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps must be positive, or -1 for num_train_epochs, got {self.max_steps}")
+        if self.lr_scheduler_type == "cosine" and self.min_learning_rate > self.learning_rate:
+            raise ValueError("min_learning_rate is above learning_rate; lower it")
+        import dataclasses
+
+        from transformers import TrainingArguments
+
+        known = {f.name for f in dataclasses.fields(TrainingArguments)}
+        for name in self.extra:
+            if name in type(self).model_fields:
+                raise ValueError(f"extra.{name}: set training.{name} itself")
+            if name not in known:
+                raise ValueError(f"extra.{name} is no field of transformers.TrainingArguments{nearest(name, known)}")
+        return self
+
+
+class StageSection(Section):
+    """What all three stages have."""
+
+    training: dict[str, Any] = {}
+    """Fields of `training` that this stage overrides."""
+
+
+class VerbalizeConfig(StageSection):
+    """Stage 1: teach each target layer to speak through the frozen head (section 3.1)."""
+
+    training: dict[str, Any] = {"max_grad_norm": 0.0}
+    """Fields of `training` that this stage overrides. No clipping by default: a global norm would couple the layers."""
+    models: list[Literal["student", "teacher"]] = ["student", "teacher"]
+    """Whose verbalizers to train: both at once, or one here and the other in a run of its own (see .verbalizers)."""
+
+    @model_validator(mode="after")
+    def _some_model(self):
+        if not self.models or len(set(self.models)) != len(self.models):
+            raise ValueError(f"verbalize.models must name student, teacher or both, once each; got {self.models}")
+        return self
+
+
+class InteractConfig(StageSection):
+    """Stage 2: match layers and distil (section 3.2); the two operations are table 4d's."""
+
+    intermediate: Literal["kld", "ce", "l2", "none"] = "kld"
+    """Loss of the target layers: KL or L2 (logits) to the matched teacher layer, or CE on the answers."""
+    last: Literal["kld", "ce", "l2", "none"] = "kld"
+    """Loss of the last layer: KL or L2 (logits) to the teacher's last layer, or CE on the answers."""
+    headless: bool = False
+    """Appendix D's ablation: no head; verb-FFN outputs matched by L2, the student's widened to the teacher's width."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of both distributions in kld; the loss is multiplied by its square."""
+    train_student_verbalizers: bool = False
+    """Train the student's verbalizers along with LoRA (the paper keeps them frozen)."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.intermediate == self.last == "none":
+            raise ValueError("interact.intermediate and interact.last are both none: nothing to learn; set one")
+        if self.headless and self.intermediate != "l2":
+            raise ValueError("interact.headless matches verb-FFN outputs by L2: set interact.intermediate to l2")
+        if self.train_student_verbalizers and (self.headless or self.intermediate == "none"):
+            raise ValueError(
+                "interact.train_student_verbalizers needs verbalizers in the loss: not with headless (which always "
+                "trains the student's) nor with intermediate none; remove it"
+            )
+        return self
+
+
+class SftConfig(StageSection):
+    """Stage 3: autoregressive loss on the student alone (section 3.3)."""
+
+    start_from: Literal["interact", "base"] = "interact"
+    """The distilled student of stage 2, or student.path as it is (a control, or to train a model from scratch)."""
+    method: Literal["full", "lora"] = "full"
+    """All of the language model (embeddings, attention, FFN, head), or LoRA on it."""
+    train_vision: bool = False
+    """Train the vision tower as well (only with method full)."""
+
+    @model_validator(mode="after")
+    def _vision_needs_full(self):
+        if self.train_vision and self.method != "full":
+            raise ValueError("sft.train_vision needs sft.method full")
+        return self
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    output_dir: str
+    """Folder of the run; each stage writes a folder of its own name into it."""
+    seed: int = Field(0, ge=0)
+    """Seed of initialisation, data order and layer matching."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of backbones and compute; trained weights keep a float32 master copy."""
+    impl: Literal["auto", "torch", "triton", "reference"] = "auto"
+    """Implementation of the vocabulary operators (`vlsi_kernels`)."""
+    teacher: BackboneConfig
+    """The large model."""
+    student: BackboneConfig
+    """The small model."""
+    verbalizer: VerbalizerConfig = VerbalizerConfig()
+    """Verbalizers of both models."""
+    matching: MatchingConfig = MatchingConfig()
+    """Layer matching of the interact stage."""
+    lora: LoraSettings = LoraSettings()
+    """LoRA of interact, and of sft with method lora."""
+    data: DataConfig
+    """Training rows, and how they are read."""
+    training: TrainingConfig = TrainingConfig()
+    """Optimisation of every stage."""
+    verbalize: VerbalizeConfig = VerbalizeConfig()
+    """Stage 1."""
+    interact: InteractConfig = InteractConfig()
+    """Stage 2."""
+    sft: SftConfig = SftConfig()
+    """Stage 3."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        s, t = self.student.layers, self.teacher.layers
+        if s and t and len(s) > len(t):
+            raise ValueError(
+                f"student.layers has {len(s)} target layers, teacher.layers {len(t)}: matching needs t_s <= t_l; "
+                "remove student layers or add teacher layers"
+            )
+        if self.interact.headless and (self.verbalizer.architecture != "verb_ffn" or self.verbalizer.residual):
+            raise ValueError("interact.headless needs verbalizer.architecture verb_ffn without verbalizer.residual")
+        if self.matching.strategy == "bottom" and t and self.matching.k > len(t):
+            raise ValueError(f"matching.k is {self.matching.k}, but the teacher has {len(t)} target layers; lower it")
+        for stage in STAGES:
+            self.stage_training(stage)
+        return self
+
+    def stage_training(self, stage: str) -> TrainingConfig:
+        """`training` with the overrides of one stage. Raises ConfigError where an override is wrong."""
+        default = VerbalizeConfig.model_fields["training"].default if stage == "verbalize" else {}
+        merged = {**self.training.model_dump(), **default, **getattr(self, stage).training}
+        try:
+            return TrainingConfig(**merged)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, TrainingConfig, f"{stage}.training.")) from None
+
+    def stage_dir(self, stage: str) -> Path:
+        """Folder of one stage's results."""
+        return Path(self.output_dir) / stage
+
+
+def nearest(name: str, known) -> str:
+    """'; did you mean X?' for the closest of `known`, or the list of them where none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if len(known) <= 40 else ""
+
+
+def field_names(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> pydantic FieldInfo of every option, in file order."""
+    names = {}
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            names.update(field_names(info.annotation, f"{prefix}{name}."))
+        else:
+            names[prefix + name] = info
+    return names
+
+
+def _explain(error: ValidationError, section: type[BaseModel], prefix: str = "") -> str:
+    """Pydantic's findings as lines that name the field, what was found and the nearest valid key."""
+    lines = []
+    known = list(field_names(section))
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            leaf = str(item["loc"][-1])
+            siblings = {k.rsplit(".", 1)[-1]: k for k in known}
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+            close = close or [siblings[c] for c in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)]
+            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known)}"
+            lines.append(f"{prefix}{name}: no such option{hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{prefix}{name}: required; add it to the config or pass --{prefix}{name} VALUE")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(item["input"], (dict, BaseModel)) else f" (found {item['input']!r})"
+            lines.append(f"{prefix}{name}: {message}{found}" if name else f"{prefix}{message}")
+    return "\n".join(lines)
+
+
+def _apply(tree: dict, name: str, value: Any) -> None:
+    """Set the dotted `name` in nested mappings and lists."""
+    node, parts = tree, name.split(".")
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"--{name}: {'.'.join(parts[:i])} is a list of {len(node)}; use an index below that")
+            key: Any = int(part)
+        elif isinstance(node, dict):
+            key = part
+            if not last and node.get(key) is None:
+                node[key] = {}
+        else:
+            raise ConfigError(f"--{name}: {'.'.join(parts[:i])} is a single value, it has no field {part}")
+        if last:
+            node[key] = value
+        else:
+            node = node[key]
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`["--a.b", "1", "--c=x"]` -> `{"a.b": 1, "c": "x"}`; values are read as YAML."""
+    values, i = {}, 0
+    while i < len(arguments):
+        name = arguments[i]
+        if not name.startswith("--") or len(name) == 2:
+            raise ConfigError(f"expected --field value, got {name!r}")
+        name, equals, value = name[2:].partition("=")
+        if not equals:
+            i += 1
+            if i == len(arguments) or arguments[i].startswith("--"):
+                raise ConfigError(f"--{name} needs a value: --{name} VALUE")
+            value = arguments[i]
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{name}: cannot read {value!r} as YAML: {error}") from None
+        i += 1
+    return values
+
+
+def load_config(path: str | Path, overrides: list[str] | dict[str, Any] = ()) -> RunConfig:
+    """Read a YAML file, apply overrides, check everything that needs no model.
+
+    Args:
+        path: YAML file.
+        overrides: `["--section.field", "value", ..]` as on the command line, or `{"section.field": value}`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: unknown option (with the nearest valid one), wrong type, or options that contradict each other.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist; see configs/ for examples")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of options, found {type(tree).__name__}")
+    pairs = overrides if isinstance(overrides, dict) else parse_overrides(list(overrides))
+    for name, value in pairs.items():
+        _apply(tree, name, value)
+    try:
+        return RunConfig(**tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n{_explain(error, RunConfig)}") from None

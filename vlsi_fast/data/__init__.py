@@ -1,0 +1,33 @@
+"""Data: sources of rows, their encoding for student and teacher, batches, and the log of rows that cannot be used.
+
+Reading order: sources.py (config), readers.py, messages.py, images.py (rows); encoding.py, dataset.py, collate.py
+(model inputs); skipped.py (rows that cannot be used); processors.py (loading processors).
+"""
+
+import importlib
+
+_HOME = {
+    "AnswerMismatchError": "dataset",
+    "Collator": "collate",
+    "DataConfig": "sources",
+    "NoUsableRowError": "dataset",
+    "Sample": "messages",
+    "SkipLog": "skipped",
+    "SourceConfig": "sources",
+    "TooManySkippedRows": "skipped",
+    "UnusableRow": "skipped",
+    "VlsiDataset": "dataset",
+    "build_qwen2_vl_processor": "processors",
+    "build_source": "sources",
+    "configure_image_bounds": "encoding",
+    "encode": "encoding",
+    "load_processor": "processors",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    # A config is read with `sources` alone; torch and transformers take seconds to import.
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

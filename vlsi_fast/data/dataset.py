@@ -1,0 +1,133 @@
+"""The rows of a run as model inputs of student and teacher, aligned by their answer tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import lru_cache, partial
+
+import torch
+from torch.utils.data import Dataset
+
+from vlsi_fast.data.encoding import IGNORED, configure_image_bounds, encode
+from vlsi_fast.data.images import load_image
+from vlsi_fast.data.messages import Sample
+from vlsi_fast.data.skipped import UnusableRow
+from vlsi_fast.data.sources import ConcatSource, DataConfig
+
+ROLES = ("student", "teacher")
+MAX_TRIES = 1000
+"""Rows tried in a row before the dataset gives up."""
+
+
+class AnswerMismatchError(ValueError):
+    """Teacher and student would be compared on different answer tokens."""
+
+
+class NoUsableRowError(RuntimeError):
+    """No row could be used among all those tried."""
+
+
+class VlsiDataset(Dataset):
+    """Map-style: row -> `{"id", "student", "teacher", "skipped"}`, the roles being those of `processors`.
+
+    A row that cannot be used is replaced by the next usable one, and noted in the "skipped" list of the row returned.
+
+    Args:
+        sources: the rows, from `build_source`.
+        processors: "student", "teacher" or both -> that model's processor. The config's pixel bounds are set on them.
+        data_config: bounds on tokens and pixels.
+
+    Raises:
+        ValueError: no role or an unknown one, or pixel bounds that a processor does not have.
+    """
+
+    def __init__(self, sources: ConcatSource, processors: dict, data_config: DataConfig):
+        unknown = set(processors) - set(ROLES)
+        if unknown or not processors:
+            raise ValueError(f"processors has the roles {sorted(processors)}; use one or both of {', '.join(ROLES)}")
+        self.sources = sources
+        self.processors = dict(processors)
+        self.data_config = data_config
+        for processor in self.processors.values():
+            configure_image_bounds(processor, data_config.min_pixels, data_config.max_pixels)
+        self.shared = len(processors) == 2 and equivalent(*self.processors.values())
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> dict:
+        """Row `index`, or the next usable one.
+
+        Returns:
+            `id`: the row used; each role's inputs as `encode` returns them (the same object for both roles where their
+            processors are equivalent); `skipped`: `{"id", "cause", "detail"}` of the rows passed over.
+
+        Raises:
+            AnswerMismatchError: the roles' answer tokens differ.
+            NoUsableRowError: `MAX_TRIES` rows, or all there are, cannot be used.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        skipped = []
+        for offset in range(min(len(self), MAX_TRIES)):
+            at = (index + offset) % len(self)
+            try:
+                sample = self.sources[at]
+                return {"id": sample.id, **self._encode(sample), "skipped": skipped}
+            except UnusableRow as error:
+                skipped.append({"id": self.sources.row_id(at), "cause": error.cause, "detail": error.detail})
+        counts = ", ".join(f"{cause} {n}" for cause, n in Counter(row["cause"] for row in skipped).most_common())
+        raise NoUsableRowError(
+            f"none of {len(skipped)} rows from row {index} on can be used: {counts}. "
+            f"First: {skipped[0]['id']}: {skipped[0]['cause']}: {skipped[0]['detail']}"
+        )
+
+    def _encode(self, sample: Sample) -> dict[str, dict[str, torch.Tensor]]:
+        loader = lru_cache(maxsize=None)(partial(load_image, max_image_pixels=self.data_config.max_image_pixels))
+        rows = {}
+        for role, processor in self.processors.items():
+            if self.shared and rows:
+                rows[role] = next(iter(rows.values()))
+            else:
+                rows[role] = encode(sample, processor, self.data_config, loader)
+        if len(rows) == 2 and not self.shared:
+            check_same_answers(sample.id, rows, self.processors)
+        return rows
+
+
+def equivalent(first, second) -> bool:
+    """Whether two processors make the same model inputs: same class, settings, tokenizer and chat template."""
+    if first is second:
+        return True
+    if type(first) is not type(second) or first.to_dict() != second.to_dict():
+        return False
+    one, other = first.tokenizer, second.tokenizer
+    return (
+        (first.chat_template or one.chat_template) == (second.chat_template or other.chat_template)
+        and one.get_vocab() == other.get_vocab()
+        and one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    )
+
+
+def check_same_answers(sample_id: str, rows: dict, processors: dict) -> None:
+    """Refuses a row whose answers are other tokens for the teacher than for the student.
+
+    Args:
+        sample_id: the row, for the message.
+        rows: role -> encoded row with `labels` [1, T].
+        processors: role -> processor, for decoding.
+
+    Raises:
+        AnswerMismatchError: the label ids differ in number or value.
+    """
+    answers = {role: row["labels"][row["labels"] != IGNORED] for role, row in rows.items()}
+    student, teacher = answers["student"], answers["teacher"]
+    if torch.equal(student, teacher):
+        return
+    shown = {role: repr(processors[role].tokenizer.decode(ids)) for role, ids in answers.items()}
+    raise AnswerMismatchError(
+        f"row {sample_id}: student and teacher have different answer tokens, so they cannot be compared.\n"
+        f"  student: {len(student)} tokens, {shown['student']}\n"
+        f"  teacher: {len(teacher)} tokens, {shown['teacher']}\n"
+        f"The two need one vocabulary and chat templates that end a turn alike; set the same chat template on both."
+    )

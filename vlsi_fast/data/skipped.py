@@ -1,0 +1,161 @@
+"""Rows that cannot be used: why, how many, and when there are too many of them.
+
+A row is skipped for one of `CAUSES`. The dataset replaces it by the next usable row and sends the record along with the
+batch (so it also arrives from worker processes); `SkipLog` writes each skipped row once to a JSON-lines file, counts by
+cause, and stops the run when the share grows past the configured limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: appends there are not locked against other processes
+    fcntl = None
+
+CAUSES = {
+    "missing_image": "the image file does not exist or cannot be opened",
+    "truncated_image": "the image file is cut short, damaged, or no image",
+    "decompression_bomb": "the image header announces more pixels than data.max_image_pixels",
+    "path_outside_image_root": "the image path, links followed, leaves the source's image_root",
+    "empty_answer": "an assistant turn has no text, or there is no assistant turn",
+    "too_long": "a processor made more tokens of the row than data.max_length",
+    "template": "the chat template does not show where the answer starts and ends",
+    "bad_row": "the row is malformed, or its placeholders and images differ in number",
+}
+MIN_SEEN = 200
+"""Rows a process must have read before the share of what it has seen so far is judged."""
+
+
+class UnusableRow(ValueError):
+    """A row that cannot be trained on.
+
+    Attributes:
+        cause: one of `CAUSES`.
+        detail: what exactly is wrong with this row, for a human.
+    """
+
+    def __init__(self, cause: str, detail: str):
+        if cause not in CAUSES:
+            raise ValueError(f"unknown cause {cause!r}; use one of {', '.join(CAUSES)}")
+        super().__init__(f"{cause}: {detail}")
+        self.cause = cause
+        self.detail = detail
+
+    def __reduce__(self):
+        return type(self), (self.cause, self.detail)
+
+
+class TooManySkippedRows(RuntimeError):
+    """More rows were skipped than `data.max_skipped_share` allows."""
+
+
+class SkipLog:
+    """Counts skipped rows and lists each of them once in a file, one JSON object a line: `id`, `cause`, `detail`.
+
+    Several processes may share one file: each append happens under a lock, after reading what the others have added.
+    Opening an existing file continues it; rows that it lists are not written or counted again.
+
+    Args:
+        path: the file; its folder is made where needed.
+        total_rows: rows of the whole dataset.
+        max_share: largest share of skipped rows, 0 to 1 (`data.max_skipped_share`).
+    """
+
+    def __init__(self, path: str | os.PathLike, total_rows: int, max_share: float):
+        if total_rows < 1:
+            raise ValueError(f"total_rows is {total_rows}; pass the number of rows of the dataset, at least 1")
+        if not 0.0 <= max_share <= 1.0:
+            raise ValueError(f"max_share is {max_share}; it is a share of rows, from 0 to 1")
+        self.path = Path(path)
+        self.total_rows = total_rows
+        self.max_share = max_share
+        self._causes: dict[str, str] = {}  # id -> cause, of every process that writes to the file
+        self._own: set[str] = set()  # ids that this process met
+        self._seen = 0
+        self._read_to = 0  # bytes of the file that are in `_causes`
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._read_new_lines()
+
+    def record(self, skipped: Iterable[dict], seen: int) -> None:
+        """Takes in one batch.
+
+        Args:
+            skipped: records with `id`, `cause`, `detail` (a batch's "skipped").
+            seen: rows read for this batch, the skipped ones included.
+        """
+        skipped = list(skipped)
+        self._seen += seen
+        self._own.update(row["id"] for row in skipped)
+        if all(row["id"] in self._causes for row in skipped):
+            return
+        with self._locked_file() as file:
+            self._read_new_lines()
+            fresh = {row["id"]: row for row in skipped if row["id"] not in self._causes}
+            lines = [json.dumps({k: row[k] for k in ("id", "cause", "detail")}) + "\n" for row in fresh.values()]
+            file.write("".join(lines).encode())
+            file.flush()
+            self._read_new_lines()
+
+    def check(self) -> None:
+        """Stops the run where too many rows are skipped.
+
+        Raises:
+            TooManySkippedRows: the distinct rows skipped by all processes exceed `max_share * total_rows`, or those of
+                this process exceed `max_share` of the rows it has read, once it has read `MIN_SEEN`.
+        """
+        self._read_new_lines()
+        if len(self._causes) > self.max_share * self.total_rows:
+            self._stop(len(self._causes), self.total_rows, "of the dataset's")
+        if self._seen >= MIN_SEEN and len(self._own) > self.max_share * self._seen:
+            self._stop(len(self._own), self._seen, "of the first")
+
+    def summary(self) -> dict[str, int]:
+        """Distinct skipped rows by cause, most frequent first, over all processes that share the file."""
+        return dict(Counter(self._causes.values()).most_common())
+
+    def _stop(self, skipped: int, rows: int, of: str) -> None:
+        counts = "\n".join(f"  {cause}: {count} ({CAUSES[cause]})" for cause, count in self.summary().items())
+        raise TooManySkippedRows(
+            f"{skipped} {of} {rows} rows ({skipped / rows:.2%}) cannot be used; the limit is {self.max_share:.2%}.\n"
+            f"By cause:\n{counts}\nEvery row is listed in {self.path}. Repair or remove those rows, or raise "
+            f"data.max_skipped_share (now {self.max_share:g}) if they may be left out."
+        )
+
+    def _read_new_lines(self) -> None:
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self._read_to)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # another process may be in the middle of a line
+        self._read_to += len(whole)
+        for line in whole.splitlines():
+            try:
+                row = json.loads(line)
+                self._causes.setdefault(str(row["id"]), str(row["cause"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut by a crash: its row is met and written again
+
+    @contextmanager
+    def _locked_file(self) -> Iterator:
+        with open(self.path, "ab") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if self._ends_inside_a_line():
+                file.write(b"\n")
+                file.flush()
+            yield file
+
+    def _ends_inside_a_line(self) -> bool:
+        with open(self.path, "rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"

@@ -1,0 +1,119 @@
+"""What a stage leaves beside its results, so that the next stage, and a later reader, know what they hold.
+
+`vlsi_stage.json` in each stage's folder: the stage, its state, base models, tokenizer, layers, verbalizers, settings.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RECORD_NAME = "vlsi_stage.json"
+FORMAT = 1
+
+
+class LineageError(RuntimeError):
+    """Folders that do not belong together, or a folder that is taken. The message names both sides and the fix."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("vlsi-fast", "torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """The record of a stage's folder, or None where there is none."""
+    path = Path(folder) / RECORD_NAME
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_record(folder: str | Path, record: dict[str, Any]) -> None:
+    """Write a record so that a reader sees the old or the new one, never half of it."""
+    path = Path(folder) / RECORD_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"format": FORMAT, **record}, indent=2) + "\n")
+    partial.replace(path)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest complete checkpoint of a stage, or None. The trainer state is written last, so it marks completeness."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
+
+
+def open_stage(folder: Path, record: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """Look whether a run may use a stage's folder.
+
+    Returns:
+        None for a new start. With `resume`: the record of the same run, with `checkpoint`, the folder to continue from
+        (None where it had not come to one), unless its state is "finished".
+
+    Raises:
+        LineageError: the folder holds another run, or this one and `resume` is not set.
+    """
+    found = read_record(folder)
+    if found is None:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise LineageError(f"{folder} is not empty and holds no run of vlsi-fast; choose another output_dir")
+        return None
+    changed = [
+        f"{name}: there {there!r}, now {now!r}"
+        for name, there, now in _differences(found["identity"], json.loads(json.dumps(record["identity"])))
+    ]
+    if changed:
+        raise LineageError(
+            f"{folder} holds another run. Differences:\n  " + "\n  ".join(changed[:10]) + "\n"
+            "Choose another output_dir (--output_dir), or delete that folder"
+        )
+    if not resume:
+        state = "is finished" if found["state"] == "finished" else "is unfinished"
+        raise LineageError(
+            f"{folder} holds this very run, which {state}; pass --resume to continue it, or choose another output_dir"
+        )
+    return found | {"checkpoint": last_checkpoint(folder)}
+
+
+def _differences(there: Any, now: Any, prefix: str = ""):
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in sorted(there.keys() | now.keys()):
+            yield from _differences(there.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+    elif there != now:
+        yield prefix, there, now
+
+
+def require_predecessor(folder: Path, stage: str, needs: dict[str, Any]) -> dict[str, Any]:
+    """The finished record of the stage before, checked against what this stage is about to use.
+
+    Args:
+        folder: the predecessor's folder.
+        stage: its name.
+        needs: dotted facts of the record that must agree, with this run's values.
+
+    Raises:
+        LineageError: missing, unfinished, or different; the message shows both sides.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise LineageError(f"{folder} holds no results of the {stage} stage; run --stage {stage} first")
+    if record["state"] != "finished":
+        raise LineageError(f"{folder}: the {stage} stage is unfinished; continue it with --stage {stage} --resume")
+    for name, now in needs.items():
+        there: Any = record["facts"]
+        for part in name.split("."):
+            there = there.get(part) if isinstance(there, dict) else None
+        if there != now:
+            raise LineageError(
+                f"{folder} does not fit this run: {name} is {there!r} in the {stage} stage and {now!r} here; "
+                f"run --stage {stage} again with this config, or correct the config"
+            )
+    return record

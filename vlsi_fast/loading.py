@@ -1,0 +1,116 @@
+"""Read what a stage starts from: stock checkpoints, processors, and proof that they belong together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from .backbones import default_layers, family_of
+from .config import BackboneConfig, ConfigError
+
+
+def resolve_folder(path: str, field: str) -> Path:
+    """A local folder of a checkpoint: `path` itself, or the snapshot of a Hub repository.
+
+    Raises:
+        FileNotFoundError: neither, or a folder without a model in it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+            raise FileNotFoundError(f"{field}: folder {path} does not exist; give a checkpoint folder or a Hub name")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{field}: {path} is neither a folder nor a Hub repository that can be reached ({error})"
+            ) from error
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{field}: {folder} is no checkpoint: config.json or *.safetensors is missing")
+    return folder
+
+
+def load_model_config(settings: BackboneConfig, role: str):
+    """transformers config of a role's checkpoint; ValueError for an unknown family."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(resolve_folder(settings.path, f"{role}.path"))
+    family_of(config)
+    return config
+
+
+def target_layers(settings: BackboneConfig, config, role: str) -> list[int]:
+    """Target layers of a role, the paper's where the config names none.
+
+    Raises:
+        ConfigError: a layer beyond the model's depth.
+    """
+    depth = config.get_text_config().num_hidden_layers
+    layers = settings.layers if settings.layers is not None else default_layers(depth)
+    outside = [k for k in layers if not 1 <= k <= depth]
+    if outside:
+        raise ConfigError(
+            f"{role}.layers: {outside} out of range; {settings.path} has {depth} decoder layers, so layers are 1 .. {depth}"
+        )
+    return list(layers)
+
+
+def load_backbone(folder: str | Path, dtype: str, attn_implementation: str = "sdpa"):
+    """A stock model in eval mode with frozen weights (sharded while loading under ZeRO-3)."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+    )
+    return model.requires_grad_(False).eval()
+
+
+def require_same_tokens(student, teacher, student_name: str, teacher_name: str) -> None:
+    """Both tokenizers must give every token the same id (section 4.4: equal sizes are not enough).
+
+    Raises:
+        ConfigError: names both sides and the first differences.
+    """
+    s, t = student.get_vocab(), teacher.get_vocab()
+    if s == t:
+        return
+    differing = sorted(
+        (min(s.get(token, t.get(token)), t.get(token, s.get(token))), token)
+        for token in s.keys() | t.keys()
+        if s.get(token) != t.get(token)
+    )
+    shown = "; ".join(f"{token!r}: {s.get(token)} and {t.get(token)}" for _, token in differing[:3])
+    raise ConfigError(
+        f"student ({student_name}) and teacher ({teacher_name}) give {len(differing)} tokens different ids "
+        f"(student and teacher: {shown}); VLsI needs one tokenizer: choose models of one family"
+    )
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """sha256 over (id, token) pairs and the chat template: two equal digests encode text alike."""
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        digest.update(f"{index}\t{token}\n".encode())
+    digest.update(str(tokenizer.chat_template).encode())
+    return digest.hexdigest()
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """sha256 that tells checkpoints apart without reading them whole: config, tensor table and the end of each file."""
+    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text())
+    for volatile in ("transformers_version", "_name_or_path"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = stream.read(8)
+            digest.update(header + stream.read(int.from_bytes(header, "little")))
+            stream.seek(max(0, file.stat().st_size - 65536))
+            digest.update(stream.read())
+    return digest.hexdigest()

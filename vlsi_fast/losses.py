@@ -1,0 +1,144 @@
+"""Losses between verbalized layers: every operation of table 4d, on hidden states, without ever making logits.
+
+    S, L  student, teacher target layers        N  answer tokens        V  vocabulary        d  width
+
+| name | intermediate layers                                    | last layer                              |
+|------|--------------------------------------------------------|-----------------------------------------|
+| kld  | KL(teacher's matched layer || student's layer)         | KL(teacher's output || student's)       |
+| ce   | autoregressive loss of the layer's own distribution    | autoregressive loss                     |
+| l2   | squared difference of the two layers' logits           | squared difference of logits            |
+| none | -                                                      | -                                       |
+
+Readings of table 4d that the paper leaves open: `ce` is the loss on the ground-truth answer (section 3.3 speaks of
+avoiding the *autoregressive* loss in this stage; a cross-entropy against the teacher would have KL's own gradient);
+`l2` still chooses its pairs by KL (Algorithm 1) and compares the logits of all vocabulary entries (mean over V).
+All losses are means over the N tokens, one number a layer; the caller sums over layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlsi_kernels import layer_kl_matrix, linear_cross_entropy, teacher_targets
+
+from .sharding import gathered
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How the vocabulary operators are called."""
+
+    vocab_size: int
+    """Rows of both heads that take part: the vocabulary shared by teacher and student."""
+    impl: str = "auto"
+    """Implementation (`vlsi_kernels`)."""
+
+
+class AnswerLoss(nn.Module):
+    """Autoregressive loss of several hidden states through one language head.
+
+    A trainable head weight is registered here as well, so that ZeRO-3 gathers it for forward and for backward; a frozen
+    one is read under one gather in forward and not needed after it.
+    """
+
+    def __init__(self, weight: nn.Parameter, options: HeadOptions):
+        super().__init__()
+        self.options = options
+        self._frozen = [weight]
+        if weight.requires_grad:
+            self.weight = weight
+            self._frozen = []
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of each layer: hidden [L, N, d], labels [N] -> [L] float32 (0 where N is 0)."""
+        layers, tokens = hidden.shape[:2]
+        with gathered(self._frozen):
+            loss = linear_cross_entropy(
+                hidden.flatten(0, 1),
+                self._frozen[0] if self._frozen else self.weight,
+                labels.repeat(layers),
+                reduction="none",
+                vocab_size=self.options.vocab_size,
+                impl=self.options.impl,
+            )
+        return loss.view(layers, tokens).sum(1) / max(tokens, 1)
+
+
+class PairwiseKL(nn.Module):
+    """KL of every (student layer, teacher layer) pair in one pass over the vocabulary a layer."""
+
+    def __init__(self, student_weight: nn.Parameter, teacher_weight: nn.Parameter, options: HeadOptions):
+        super().__init__()
+        self.options = options
+        self._weights = [student_weight, teacher_weight]
+
+    def forward(self, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+        """student [S, N, d_s], teacher [L, N, d_l] -> [S, L] float32 mean over tokens, differentiable in student."""
+        options = {
+            "vocab_size": self.options.vocab_size,
+            "temperature": temperature,
+            "impl": self.options.impl,
+        }
+        with gathered(self._weights):
+            student_weight, teacher_weight = self._weights
+            targets = teacher_targets(teacher, teacher_weight, student_weight, **options)
+            return layer_kl_matrix(student, student_weight, targets, **options)
+
+
+class LogitL2(nn.Module):
+    """Squared difference of logits through Gram matrices, with no pass over the vocabulary after the first call.
+
+    ||W_l h_l - W_s h_s||^2 = h_l' (W_l'W_l) h_l - 2 h_l' (W_l'W_s) h_s + h_s' (W_s'W_s) h_s. Both heads are frozen, so
+    the three matrices, [d_l, d_l], [d_l, d_s] and [d_s, d_s] in float32, are made once.
+    """
+
+    def __init__(self, student_weight: nn.Parameter, teacher_weight: nn.Parameter, options: HeadOptions):
+        super().__init__()
+        self.options = options
+        self._weights = [student_weight, teacher_weight]
+        self._grams: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def _make_grams(self) -> tuple[Tensor, Tensor, Tensor]:
+        with gathered(self._weights):
+            ws, wl = (w[: self.options.vocab_size] for w in self._weights)
+            grams = [wl.new_zeros(a.shape[1], b.shape[1], dtype=torch.float32) for a, b in ((wl, wl), (wl, ws), (ws, ws))]
+            for start in range(0, self.options.vocab_size, 16384):
+                l, s = wl[start : start + 16384].float(), ws[start : start + 16384].float()
+                for gram, a, b in zip(grams, (l, l, s), (l, s, s)):
+                    gram.addmm_(a.T, b)
+        return tuple(grams)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """student [S, N, d_s], teacher [S, N, d_l], already matched -> [S] float32 mean over tokens and vocabulary."""
+        if self._grams is None:
+            self._grams = self._make_grams()
+        ll, ls, ss = self._grams
+        s, l = student.float(), teacher.float()
+        with torch.autocast(student.device.type, enabled=False):
+            squares = ((l @ ll) * l).sum(-1) - 2 * ((l @ ls) * s).sum(-1) + ((s @ ss) * s).sum(-1)
+        return squares.clamp_min(0).sum(1) / (max(student.shape[1], 1) * self.options.vocab_size)
+
+
+def hidden_l2_matrix(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of every pair, for the headless ablation of appendix D.
+
+    Args:
+        student: [S, N, d_l] outputs of the student's widened verb-FFNs.
+        teacher: [L, N, d_l] outputs of the teacher's verb-FFNs; no gradient.
+
+    Returns:
+        [S, L] float32, mean over tokens and width; differentiable in student.
+    """
+    s, l = student.float(), teacher.detach().float()
+    size = max(s.shape[1], 1) * s.shape[2]
+    return torch.stack([(s - layer).square().sum((1, 2)) / size for layer in l], dim=1)
+
+
+def pick(matrix: Tensor, matches: Tensor) -> Tensor:
+    """Loss of each student layer at its chosen pairs: matrix [S, L], matches [S] or [S, k] -> [S] (mean over k)."""
+    index = matches if matches.dim() == 2 else matches[:, None]
+    return matrix.gather(1, index).mean(1)

@@ -1,0 +1,35 @@
+"""The three stages of VLsI: one file each says what is trained and what the loss is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import STAGES, ConfigError, RunConfig, nearest
+from .interact import InteractStage
+from .sft import SftStage
+from .verbalize import VerbalizeStage
+
+STAGE_CLASSES = {stage.name: stage for stage in (VerbalizeStage, InteractStage, SftStage)}
+
+__all__ = ["STAGE_CLASSES", "run"]
+
+
+def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str, Any]:
+    """Run one stage, or all three in order.
+
+    Args:
+        config: from `load_config`.
+        stage: verbalize, interact, sft or all.
+        resume: continue from the last checkpoint; stages that are finished are left as they are.
+
+    Returns:
+        Stage name -> its record, as in `<output_dir>/<stage>/vlsi_stage.json`.
+
+    Raises:
+        ConfigError: unknown stage, or a config that does not fit the models.
+        LineageError: earlier results missing or of another run; a folder that is taken.
+    """
+    if stage != "all" and stage not in STAGES:
+        raise ConfigError(f"unknown stage {stage!r}{nearest(stage, (*STAGES, 'all'))}")
+    names = STAGES if stage == "all" else (stage,)
+    return {name: STAGE_CLASSES[name](config).run(resume) for name in names}

@@ -1,0 +1,342 @@
+"""The training loop that all three stages share: `transformers.Trainer` with VLsI's batches, counts and records.
+
+What differs between stages is one module, a `StageModule`: its forward takes a batch and returns the loss.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers.trainer
+from torch import Tensor, nn
+from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ..config import ConfigError, RunConfig
+from ..data.skipped import SkipLog
+from ..matching import draw_generator
+from ..sharding import rank, world_size
+from ..verbalized import answer_positions
+
+TRAINABLE_NAME = "trainable.safetensors"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite. The message names the step, the layers and the rows."""
+
+
+class StageModule(nn.Module):
+    """What a stage trains.
+
+    `forward(student=None, teacher=None, generator=None)` takes for each role `{"inputs": processor tensors, "index": [N]
+    answer positions, "labels": [N]}` and returns
+
+        loss      scalar, sum over `parts`, each a mean over the N answer tokens of the micro-batch
+        parts     [P] float32, detached, in the order of `part_names`
+        kl        [S, L] float32, detached (interact only)
+        matches   [S, L] float32 counts of chosen pairs (interact only)
+    """
+
+    part_names: list[str]
+    """Names of the parts of the loss, as logged."""
+    roles: tuple[str, ...]
+    """Which of student and teacher the stage runs."""
+    matrix_shape: tuple[int, int] | None = None
+    """[S, L] where the stage matches layers."""
+    layer_names: tuple[list[int], list[int]] = ([], [])
+    """Target layers of student and teacher, for logs."""
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, ..) started this process."""
+    return "LOCAL_RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
+    """`TrainingArguments` of one stage. Made before any model, since it switches ZeRO-3 loading on.
+
+    Raises:
+        ConfigError: DeepSpeed asked for but not installed or not readable.
+    """
+    t = config.stage_training(stage)
+    deepspeed = t.deepspeed
+    if deepspeed is not None and not launched():
+        print("vlsi-fast: no launcher, so training.deepspeed is not used (start with `deepspeed` or `torchrun`)")
+        deepspeed = None
+    if isinstance(deepspeed, str) and not Path(deepspeed).is_file():
+        raise ConfigError(f"training.deepspeed: file {deepspeed} does not exist; configs/zero3.json is one")
+    if deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("training.deepspeed is set but deepspeed is not installed: pip install deepspeed")
+    schedule = {"cosine": "cosine_with_min_lr"}.get(t.lr_scheduler_type, t.lr_scheduler_type)
+    on_cpu = not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu"
+    arguments = {
+        **t.model_dump(
+            include={
+                "learning_rate", "warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+                "gradient_accumulation_steps", "weight_decay", "adam_beta2", "max_grad_norm", "optim",
+                "logging_steps", "save_steps", "save_total_limit",
+            }
+        ),
+        "dataloader_num_workers": config.data.num_workers,
+        "lr_scheduler_type": schedule,
+        "lr_scheduler_kwargs": {"min_lr_rate": t.min_learning_rate / t.learning_rate} if schedule == "cosine_with_min_lr" else {},
+        "report_to": t.report_to or "none",
+        "output_dir": str(config.stage_dir(stage)),
+        "deepspeed": deepspeed,
+        "seed": config.seed,
+        "bf16": config.dtype == "bfloat16",
+        "use_cpu": on_cpu,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": False,
+        "ddp_find_unused_parameters": False,
+        **t.extra,
+    }
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.stage_dir(stage) / "tensorboard")
+    return TrainingArguments(**arguments)
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's progress bar with loss and learning rate behind it instead of a printed dictionary."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", lr=f"{logs.get('learning_rate', 0):.2g}")
+
+
+class StageTrainer(Trainer):
+    """Trainer of one stage. Loss and metrics are sums over answer tokens of all micro-batches and ranks."""
+
+    def __init__(self, module: StageModule, args: TrainingArguments, config: RunConfig, stage: str, dataset, collator):
+        super().__init__(model=module, args=args, train_dataset=dataset, data_collator=collator)
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.config, self.stage, self.module = config, stage, module
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_Progress)
+        self.metrics_path = Path(args.output_dir) / "metrics.jsonl"
+        self.skip_log = SkipLog(
+            Path(args.output_dir) / "skipped_rows.jsonl", len(dataset), config.data.max_skipped_share
+        )
+        self._pending: list[tuple[Tensor, dict[str, Any]]] = []
+        self._scalars: dict[str, float] = {}
+        self._step_began = time.perf_counter()
+        self.answer_tokens = 0
+
+    # ---- batches -------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Answer tokens of one optimizer step over all micro-batches and ranks."""
+        role = self.module.roles[0]
+        count = sum(int((batch[role]["labels"][:, 1:] != -100).sum()) for batch in batch_samples)
+        total = torch.tensor(count, device=device)
+        if world_size() > 1:
+            dist.all_reduce(total)
+        return total
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Find answer positions on the CPU, before the batch moves: counting them on a GPU would wait for it."""
+        batch: dict[str, Any] = {}
+        for role in self.module.roles:
+            tensors = dict(inputs[role])
+            index, labels = answer_positions(tensors.pop("labels"))
+            batch[role] = {"inputs": tensors, "index": index, "labels": labels}
+        first = batch[self.module.roles[0]]
+        facts = {
+            "ids": inputs["ids"],
+            "skipped": inputs["skipped"],
+            "answer_tokens": first["index"].numel(),
+            "tokens": int(first["inputs"]["attention_mask"].sum()),
+        }
+        return {"batch": super()._prepare_inputs(batch), "facts": facts}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch, facts = inputs["batch"], inputs["facts"]
+        if self.module.matrix_shape is not None:
+            micro = len(self._pending)
+            batch["generator"] = draw_generator(self.config.seed, rank(), self.state.global_step, micro)
+        output = model(**batch)
+        self._pending.append((self._sums(output, facts), facts))
+        if self.accelerator.sync_gradients:
+            self._finish_step()
+        # Gradients are averaged over ranks; the loss is a sum of tokens over their global count.
+        loss = output["loss"] * (facts["answer_tokens"] * world_size() / num_items_in_batch.clamp_min(1))
+        return (loss, output) if return_outputs else loss
+
+    # ---- records -------------------------------------------------------------------------------------------------
+
+    def _sums(self, output: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
+        """Everything that is summed over micro-batches and ranks, as one float64 vector on the device."""
+        n = facts["answer_tokens"]
+        counts = torch.tensor([n, facts["tokens"], len(facts["ids"]), len(facts["skipped"])])
+        pieces = [counts, output["parts"] * n]
+        if self.module.matrix_shape is not None:
+            pieces += [output["kl"].flatten() * n, output["matches"].flatten()]
+        device = output["parts"].device
+        return torch.cat([p.to(device, torch.float64) for p in pieces])
+
+    def _finish_step(self) -> None:
+        """Once an optimizer step, before its last backward: reduce the sums, stop on bad numbers, write the record."""
+        peaks = torch.zeros(world_size(), dtype=torch.float64)
+        peaks[rank()] = peak_memory_bytes(self.args.device)
+        total = torch.cat([sum(sums for sums, _ in self._pending), peaks.to(self.args.device)])
+        if world_size() > 1:
+            dist.all_reduce(total)
+        values = total.tolist()
+        if not all(map(math.isfinite, values)):
+            self._stop_on_non_finite()
+        for _, facts in self._pending:
+            self.skip_log.record(facts["skipped"], len(facts["ids"]))
+        self.skip_log.check()
+        self._pending.clear()
+        record = self._record(values)
+        self.answer_tokens += record["answer_tokens"]
+        self._scalars = _scalars(record)
+        if rank() == 0:
+            with self.metrics_path.open("a") as stream:
+                stream.write(json.dumps(record) + "\n")
+
+    def _record(self, values: list[float]) -> dict[str, Any]:
+        answer_tokens, tokens, rows, skipped = (int(v) for v in values[:4])
+        now, began = time.perf_counter(), self._step_began
+        self._step_began = now
+        n, names = max(answer_tokens, 1), self.module.part_names
+        parts = [v / n for v in values[4 : 4 + len(names)]]
+        record = {
+            "stage": self.stage,
+            "step": self.state.global_step + 1,
+            "loss": sum(parts),
+            **{f"loss/{name}": value for name, value in zip(names, parts)},
+            "learning_rate": self._get_learning_rate(),
+            "answer_tokens": answer_tokens,
+            "rows": rows,
+            "skipped_rows": skipped,
+            "step_seconds": now - began,
+            "tokens_per_second": tokens / (now - began),
+            "answer_tokens_per_second": answer_tokens / (now - began),
+        }
+        if self.module.matrix_shape is not None:
+            s, l = self.module.matrix_shape
+            start = 4 + len(names)
+            kl = [[v / n for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
+            start += s * l
+            matches = [[int(v) for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
+            students, teachers = self.module.layer_names
+            record |= {"kl": kl, "matches": matches, "student_layers": students, "teacher_layers": teachers}
+        record["peak_memory_bytes"] = [int(v) for v in values[-world_size() :]]
+        return record
+
+    def _stop_on_non_finite(self) -> None:
+        """Raise on every rank alike, naming what each rank saw. Nothing has been stepped or saved."""
+        names = self.module.part_names
+        seen = []
+        for micro, (sums, facts) in enumerate(self._pending):
+            bad = [name for name, v in zip(names, sums[4 : 4 + len(names)].tolist()) if not math.isfinite(v)]
+            if bad or not bool(torch.isfinite(sums).all()):
+                seen.append(f"rank {rank()}, micro-batch {micro}: {', '.join(bad) or 'KL matrix'}; rows {facts['ids']}")
+        everyone = [seen]
+        if world_size() > 1:
+            everyone = [None] * world_size()
+            dist.all_gather_object(everyone, seen)
+        lines = "\n  ".join(line for lines in everyone for line in lines)
+        raise NonFiniteLossError(
+            f"non-finite loss in stage {self.stage}, optimizer step {self.state.global_step + 1}:\n  {lines}\n"
+            f"Nothing was stepped or saved; the last good checkpoint in {self.args.output_dir} is kept. Look at these "
+            "rows, lower training.learning_rate or set training.max_grad_norm, then continue with --resume"
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the step's own numbers to what the Trainer reports to the trackers."""
+        super().log({**logs, **self._scalars} if "loss" in logs else logs, start_time)
+
+    # ---- checkpoints: only what is trained ---------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Train, from `resume_from_checkpoint` where given."""
+        self._truncate_metrics(resume_from_checkpoint)
+        self._step_began = time.perf_counter()
+        strict = transformers.trainer.deepspeed_load_checkpoint
+
+        def frozen_parameters_are_not_in_checkpoints(engine, path, load_module_strict=True):
+            return strict(engine, path, load_module_strict=False)
+
+        transformers.trainer.deepspeed_load_checkpoint = frozen_parameters_are_not_in_checkpoints
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            transformers.trainer.deepspeed_load_checkpoint = strict
+
+    def _truncate_metrics(self, checkpoint: str | None) -> None:
+        """Drop records of steps that a resumed run makes again."""
+        if not self.metrics_path.is_file():
+            return
+        done = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+        records = [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.endswith("}")]
+        kept = [r for r in records if r["step"] <= done]
+        self.answer_tokens = sum(r["answer_tokens"] for r in kept)
+        if rank() == 0:
+            self.metrics_path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainable parameters of a checkpoint. Under DeepSpeed its own files hold them."""
+        if self.is_deepspeed_enabled or not self.args.should_save:
+            return
+        from safetensors.torch import save_file
+
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._trainable(), folder / TRAINABLE_NAME, metadata={"format": "pt"})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        from safetensors.torch import load_file
+
+        stored, own = load_file(Path(resume_from_checkpoint) / TRAINABLE_NAME), self._trainable()
+        if stored.keys() != own.keys():
+            raise ValueError(f"{resume_from_checkpoint} holds other trainable parameters than this run has")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(stored[name])
+
+    def _trainable(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    """A step's record as the flat numbers that trackers take, beyond what the Trainer logs itself."""
+    scalars = {k: float(v) for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "loss")}
+    del scalars["learning_rate"]
+    teachers = record.get("teacher_layers", [])
+    for i, student in enumerate(record.get("student_layers", [])):
+        counts = record["matches"][i]
+        mean = sum(count * teacher for count, teacher in zip(counts, teachers)) / max(sum(counts), 1)
+        scalars[f"matched_teacher_layer/student_{student}"] = mean
+        for j, teacher in enumerate(teachers):
+            scalars[f"kl/student_{student}/teacher_{teacher}"] = record["kl"][i][j]
+    scalars["peak_memory_bytes"] = float(max(record["peak_memory_bytes"]))
+    return scalars
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on a GPU, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

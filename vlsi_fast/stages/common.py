@@ -1,0 +1,268 @@
+"""The course of every stage: check inputs, claim the folder, build, train, save, record."""
+
+from __future__ import annotations
+
+import gc
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from ..config import RunConfig
+from ..data.collate import Collator
+from ..data.dataset import VlsiDataset
+from ..data.processors import load_processor
+from ..data.sources import build_source
+from ..lineage import LineageError, open_stage, require_predecessor, versions, write_record
+from ..loading import (
+    checkpoint_digest,
+    load_backbone,
+    load_model_config,
+    require_same_tokens,
+    resolve_folder,
+    target_layers,
+    tokenizer_digest,
+)
+from ..losses import HeadOptions
+from ..sharding import barrier, gather_state, rank, unsharded, world_size
+from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
+from .base import StageModule, StageTrainer, training_arguments
+
+
+class Role:
+    """One of the two models, `student` or `teacher`, before its weights are loaded."""
+
+    def __init__(self, name: str, config: RunConfig):
+        self.name, self.run, self.settings = name, config, getattr(config, name)
+        self.folder: Path = resolve_folder(self.settings.path, f"{name}.path")
+        self.config = load_model_config(self.settings, name)
+        self.layers = target_layers(self.settings, self.config, name)
+        self.processor = load_processor(self.folder)
+
+    def spec(self, output_size: int | None = None) -> VerbalizerSpec:
+        """Verbalizers that this run's config asks for."""
+        return VerbalizerSpec.of(self.config, self.layers, self.run.verbalizer, output_size)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a later stage must agree with."""
+        return {
+            "path": str(self.folder),
+            "checkpoint": checkpoint_digest(self.folder),
+            "tokenizer": tokenizer_digest(self.processor.tokenizer),
+            "layers": self.layers,
+            "verbalizer": self.run.verbalizer.model_dump(),
+        }
+
+    def verbalizer_folder(self) -> Path:
+        """Where trained verbalizers of this model are."""
+        return Path(self.settings.verbalizers or self.run.stage_dir("verbalize") / self.name)
+
+    def trained_verbalizers(self) -> Verbalizers:
+        """Load them, frozen. Raises LineageError where they were made for another model, layers or architecture."""
+        folder, spec = self.verbalizer_folder(), self.spec()
+        found = read_spec(folder)
+        for field in ("architecture", "layers", "hidden_size", "norm", "residual", "model_type", "output_size"):
+            there, here = getattr(found, field), getattr(spec, field)
+            if there != here:
+                raise LineageError(
+                    f"verbalizers in {folder} do not fit {self.name} {self.settings.path}: {field} is {there!r} there "
+                    f"and {here!r} here; run --stage verbalize again or correct the config"
+                )
+        return Verbalizers.from_pretrained(folder).requires_grad_(False)
+
+
+class Stage:
+    """Base of the three stages. A subclass says what is read, built and saved; `run` is the course."""
+
+    name: str
+    sections: tuple[str, ...] = ()
+    """Sections of the config, besides data, seed and the stage's own, whose change makes another run."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.settings = config, getattr(config, self.name)
+        self.folder = config.stage_dir(self.name)
+
+    # ---- what a subclass says ------------------------------------------------------------------------------------------
+
+    def role_names(self) -> list[str]:
+        """The models that this stage runs."""
+        raise NotImplementedError
+
+    def check_predecessors(self) -> None:
+        """Raise LineageError where an earlier stage's results are missing or do not fit."""
+
+    def build(self) -> StageModule:
+        """Load models and make the module to train."""
+        raise NotImplementedError
+
+    def save(self, module: StageModule) -> None:
+        """Write the results into `self.folder`. Collective."""
+        raise NotImplementedError
+
+    # ---- the course ----------------------------------------------------------------------------------------------------
+
+    def run(self, resume: bool = False) -> dict[str, Any]:
+        """Run the stage, or the rest of it.
+
+        Returns:
+            The stage's record (`vlsi_stage.json`).
+
+        Raises:
+            ConfigError, LineageError, FileNotFoundError: before any weight is loaded.
+            NonFiniteLossError, TooManySkippedRows: while training.
+        """
+        self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
+        barrier_device = self.args.device
+        self.roles = {name: Role(name, self.config) for name in self.role_names()}
+        if len(self.roles) == 2:
+            student, teacher = self.roles["student"], self.roles["teacher"]
+            require_same_tokens(
+                student.processor.tokenizer, teacher.processor.tokenizer, student.settings.path, teacher.settings.path
+            )
+        self.check_predecessors()
+        dataset = VlsiDataset(
+            build_source(self.config.data.train), {n: r.processor for n, r in self.roles.items()}, self.config.data
+        )
+        record = self._record()
+        found = open_stage(self.folder, record, resume)
+        barrier()  # every rank has looked before rank 0 writes
+        if found is not None and found["state"] == "finished":
+            return found
+        if rank() == 0:
+            write_record(self.folder, record)
+        set_seed(self.config.seed)
+        module = self.build()
+        trainer = StageTrainer(module, self.args, self.config, self.name, dataset, self._collator())
+        began = time.perf_counter()
+        result = trainer.train(resume_from_checkpoint=found["checkpoint"] if found else None)
+        record["summary"] = {
+            "seconds": time.perf_counter() - began,
+            "optimizer_steps": result.global_step,
+            "answer_tokens": trainer.answer_tokens,
+            "skipped_rows": trainer.skip_log.summary(),
+            "device": str(barrier_device),
+        }
+        self.save(module)
+        barrier()
+        record["state"] = "finished"
+        if rank() == 0:
+            write_record(self.folder, record)
+        _release(trainer)
+        return record
+
+    def _record(self) -> dict[str, Any]:
+        training = self.config.stage_training(self.name).model_dump()
+        for name in ("logging_steps", "save_steps", "save_total_limit", "report_to"):
+            del training[name]  # may change between a run and its continuation
+        dump = self.config.model_dump()
+        data = {name: value for name, value in dump["data"].items() if name not in ("num_workers", "eval")}
+        facts = {name: role.facts for name, role in self.roles.items()}
+        identity = {name: dump[name] for name in ("seed", "dtype", self.name, *self.sections)}
+        identity[self.name] = {name: value for name, value in dump[self.name].items() if name != "training"}
+        identity |= {"data": data, "training": training, "world_size": world_size()}
+        for name, fact in facts.items():
+            identity[name] = {key: value for key, value in fact.items() if key != "path"}
+        return {
+            "stage": self.name,
+            "state": "running",
+            "facts": facts,
+            "identity": identity,
+            "config": dump,
+            "versions": versions(),
+        }
+
+    def _collator(self) -> Collator:
+        return Collator({name: role.processor for name, role in self.roles.items()})
+
+    # ---- parts that stages share -----------------------------------------------------------------------------------------
+
+    @property
+    def head_options(self) -> HeadOptions:
+        """Heads are cut to the rows that all models of the stage have; further rows are padding."""
+        rows = [role.config.get_text_config().vocab_size for role in self.roles.values()]
+        return HeadOptions(min(rows), self.config.impl)
+
+    def load_model(self, name: str, folder: Path | None = None) -> nn.Module:
+        """A role's stock model, frozen; from `folder` where an earlier stage made it."""
+        role = self.roles[name]
+        model = load_backbone(folder or role.folder, self.config.dtype, role.settings.attn_implementation)
+        rows = role.config.get_text_config().vocab_size
+        tokens = max(role.processor.tokenizer.get_vocab().values()) + 1
+        if tokens > rows:
+            raise LineageError(
+                f"{name} {role.settings.path}: its tokenizer has ids up to {tokens - 1}, its head only {rows} rows; "
+                "resize the model's embeddings or use the tokenizer that belongs to it"
+            )
+        return model
+
+    def require_verbalized(self, name: str) -> None:
+        """The verbalize stage of a role is finished and was made for the model, layers and architecture of this run."""
+        facts = {f"{name}.{k}": v for k, v in self.roles[name].facts.items() if k != "path"}
+        require_predecessor(self.roles[name].verbalizer_folder().parent, "verbalize", facts)
+
+    def add_lora(self, model: nn.Module) -> nn.Module:
+        """Inject trainable LoRA into the language model, in place. Returns the peft wrapper."""
+        from peft import LoraConfig, get_peft_model
+
+        from ..backbones import family_of
+
+        settings = self.config.lora
+        lora = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.target_modules or family_of(model.config).lora_targets,
+        )
+        return get_peft_model(model, lora)
+
+    def enable_checkpointing(self, model: nn.Module) -> None:
+        """Gradient checkpointing on a trained backbone. Re-entrant checkpoints would cut the target layers' gradients."""
+        if self.config.stage_training(self.name).gradient_checkpointing:
+            # the newer name of the same method, without the older one's warning
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+
+    def save_student(self, model: nn.Module, source: Path, adapter: nn.Module | None) -> None:
+        """Write the trained student as a stock checkpoint with its processor to `<stage>/student`.
+
+        With LoRA the adapter is kept beside it (`<stage>/adapter`, peft's format) and merged into the weights.
+        """
+        folder = self.folder / "student"
+        trained = gather_state((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        if rank() == 0:
+            with unsharded():
+                stock = load_backbone(source, self.config.dtype)
+                if adapter is None:
+                    _, unknown = stock.load_state_dict(trained, strict=False)
+                    if unknown:
+                        raise RuntimeError(f"trained weights that the stock model does not have: {unknown[:5]}")
+                else:
+                    stock = _merge(stock, adapter, trained, self.folder / "adapter")
+                stock.save_pretrained(folder)
+            self.roles["student"].processor.save_pretrained(folder)
+
+
+def _merge(stock: nn.Module, adapter: nn.Module, trained: dict, folder: Path) -> nn.Module:
+    """Save an adapter's weights in peft's format and merge them into a stock model."""
+    from peft import PeftModel
+
+    prefix = "base_model.model."
+    adapter.save_pretrained(folder, state_dict={prefix + name: value for name, value in trained.items()})
+    return PeftModel.from_pretrained(stock, folder).merge_and_unload()
+
+
+def _release(trainer: StageTrainer) -> None:
+    """Give memory back for the next stage of the same process."""
+    engine = getattr(trainer, "deepspeed", None)
+    if engine is not None:
+        engine.destroy()
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.module = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,168 @@
+"""Stage 2, interact (section 3.2): match student layers to teacher layers and distil between their distributions.
+
+Trained: LoRA on the student's language model. Loss: the sum over student target layers of the operation
+`interact.intermediate` at the matched pairs, plus `interact.last` on the last layer (table 4d; default KL and KL).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import InteractConfig, MatchingConfig
+from ..losses import AnswerLoss, HeadOptions, LogitL2, PairwiseKL, hidden_l2_matrix, pick
+from ..matching import match_layers
+from ..verbalized import VerbalizedBackbone
+from ..verbalizer import Verbalizers
+from .base import StageModule
+from .common import Stage
+
+
+class InteractModule(StageModule):
+    """Student and teacher with their verbalizers, layer matching, and the losses of table 4d."""
+
+    def __init__(
+        self,
+        student: VerbalizedBackbone,
+        teacher: VerbalizedBackbone | None,
+        settings: InteractConfig,
+        matching: MatchingConfig,
+        options: HeadOptions,
+    ):
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.settings, self.matching = settings, matching
+        self.roles = ("student",) if teacher is None else ("student", "teacher")
+        self.part_names = [f"student_layer_{k}" for k in student.target_layers]
+        self.part_names += ["last"] if settings.last != "none" else []
+        if settings.intermediate in ("kld", "l2"):
+            self.matrix_shape = (len(student.target_layers), len(teacher.target_layers))
+            self.layer_names = (student.target_layers, teacher.target_layers)
+        operations = {settings.intermediate, settings.last}
+        if "ce" in operations:
+            self.answer_loss = AnswerLoss(student.head_weight, options)
+        if teacher is not None:
+            heads = (student.head_weight, teacher.head_weight, options)
+            self.pairwise_kl = PairwiseKL(*heads)
+            self.logit_l2 = LogitL2(*heads)
+
+    def forward(self, student: dict, teacher: dict | None = None, generator=None) -> dict[str, Tensor]:
+        normed = not self.settings.headless
+        s_layers, s_last = self.student(student["inputs"], student["index"], normed)
+        t_layers = t_last = None
+        if teacher is not None:
+            with torch.no_grad():
+                t_layers, t_last = self.teacher(teacher["inputs"], teacher["index"], normed)
+        matrix, last_kl = self._divergences(s_layers, s_last, t_layers, t_last)
+        record, parts = {}, []
+        if self.matrix_shape is not None:
+            matches = match_layers(matrix, **self.matching.model_dump(), generator=generator)
+            record = {"kl": matrix.detach(), "matches": _counts(matches, matrix.shape[1])}
+            parts.append(self._intermediate(matrix, matches, s_layers, t_layers))
+        elif self.settings.intermediate == "ce":
+            parts.append(self.answer_loss(s_layers, student["labels"]))
+        parts += self._last(last_kl, s_last, t_last, student["labels"])
+        parts = torch.cat(parts)
+        return {"loss": parts.sum(), "parts": parts.detach(), **record}
+
+    def _divergences(self, s_layers, s_last, t_layers, t_last) -> tuple[Tensor | None, Tensor | None]:
+        """[S, L] matrix that drives the matching, and [1] KL of the last layers: one vocabulary pass for both."""
+        settings = self.settings
+        if settings.headless:
+            return hidden_l2_matrix(s_layers, t_layers), self._kl(s_last[None], t_last[None], settings.last)[0]
+        if settings.intermediate not in ("kld", "l2"):
+            return None, self._kl(s_last[None], t_last[None] if t_last is not None else None, settings.last)[0]
+        if settings.last != "kld":
+            return self._kl(s_layers, t_layers, "kld"), None
+        both = self._kl(torch.cat([s_layers, s_last[None]]), torch.cat([t_layers, t_last[None]]), "kld")
+        return both[:-1, :-1], both[-1, -1:]
+
+    def _kl(self, student: Tensor, teacher: Tensor | None, operation: str) -> Tensor:
+        if operation != "kld":
+            return [None]
+        temperature = self.settings.temperature
+        return self.pairwise_kl(student, teacher, temperature) * temperature**2
+
+    def _intermediate(self, matrix: Tensor, matches: Tensor, s_layers: Tensor, t_layers: Tensor) -> Tensor:
+        if self.settings.intermediate == "kld" or self.settings.headless:
+            return pick(matrix, matches)
+        chosen = matches if matches.dim() == 2 else matches[:, None]
+        return torch.stack([self.logit_l2(s_layers, t_layers[column]) for column in chosen.T]).mean(0)
+
+    def _last(self, last_kl, s_last, t_last, labels) -> list[Tensor]:
+        operation = self.settings.last
+        if operation == "kld":
+            return [last_kl]
+        if operation == "ce":
+            return [self.answer_loss(s_last[None], labels)]
+        if operation == "l2":
+            return [self.logit_l2(s_last[None], t_last[None])]
+        return []
+
+
+def _counts(matches: Tensor, teachers: int) -> Tensor:
+    """[S] or [S, k] chosen layers -> [S, L] float32 counts."""
+    index = matches if matches.dim() == 2 else matches[:, None]
+    return torch.zeros(index.shape[0], teachers, device=index.device).scatter_add_(
+        1, index, torch.ones_like(index, dtype=torch.float32)
+    )
+
+
+class InteractStage(Stage):
+    """Writes `interact/student` (stock checkpoint, LoRA merged) and `interact/adapter` (the LoRA alone)."""
+
+    name = "interact"
+    sections = ("verbalizer", "matching", "lora")
+
+    @property
+    def speaks(self) -> bool:
+        """Whether trained verbalizers take part."""
+        return self.settings.intermediate != "none" and not self.settings.headless
+
+    def role_names(self) -> list[str]:
+        taught = {self.settings.intermediate, self.settings.last} & {"kld", "l2"}
+        return ["student", "teacher"] if taught else ["student"]
+
+    def check_predecessors(self) -> None:
+        if len(self.roles) == 2 and self.settings.intermediate in ("kld", "l2"):
+            students, teachers = (len(self.roles[n].layers) for n in ("student", "teacher"))
+            if students > teachers:
+                raise ValueError(
+                    f"student has {students} target layers, teacher {teachers}: matching needs t_s <= t_l; "
+                    "remove some of student.layers"
+                )
+        if self.speaks:
+            for name in self._speakers():
+                self.require_verbalized(name)
+
+    def _speakers(self) -> list[str]:
+        """Autoregressive loss at the student's layers needs none of the teacher's."""
+        return ["student"] if self.settings.intermediate == "ce" else list(self.roles)
+
+    def build(self) -> InteractModule:
+        model = self.load_model("student")
+        self.adapter = self.add_lora(model)
+        self.enable_checkpointing(model)
+        student = VerbalizedBackbone(model, self.roles["student"].layers, self._verbalizers("student"), True)
+        teacher = None
+        if "teacher" in self.roles:
+            role = self.roles["teacher"]
+            teacher = VerbalizedBackbone(self.load_model("teacher"), role.layers, self._verbalizers("teacher"), False)
+        return InteractModule(student, teacher, self.settings, self.config.matching, self.head_options)
+
+    def _verbalizers(self, name: str) -> Verbalizers | None:
+        role = self.roles[name]
+        if self.settings.headless:
+            # Appendix D leaves open what the verb-FFNs start from and which of them learn. The teacher's stay at their
+            # (seeded) start: were both trained by L2 alone, zero would solve it. The student's learn.
+            width = self.roles["teacher"].config.get_text_config().hidden_size
+            return Verbalizers(role.spec(width)).requires_grad_(name == "student")
+        if not self.speaks or name not in self._speakers():
+            return None
+        verbalizers = role.trained_verbalizers()
+        return verbalizers.requires_grad_(name == "student" and self.settings.train_student_verbalizers)
+
+    def save(self, module: InteractModule) -> None:
+        self.save_student(module.student.model, self.roles["student"].folder, self.adapter)
+        if self.settings.train_student_verbalizers or self.settings.headless:
+            module.student.verbalizers.save_pretrained(self.folder / "verbalizers")

@@ -1,0 +1,73 @@
+"""Stage 3, sft (section 3.3): the student alone, autoregressive loss on the answers.
+
+Trained: all of the language model (embeddings, attention, FFN, head), or LoRA on it. With `start_from: base` the same
+stage is the control without distillation, and, with `train_vision`, it trains a model from scratch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..backbones import family_of
+from ..lineage import require_predecessor
+from ..losses import AnswerLoss, HeadOptions
+from ..verbalized import VerbalizedBackbone
+from .base import StageModule
+from .common import Stage
+
+
+class SftModule(StageModule):
+    """The student and the loss of its own last layer."""
+
+    roles = ("student",)
+    part_names = ["answer"]
+
+    def __init__(self, student: VerbalizedBackbone, options: HeadOptions):
+        super().__init__()
+        self.student = student
+        self.head = AnswerLoss(student.head_weight, options)
+
+    def forward(self, student: dict) -> dict[str, torch.Tensor]:
+        _, last = self.student(student["inputs"], student["index"])
+        parts = self.head(last[None], student["labels"])
+        return {"loss": parts.sum(), "parts": parts.detach()}
+
+
+class SftStage(Stage):
+    """Writes `sft/student`, a stock checkpoint with its processor."""
+
+    name = "sft"
+    sections = ("lora",)
+
+    def role_names(self) -> list[str]:
+        return ["student"]
+
+    @property
+    def source(self):
+        """Folder of the checkpoint that training starts from."""
+        return self.config.stage_dir("interact") / "student" if self._distilled else self.roles["student"].folder
+
+    @property
+    def _distilled(self) -> bool:
+        return self.settings.start_from == "interact"
+
+    def check_predecessors(self) -> None:
+        if self._distilled:
+            facts = self.roles["student"].facts
+            needs = {f"student.{name}": facts[name] for name in ("checkpoint", "tokenizer")}
+            require_predecessor(self.config.stage_dir("interact"), "interact", needs)
+
+    def build(self) -> SftModule:
+        model = self.load_model("student", self.source)
+        self.adapter = None
+        if self.settings.method == "lora":
+            self.adapter = self.add_lora(model)
+        else:
+            model.requires_grad_(True)
+            family_of(model.config).vision(model).requires_grad_(self.settings.train_vision)
+        self.enable_checkpointing(model)
+        backbone = VerbalizedBackbone(model, self.roles["student"].layers, None, train_backbone=True)
+        return SftModule(backbone, self.head_options)
+
+    def save(self, module: SftModule) -> None:
+        self.save_student(module.student.model, self.source, self.adapter)

@@ -1,0 +1,121 @@
+"""A backbone that speaks at its target layers: one forward, the answer positions of every target layer out.
+
+    B, T  rows, positions        N  answer tokens of the batch        d  width        L  target layers
+
+Data goes the short way: backbone forward -> hidden states of target layers only -> answer positions -> verbalizer ->
+final norm. The head is applied by the losses (`vlsi_fast.losses`), which never make logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from .backbones import family_of
+from .verbalizer import Verbalizers
+
+
+def answer_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the model predicts answer tokens, and which.
+
+    Args:
+        labels: [B, T] token ids, -100 everywhere but on answers.
+
+    Returns:
+        index [N] into the flattened [B * T] positions whose hidden state predicts an answer token (shifted by one),
+        and labels [N], the tokens to predict.
+    """
+    following = labels[:, 1:]
+    row, position = (following != -100).nonzero(as_tuple=True)
+    return row * labels.shape[1] + position, following[row, position]
+
+
+class VerbalizedBackbone(nn.Module):
+    """A stock model with its verbalizers.
+
+    Args:
+        model: stock `..ForConditionalGeneration`, possibly with LoRA injected.
+        layers: target layers.
+        verbalizers: None where only the last layer is needed.
+        train_backbone: whether gradients flow into the backbone (else its forward runs without autograd).
+    """
+
+    def __init__(self, model: nn.Module, layers: list[int], verbalizers: Verbalizers | None, train_backbone: bool):
+        super().__init__()
+        self.family = family_of(model.config)
+        self.model = model
+        self.target_layers = list(layers) if verbalizers is not None else []
+        self.verbalizers = verbalizers
+        self.train_backbone = train_backbone
+        if verbalizers is not None and verbalizers.spec.is_decoder:
+            attention = model.config.get_text_config()._attn_implementation
+            for module in verbalizers.modules():  # a decoder verbalizer gets the mask that the backbone made
+                if hasattr(module, "self_attn"):
+                    module.self_attn.config._attn_implementation = attention
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """[V, d] weight of the language head; a shard under ZeRO-3 (see `sharding.gathered`)."""
+        return self.family.head(self.model).weight
+
+    def train(self, mode: bool = True) -> VerbalizedBackbone:
+        """A frozen backbone stays in eval mode: no dropout, no gradient checkpointing."""
+        super().train(mode)
+        if not self.train_backbone:
+            self.model.eval()
+        return self
+
+    def forward(self, inputs: dict[str, Tensor], index: Tensor, normed: bool = True) -> tuple[Tensor | None, Tensor]:
+        """Hidden states at the answer positions, ready for the head.
+
+        Args:
+            inputs: the processor's tensors for the stock model.
+            index: [N] answer positions in the flattened batch (`answer_positions`).
+            normed: apply the final norm to verbalizer outputs (False: appendix D's headless matching).
+
+        Returns:
+            verbalized [L, N, d] (None without verbalizers) and last [N, d], the backbone's own final hidden state.
+        """
+        decoder = self.verbalizers is not None and self.verbalizers.spec.is_decoder
+        with contextlib.nullcontext() if self.train_backbone else torch.no_grad():
+            with self._record() as (hidden, attention):
+                last = self.family.backbone(self.model)(**inputs, use_cache=False).last_hidden_state
+            last = _take(last, index)
+            if not decoder:
+                hidden = [_take(h, index) for h in hidden]
+        if self.verbalizers is None:
+            return None, last
+        spoken = self.verbalizers(hidden, attention if decoder else None)
+        if decoder:
+            spoken = spoken.flatten(1, 2).index_select(1, index)
+        if normed:
+            spoken = self.family.final_norm(self.model)(spoken)
+        return spoken, last
+
+    @contextlib.contextmanager
+    def _record(self):
+        """Collect the target layers' outputs and call arguments while the backbone runs.
+
+        Hooks live for one forward only, for two reasons: gradient checkpointing runs the layers again in backward,
+        and ZeRO-3 wraps outputs in hooks of its own, so ours must come after those to hold what autograd sees.
+        """
+        hidden: list[Tensor] = []
+        attention: list[dict] = []
+        layers = self.family.decoder_layers(self.model)
+
+        def keep(module, arguments, keywords, output):
+            hidden.append(output[0] if isinstance(output, tuple) else output)
+            attention.append({**keywords, "past_key_values": None, "use_cache": False})
+
+        hooks = [layers[k - 1].register_forward_hook(keep, with_kwargs=True) for k in self.target_layers]
+        try:
+            yield hidden, attention
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _take(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.flatten(0, 1).index_select(0, index)

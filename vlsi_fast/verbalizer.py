@@ -1,0 +1,219 @@
+"""Verbalizers: small networks that turn a hidden state into one that the frozen language head can read.
+
+    verbalized distribution = softmax(head(final_norm(verbalizer(h_k))))        VLsI, section 3.1; table 4f
+
+    d  width of the backbone        f  its FFN's inner width        N  tokens        B, T  rows, positions
+
+| name         | one block                                         | parameters of a block, without norm |
+|--------------|---------------------------------------------------|-------------------------------------|
+| mlp          | linear d -> d                                     | d^2                                 |
+| verb_ffn     | SwiGLU d -> d -> d                                | 3 d^2                               |
+| ffn          | SwiGLU d -> f -> d, the backbone's own FFN shape  | 3 d f                               |
+| decoder      | the backbone's decoder layer, without biases      | 3 d f + attention                   |
+| .._x2        | two blocks (mlp_x2: an activation between them)   | twice that                          |
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vlsi_kernels import verb_ffn
+
+from .backbones import family_of
+from .sharding import gather_state, load_state, rank, sharded_init
+
+CONFIG_NAME = "verbalizer_config.json"
+WEIGHTS_NAME = "verbalizer.safetensors"
+
+
+@dataclass(frozen=True)
+class VerbalizerSpec:
+    """All that is needed to rebuild the verbalizers of one backbone, kept as JSON beside their weights."""
+
+    architecture: str
+    """One of the eight of table 4f."""
+    layers: tuple[int, ...]
+    """Target layers; k is the hidden state after k decoder layers."""
+    hidden_size: int
+    """Width of the backbone, d."""
+    intermediate_size: int
+    """Inner width of the backbone's FFN, f."""
+    rms_norm_eps: float
+    """Epsilon of the optional norm."""
+    norm: bool = False
+    """RMSNorm in front of every block."""
+    residual: bool = False
+    """Block output is added to its input."""
+    output_size: int | None = None
+    """Width of the output where it differs from d (the headless ablation of appendix D)."""
+    model_type: str = ""
+    """transformers model type of the backbone."""
+    backbone_config: dict | None = None
+    """The backbone's configuration, stored for decoder verbalizers only."""
+
+    @classmethod
+    def of(cls, config, layers, settings, output_size: int | None = None) -> VerbalizerSpec:
+        """Spec for a backbone's `transformers` config, target layers and a `VerbalizerConfig`."""
+        text = config.get_text_config()
+        decoder = settings.architecture.startswith("decoder")
+        return cls(
+            architecture=settings.architecture,
+            layers=tuple(layers),
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            rms_norm_eps=text.rms_norm_eps,
+            norm=settings.norm,
+            residual=settings.residual,
+            output_size=None if output_size in (None, text.hidden_size) else output_size,
+            model_type=config.model_type,
+            backbone_config=config.to_dict() if decoder else None,
+        )
+
+    @property
+    def is_decoder(self) -> bool:
+        """Decoder verbalizers attend, so they need the whole sequence; all others work token by token."""
+        return self.architecture.startswith("decoder")
+
+
+class _Block(nn.Module):
+    """One token-wise block: [.., d] -> [.., output width], with optional norm in front and residual around.
+
+    It owns its weights itself (no nn.Linear children), so that ZeRO-3 gathers them for this forward.
+    """
+
+    def __init__(self, spec: VerbalizerSpec, inner: int | None):
+        super().__init__()
+        d, out = spec.hidden_size, spec.output_size or spec.hidden_size
+        self.residual = spec.residual
+        if spec.norm:
+            self.norm = nn.RMSNorm(d, eps=spec.rms_norm_eps)
+        if inner is None:
+            self.linear = _weight(out, d)
+        else:
+            self.gate, self.up, self.down = _weight(inner, d), _weight(inner, d), _weight(out, inner)
+        if spec.residual:  # start as the identity: what the final norm and head make of the hidden state itself
+            nn.init.zeros_(self.linear if inner is None else self.down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x) if hasattr(self, "norm") else x
+        if hasattr(self, "linear"):
+            h = nn.functional.linear(h, self.linear)
+        else:
+            h = verb_ffn(h, self.gate, self.up, self.down)
+        return x + h if self.residual else h
+
+
+def _weight(rows: int, columns: int) -> nn.Parameter:
+    weight = nn.Parameter(torch.empty(rows, columns))
+    nn.init.kaiming_uniform_(weight, a=5**0.5)  # nn.Linear's own
+    return weight
+
+
+class Verbalizer(nn.Module):
+    """Verbalizer of one target layer.
+
+    `forward(x [.., d], **attention) -> [.., output width]`; a decoder verbalizer takes x [B, T, d] and the keyword
+    arguments with which the backbone called its own decoder layer (mask, position embeddings).
+    """
+
+    def __init__(self, spec: VerbalizerSpec, layer: int):
+        super().__init__()
+        kind, times = spec.architecture.removesuffix("_x2"), 2 if spec.architecture.endswith("_x2") else 1
+        if kind == "decoder":
+            self.blocks = nn.ModuleList(_decoder_layer(spec, layer) for _ in range(times))
+        else:
+            inner = {"mlp": None, "verb_ffn": spec.output_size or spec.hidden_size, "ffn": spec.intermediate_size}[kind]
+            self.blocks = nn.ModuleList(_Block(spec, inner) for _ in range(times))
+        self.between = nn.functional.silu if kind == "mlp" else None  # two linear maps in a row would be one
+
+    def forward(self, x: Tensor, **attention) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            if i and self.between is not None:
+                x = self.between(x)
+            x = block(x, **attention)
+        return x
+
+
+def _decoder_layer(spec: VerbalizerSpec, layer: int) -> nn.Module:
+    """The backbone's stock decoder layer; norms follow `spec.norm`, and table 4f's count leaves no room for biases."""
+    from transformers import AutoConfig
+
+    fields = copy.deepcopy(spec.backbone_config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    module = family_of(config).new_decoder_layer(config, layer - 1)
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            child.bias = None
+            nn.init.normal_(child.weight, std=child.in_features**-0.5)
+    if not spec.norm:
+        for name, child in list(module.named_children()):
+            if "norm" in name:
+                setattr(module, name, nn.Identity())
+    return module
+
+
+class Verbalizers(nn.Module):
+    """The verbalizers of all target layers of one backbone."""
+
+    def __init__(self, spec: VerbalizerSpec):
+        super().__init__()
+        self.spec = spec
+        with sharded_init():
+            self.layers = nn.ModuleDict({str(k): Verbalizer(spec, k) for k in spec.layers})
+
+    def forward(self, hidden: list[Tensor], attention: list[dict] | None = None) -> Tensor:
+        """Verbalize every target layer.
+
+        Args:
+            hidden: one tensor a target layer: [N, d], or [B, T, d] for decoder verbalizers.
+            attention: per target layer the keyword arguments of the backbone's own decoder layer (decoder only).
+
+        Returns:
+            [layers, .., output width], in the order of `spec.layers`.
+        """
+        attention = attention or [{}] * len(hidden)
+        return torch.stack([self.layers[str(k)](h, **a) for k, h, a in zip(self.spec.layers, hidden, attention)])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights (safetensors) and spec (JSON). Collective under ZeRO-3; rank 0 writes."""
+        from safetensors.torch import save_file
+
+        state = gather_state(self.named_parameters())
+        if rank() == 0:
+            folder = Path(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+            (folder / CONFIG_NAME).write_text(json.dumps(asdict(self.spec), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Verbalizers:
+        """Rebuild verbalizers from a folder alone. Collective under ZeRO-3.
+
+        Raises:
+            FileNotFoundError: the folder holds no verbalizers.
+            ValueError: weights and spec do not belong together.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        spec = read_spec(folder)
+        module = cls(spec)
+        sharded = any(hasattr(p, "ds_id") for p in module.parameters())
+        load_state(module, load_file(folder / WEIGHTS_NAME) if rank() == 0 or not sharded else {})
+        return module
+
+
+def read_spec(folder: str | Path) -> VerbalizerSpec:
+    """The spec stored in a folder of verbalizers. Raises FileNotFoundError where files are missing."""
+    folder = Path(folder)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no verbalizers ({name} is missing); run the verbalize stage first")
+    fields = json.loads((folder / CONFIG_NAME).read_text())
+    return VerbalizerSpec(**{**fields, "layers": tuple(fields["layers"])})
