@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import time
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from vlsi_fast.data.collate import Collator
 from vlsi_fast.data.dataset import AnswerMismatchError, NoUsableRowError, VlsiDataset, equivalent
+from vlsi_fast.data.encoding import encode
+from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.skipped import SkipLog, TooManySkippedRows, UnusableRow
 from vlsi_fast.data.sources import DataConfig, SourceConfig, build_source
 
@@ -247,8 +250,16 @@ def test_no_skip_allowed(tmp_path):
         log.check()
 
 
+class SlowLog(SkipLog):
+    """Leaves time between reading and writing, so that only the lock keeps processes from writing a row twice."""
+
+    def _read_new_lines(self):
+        super()._read_new_lines()
+        time.sleep(0.002)
+
+
 def write_records(path, first):
-    log = SkipLog(path, total_rows=1000, max_share=1.0)
+    log = SlowLog(path, total_rows=1000, max_share=1.0)
     for i in range(first, first + 60):
         log.record([record(i)], seen=1)
 
@@ -256,7 +267,7 @@ def write_records(path, first):
 def test_several_processes_share_the_file(tmp_path):
     path = tmp_path / "s.jsonl"
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=write_records, args=(path, first)) for first in (0, 30, 60)]
+    workers = [context.Process(target=write_records, args=(path, first)) for first in (0, 0, 60)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -284,3 +295,30 @@ def test_real_easy_vqa_rows_run_through_the_model():
         assert not batch["skipped"]
         loss = model(**batch["student"]).loss
         assert torch.isfinite(loss) and loss > 1.0
+
+
+def test_a_masked_image_changes_no_answer():
+    """What keeps ranks in step on text-only batches must not be seen by the model."""
+    processor = make_processor("tiny", patch_size=14, min_pixels=784, max_pixels=3136)
+    model = make_model(tokenizer=processor.tokenizer, patch_size=14)
+    rows = []
+    for i, answer in enumerate(("red", "a blue circle")):
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": "What color is the shape? " * (i + 1)}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        sample = Sample(id=str(i), messages=messages)
+        encoded = encode(sample, processor, DataConfig(train=[SourceConfig(reader="easy_vqa")]), None)
+        rows.append({"id": str(i), "student": encoded, "skipped": []})
+    plain = Collator({"student": processor})(rows)["student"]
+    always = Collator({"student": processor}, always_image=True)(rows)["student"]
+    assert "pixel_values" not in plain and "pixel_values" in always
+    seen = []
+    model.model.visual.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        one, other = (model(**{k: v for k, v in b.items() if k != "labels"}).logits for b in (plain, always))
+    assert seen == [1]
+    assert (always["labels"] != -100).sum() == (plain["labels"] != -100).sum()
+    for r in range(2):
+        n = int(plain["attention_mask"][r].sum())
+        torch.testing.assert_close(other[r, :n], one[r, :n], rtol=1e-5, atol=1e-5)

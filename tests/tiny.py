@@ -99,9 +99,10 @@ def make_tokenizer(kind: str) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def make_processor(kind: str = "tiny", patch_size: int = 14, **image_options):
-    """A Qwen2-VL processor on Pillow alone; `image_options` go to the image processor (e.g. min_pixels, max_pixels)."""
-    image_processor = Qwen2VLImageProcessorPil(patch_size=patch_size, **image_options)
+def make_processor(kind: str = "tiny", patch_size: int = 14, min_pixels: int = 56 * 56, max_pixels: int = 1003520):
+    """A Qwen2-VL processor on Pillow alone, with the stock bounds on image pixels unless told otherwise."""
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    image_processor = Qwen2VLImageProcessorPil(patch_size=patch_size, size=size)
     return build_qwen2_vl_processor(make_tokenizer(kind), image_processor, CHAT_TEMPLATE)
 
 

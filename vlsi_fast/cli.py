@@ -50,10 +50,12 @@ def train_main(argv: list[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from .config import ConfigError, load_config
     from .lineage import LineageError
-    from .stages import run
 
     try:
-        run(load_config(arguments.config, overrides), arguments.stage, arguments.resume)
+        config = load_config(arguments.config, overrides)
+        from .stages import run  # after the config: importing the trainer takes seconds, an error should not
+
+        run(config, arguments.stage, arguments.resume)
     except (ConfigError, LineageError, FileNotFoundError) as error:
         print(f"vlsi-fast: {error}", file=sys.stderr, flush=True)
         return 2

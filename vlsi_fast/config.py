@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -88,6 +88,12 @@ class MatchingConfig(Section):
     eps: float = Field(1e-6, gt=0)
     """Guard of the adaptive temperature (Algorithm 1: 1e-6)."""
 
+    @model_validator(mode="after")
+    def _k_is_for_bottom(self):
+        if self.k != 1 and self.strategy != "bottom":
+            raise ValueError(f"k={self.k} has no meaning for strategy {self.strategy}; remove k, or set it to bottom")
+        return self
+
 
 class LoraSettings(Section):
     """LoRA on the student's language model (section 4.1c), by peft."""
@@ -150,11 +156,10 @@ class TrainingConfig(Section):
             raise ValueError(f"max_steps must be positive, or -1 for num_train_epochs, got {self.max_steps}")
         if self.lr_scheduler_type == "cosine" and self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate is above learning_rate; lower it")
-        import dataclasses
+        if self.extra:
+            from transformers import TrainingArguments  # seconds of import that most configs do not need
 
-        from transformers import TrainingArguments
-
-        known = {f.name for f in dataclasses.fields(TrainingArguments)}
+            known = set(TrainingArguments.__dataclass_fields__)
         for name in self.extra:
             if name in type(self).model_fields:
                 raise ValueError(f"extra.{name}: set training.{name} itself")
@@ -312,19 +317,38 @@ def field_names(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     return names
 
 
+def _siblings(location: tuple, section: type[BaseModel]) -> dict[str, str]:
+    """Name -> dotted name of the options of the section that `location` is in, elements of lists included."""
+    prefix = ""
+    for part in location[:-1]:
+        prefix += f"{part}."
+        if isinstance(part, str):
+            annotation = section.model_fields[part].annotation
+            kinds = (annotation, *get_args(annotation))
+            section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return {name: prefix + name for name in section.model_fields}
+
+
+def _hint(location: tuple, section: type[BaseModel], prefix: str) -> str:
+    """The option nearest to an unknown one: beside it first, then anywhere; else a list of those beside it."""
+    leaf, name = str(location[-1]), ".".join(str(part) for part in location)
+    beside = _siblings(location, section)
+    anywhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted in field_names(section)}
+    close = [beside[c] for c in difflib.get_close_matches(leaf, beside, n=1, cutoff=0.6)]
+    close = close or difflib.get_close_matches(name, anywhere.values(), n=1, cutoff=0.75)
+    close = close or [anywhere[c] for c in difflib.get_close_matches(leaf, anywhere, n=1, cutoff=0.6)]
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; known: {', '.join(prefix + dotted for dotted in beside.values())}"
+
+
 def _explain(error: ValidationError, section: type[BaseModel], prefix: str = "") -> str:
     """Pydantic's findings as lines that name the field, what was found and the nearest valid key."""
     lines = []
-    known = list(field_names(section))
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            leaf = str(item["loc"][-1])
-            siblings = {k.rsplit(".", 1)[-1]: k for k in known}
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-            close = close or [siblings[c] for c in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)]
-            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known)}"
-            lines.append(f"{prefix}{name}: no such option{hint}")
+            lines.append(f"{prefix}{name}: no such option{_hint(item['loc'], section, prefix)}")
         elif item["type"] == "missing":
             lines.append(f"{prefix}{name}: required; add it to the config or pass --{prefix}{name} VALUE")
         else:

@@ -52,8 +52,6 @@ def sharded_init():
         return
     import deepspeed
 
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed()  # adopts torch's process group; without it ZeRO-3 would count one rank
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config()):
         yield
 

@@ -82,15 +82,15 @@ class VerbalizerSpec:
 
 
 class _Block(nn.Module):
-    """One token-wise block: [.., d] -> [.., output width], with optional norm in front and residual around.
+    """One token-wise block: [.., d] -> [.., output width], with optional activation and norm in front, residual around.
 
     It owns its weights itself (no nn.Linear children), so that ZeRO-3 gathers them for this forward.
     """
 
-    def __init__(self, spec: VerbalizerSpec, inner: int | None):
+    def __init__(self, spec: VerbalizerSpec, inner: int | None, activate: bool = False):
         super().__init__()
         d, out = spec.hidden_size, spec.output_size or spec.hidden_size
-        self.residual = spec.residual
+        self.residual, self.activate = spec.residual, activate
         if spec.norm:
             self.norm = nn.RMSNorm(d, eps=spec.rms_norm_eps)
         if inner is None:
@@ -101,7 +101,8 @@ class _Block(nn.Module):
             nn.init.zeros_(self.linear if inner is None else self.down)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x) if hasattr(self, "norm") else x
+        h = nn.functional.silu(x) if self.activate else x
+        h = self.norm(h) if hasattr(self, "norm") else h
         if hasattr(self, "linear"):
             h = nn.functional.linear(h, self.linear)
         else:
@@ -129,13 +130,11 @@ class Verbalizer(nn.Module):
             self.blocks = nn.ModuleList(_decoder_layer(spec, layer) for _ in range(times))
         else:
             inner = {"mlp": None, "verb_ffn": spec.output_size or spec.hidden_size, "ffn": spec.intermediate_size}[kind]
-            self.blocks = nn.ModuleList(_Block(spec, inner) for _ in range(times))
-        self.between = nn.functional.silu if kind == "mlp" else None  # two linear maps in a row would be one
+            # mlp_x2: two linear maps in a row would be one, so its second block activates its input
+            self.blocks = nn.ModuleList(_Block(spec, inner, activate=kind == "mlp" and i > 0) for i in range(times))
 
     def forward(self, x: Tensor, **attention) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            if i and self.between is not None:
-                x = self.between(x)
+        for block in self.blocks:
             x = block(x, **attention)
         return x
 

@@ -23,7 +23,7 @@ MAX_ROW_CHUNK = {"cpu": 2048}
 # Fewer rows or columns than this starve the matrix products; a smaller workspace is therefore not honoured.
 MIN_ROW_CHUNK = 256
 MIN_VOCAB_CHUNK = 256
-# Tile-sized buffers alive at once. CPU: logits and exponentials. CUDA: also the two bfloat16 halves of the exponentials.
+# Tile-sized buffers alive at once. CPU: logits and exponentials; CUDA: the exponentials' two bfloat16 halves as well.
 TILE_BUFFERS = {"cpu": 2, "cuda": 4}
 
 
@@ -181,7 +181,7 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
         product += torch.mm((left - high).to(torch.bfloat16), right, out_dtype=torch.float32)
         total.copy_(product) if first else total.add_(product)
     else:
-        total.addmm_(left, right.to(total.dtype), beta=0 if first else 1)
+        torch.addmm(total, left, right.to(total.dtype), beta=0 if first else 1, out=total)
 
 
 def _tensor_core_pair(left: Tensor, right: Tensor) -> bool:

@@ -68,7 +68,7 @@ def stream_head_statistics(
     *,
     with_mean: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """logsumexp [N], mean_logit [N] or None, expectation [N, Dv] or None, in one pass over the vocabulary per row block.
+    """logsumexp [N], mean_logit [N] or None, expectation [N, Dv] or None: one vocabulary pass per row block.
 
     No checks and no autograd: the operators of this package build on it.
     """
@@ -81,7 +81,8 @@ def stream_head_statistics(
     if values is not None:
         expectation = torch.empty(rows, values.shape[1], dtype=dtype, device=hidden.device)
     with exact_matmul(hidden.device):
-        scratch = [torch.empty(row_chunk * vocab_chunk, dtype=dtype, device=hidden.device) for _ in range(1 + with_mean)]
+        tile = row_chunk * vocab_chunk
+        scratch = [torch.empty(tile, dtype=dtype, device=hidden.device) for _ in range(1 + with_mean)]
         for block in spans(rows, row_chunk):
             out = None if expectation is None else expectation[block]
             lse_block, mean_block = _stream_block(hidden[block], weight, values, options, vocab_chunk, scratch, out)
@@ -105,7 +106,8 @@ def _stream_block(
     with_mean = len(scratch) == 2
     if not _stays_low(hidden):
         hidden = hidden.to(scratch[0].dtype)
-    shift = total = moment = None  # [R]: subtracted from logits; sum of exponentials; sum of exponential * shifted logit
+    # [R] each: what is subtracted from logits; sum of exponentials; sum of exponential * (logit - shift)
+    shift = total = moment = None
     for chunk in spans(options.vocab_size, vocab_chunk):
         columns = chunk.stop - chunk.start
         first = total is None
@@ -223,7 +225,7 @@ def merge_head_statistics(parts: Sequence[HeadStatistics]) -> HeadStatistics:
         if part.logsumexp.shape != parts[0].logsumexp.shape or (
             with_expectation and part.expectation.shape != parts[0].expectation.shape
         ):
-            raise ValueError("parts differ in shape; every part must hold the same N tokens and the same width of values")
+            raise ValueError("parts differ in shape; every part must hold the same N tokens and the same values' width")
     lse = torch.stack([part.logsumexp.double() for part in parts])  # [parts, N]
     whole = lse.logsumexp(0)
     share = (lse - whole).exp()

@@ -97,7 +97,8 @@ def _weighted_mean(kl: Tensor, share: Tensor) -> Tensor:
 class _LayerKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, student_hidden: Tensor, student_weight: Tensor, share: Tensor, targets: TeacherTargets, options: HeadOptions
+        ctx, student_hidden: Tensor, student_weight: Tensor, share: Tensor, targets: TeacherTargets,
+        options: HeadOptions,
     ) -> Tensor:
         layers, tokens, width = student_hidden.shape
         need_grad = ctx.needs_input_grad[0]
@@ -133,7 +134,8 @@ def _layer_kl_tokens(
 ) -> Tensor:
     """[S, L, N] float64 per-token KLs by the streaming path, no gradient: what the mean is taken of. For tests."""
     options = make_options(
-        targets.vocab_size, student_weight.shape[0], targets.temperature, "torch", workspace_bytes, student_hidden.device
+        targets.vocab_size, student_weight.shape[0], targets.temperature, "torch", workspace_bytes,
+        student_hidden.device,
     )
     with torch.no_grad():
         flat = student_hidden.flatten(0, 1)
@@ -182,7 +184,7 @@ def teacher_targets(
     check_same_device(hidden=hidden, weight=weight, student_weight=student_weight)
     vocab_rows = min(weight.shape[0], student_weight.shape[0])
     options = make_options(vocab_size, vocab_rows, temperature, impl, workspace_bytes, hidden.device)
-    flat = hidden.reshape(-1, hidden.shape[2])
+    flat = hidden.flatten(0, 1)
     if options.impl == "reference":
         lse, mean, expectation = reference_head_statistics(
             flat, weight, student_weight, vocab_size=options.vocab_size, temperature=options.temperature
@@ -192,7 +194,7 @@ def teacher_targets(
     dtype = compute_dtype(hidden, weight, student_weight)
     return TeacherTargets(
         (mean - lse).to(dtype).view(hidden.shape[:2]),
-        expectation.to(dtype).view(*hidden.shape[:2], -1),
+        expectation.to(dtype).view(*hidden.shape[:2], student_weight.shape[1]),
         options.vocab_size,
         options.temperature,
     )
@@ -241,7 +243,9 @@ def layer_kl_matrix(
     if options.impl == "reference":
         dtype = compute_dtype(student_hidden, student_weight, targets.expectation)
         return _weighted_mean(_reference_from_targets(student_hidden, student_weight, targets), share).to(dtype)
-    return _LayerKL.apply(student_hidden, student_weight, share, targets, options)
+    if not torch.is_grad_enabled():  # a Function cannot see this itself, and would compute what backward needs
+        student_hidden = student_hidden.detach()
+    return _LayerKL.apply(student_hidden, student_weight.detach(), share, targets, options)
 
 
 def _token_share(token_weight: Tensor | None, student_hidden: Tensor) -> Tensor:
@@ -267,7 +271,7 @@ def _checked_options(
     tokens = student_hidden.shape[1]
     if targets.expectation.shape[1] != tokens or targets.neg_entropy.shape != targets.expectation.shape[:2]:
         raise ValueError(
-            f"student_hidden has {tokens} tokens but the targets are for {list(targets.neg_entropy.shape)} layers x tokens; "
+            f"student_hidden has {tokens} tokens but the targets are [L, N] = {list(targets.neg_entropy.shape)}; "
             "gather the same answer tokens from teacher and student"
         )
     if token_weight is not None and token_weight.shape != (tokens,):
@@ -284,8 +288,8 @@ def _checked_options(
     check_no_grad("token_weight", token_weight, "weights are constants here")
     if vocab_size is not None and vocab_size != targets.vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size} but the targets were built with {targets.vocab_size}; pass vocab_size=None, or build "
-            "the targets again"
+            f"vocab_size={vocab_size} but the targets were built with {targets.vocab_size}; pass vocab_size=None, or "
+            "build the targets again"
         )
     if temperature != targets.temperature:
         raise ValueError(

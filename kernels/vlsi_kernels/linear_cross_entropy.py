@@ -2,7 +2,7 @@
 
     z[n, v] = hidden[n] . weight[v] / temperature                       v < vocab_size
     lse[n]  = log sum_v exp z[n, v]             loss[n] = lse[n] - z[n, labels[n]]
-    d loss[n] / d hidden[n]  = (e[n] - weight[labels[n]]) / temperature      with e[n] = sum_v softmax(z[n])[v] weight[v]
+    d loss[n] / d hidden[n]  = (e[n] - weight[labels[n]]) / temperature   with e[n] = sum_v softmax(z[n])[v] weight[v]
     d loss[n] / d weight[v]  = (softmax(z[n])[v] - [v = labels[n]]) hidden[n] / temperature
 
 Shapes: hidden [N, D], weight [V, D], labels [N]; N tokens, V vocabulary, D width.
@@ -122,6 +122,12 @@ class _LinearLogsumexp(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
+def _apply(hidden: Tensor, weight: Tensor, label_columns: Tensor | None, options: HeadOptions) -> Tensor:
+    if not torch.is_grad_enabled():  # a Function cannot see this itself, and would compute what backward needs
+        hidden, weight = hidden.detach(), weight.detach()
+    return _LinearLogsumexp.apply(hidden, weight, label_columns, options)
+
+
 # ---- public functions ----
 
 
@@ -156,7 +162,7 @@ def linear_logsumexp(
             hidden, weight, vocab_size=options.vocab_size, temperature=options.temperature
         )
         return result.to(compute_dtype(hidden, weight))
-    return _LinearLogsumexp.apply(hidden, weight, None, options)
+    return _apply(hidden, weight, None, options)
 
 
 def linear_cross_entropy(
@@ -206,8 +212,8 @@ def linear_cross_entropy(
     if labels.device.type == "cpu" and not bool((inside | ~kept).all()):
         worst = labels[kept & ~inside][0].item()
         raise ValueError(
-            f"label {worst} is outside 0..{options.vocab_size - 1}; cut the labels to the vocabulary, or mark such tokens "
-            f"with ignore_index={ignore_index}"
+            f"label {worst} is outside 0..{options.vocab_size - 1}; cut the labels to the vocabulary, or mark such "
+            f"tokens with ignore_index={ignore_index}"
         )
     columns = torch.where(kept & inside, labels, 0)
     if options.impl == "reference":
@@ -215,7 +221,7 @@ def linear_cross_entropy(
             hidden, weight, columns, ignore_index=-1, vocab_size=options.vocab_size, temperature=options.temperature
         ).to(compute_dtype(hidden, weight))
     else:
-        loss = _LinearLogsumexp.apply(hidden, weight, columns, options)
+        loss = _apply(hidden, weight, columns, options)
     if labels.device.type != "cpu":
         loss = loss * torch.where(inside | ~kept, 1.0, float("nan")).to(loss.dtype)
     loss = loss.masked_fill(~kept, 0.0)

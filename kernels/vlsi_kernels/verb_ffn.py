@@ -71,7 +71,7 @@ def verb_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, impl: str = "
         down: [Dout, Dh], or [K, Dout, Dh].
         impl: "auto" and "torch": as above; "reference": float64 inside.
 
-    Returns: [.., Dout] in x's dtype; under autocast all are converted to autocast's dtype first, as a linear layer would.
+    Returns: [.., Dout] in x's dtype; under autocast all are converted to its dtype first, as a linear layer would.
 
     Raises:
         ValueError: shapes that do not fit, several devices, differing dtypes outside autocast, unknown impl.
@@ -80,7 +80,7 @@ def verb_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, impl: str = "
     x, gate, up, down = _checked(x, gate, up, down)
     if resolve_impl(impl, x.device) == "reference":
         return reference_verb_ffn(x, gate, up, down).to(x.dtype)
-    rows = x.reshape(gate.shape[0], -1, x.shape[-1]) if gate.dim() == 3 else x.reshape(-1, x.shape[-1])
+    rows = x.flatten(1, -2) if gate.dim() == 3 else x[None].flatten(0, -2)
     with torch.autocast(device_type=x.device.type, enabled=False):
         y = _VerbFFN.apply(rows, gate, up, down)
     return y.view(*x.shape[:-1], down.shape[-2])
@@ -96,8 +96,8 @@ def _checked(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor,
     check_same_device(x=x, gate=gate, up=up, down=down)
     if up.shape != gate.shape or down.shape[-1] != gate.shape[-2] or down.shape[:-2] != gate.shape[:-2]:
         raise ValueError(
-            f"gate {list(gate.shape)}, up {list(up.shape)} and down {list(down.shape)} do not fit; they must be [.., Dh, Din] "
-            "twice and [.., Dout, Dh]"
+            f"gate {list(gate.shape)}, up {list(up.shape)} and down {list(down.shape)} do not fit; they must be "
+            "[.., Dh, Din] twice and [.., Dout, Dh]"
         )
     if x.shape[-1] != gate.shape[-1]:
         raise ValueError(f"x has width {x.shape[-1]} but gate and up take {gate.shape[-1]}")
@@ -111,6 +111,7 @@ def _checked(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor,
         return x.to(dtype), gate.to(dtype), up.to(dtype), down.to(dtype)
     if not x.dtype == gate.dtype == up.dtype == down.dtype:
         raise ValueError(
-            f"x is {x.dtype}, gate {gate.dtype}, up {up.dtype}, down {down.dtype}; convert them to one dtype, or use autocast"
+            f"x is {x.dtype}, gate {gate.dtype}, up {up.dtype}, down {down.dtype}; convert them to one dtype, "
+            "or use autocast"
         )
     return x, gate, up, down

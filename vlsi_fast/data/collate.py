@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from PIL import Image
 
 from vlsi_fast.data.dataset import ROLES
 from vlsi_fast.data.encoding import IGNORED
@@ -13,12 +14,15 @@ class Collator:
 
     Args:
         processors: role -> that model's processor; its tokenizer's padding token is used.
+        always_image: put a small masked image behind the first row of a batch that has none. Ranks that shard or reduce
+            the vision tower's weights must all run it, whatever rows they got; the masked tokens change no other one.
 
     Raises:
         ValueError: a tokenizer has no padding token.
     """
 
-    def __init__(self, processors: dict):
+    def __init__(self, processors: dict, always_image: bool = False):
+        self._blank = {role: _blank_image(p) for role, p in processors.items()} if always_image else {}
         self._pad_ids = {}
         self._vision_names = {}
         for role, processor in processors.items():
@@ -47,6 +51,8 @@ class Collator:
 
     def _join(self, rows: list[dict[str, torch.Tensor]], role: str) -> dict[str, torch.Tensor]:
         vision = self._vision_names[role]
+        if role in self._blank and not any(name in row for row in rows for name in vision):
+            rows = [_append_masked(rows[0], self._blank[role], vision), *rows[1:]]
         names = dict.fromkeys(name for row in rows for name in row)
         padding = {"input_ids": self._pad_ids[role], "labels": IGNORED}
         return {
@@ -55,6 +61,27 @@ class Collator:
             else _pad([_per_token(row, name) for row in rows], padding.get(name, 0))
             for name in names
         }
+
+
+def _blank_image(processor) -> dict[str, torch.Tensor]:
+    """A processor's tensors for one small white image and nothing else."""
+    turns = [{"role": "user", "content": [{"type": "image"}]}]
+    text = processor.apply_chat_template(turns, tokenize=False)
+    return dict(processor(text=[text], images=[Image.new("RGB", (32, 32), "white")], return_tensors="pt"))
+
+
+def _append_masked(row: dict[str, torch.Tensor], blank: dict[str, torch.Tensor], vision: set[str]) -> dict:
+    """Row [1, T] with the blank image's tokens behind it: never attended to, never an answer."""
+    count = blank["input_ids"].shape[1]
+    joined = {name: value for name, value in blank.items() if name in vision}
+    for name, value in row.items():
+        behind = blank[name] if name in blank else torch.zeros(1, count, dtype=value.dtype)
+        if name == "attention_mask":
+            behind = torch.zeros_like(behind)
+        elif name == "labels":
+            behind = torch.full_like(blank["input_ids"], IGNORED)
+        joined[name] = torch.cat([value, behind], dim=1)
+    return joined
 
 
 def _per_token(row: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -52,10 +52,13 @@ def encode(
     found = len(images) if image_token is None else text.count(image_token)
     if found != len(images):
         raise UnusableRow("bad_row", f"{found} image tokens {image_token} in the text, but {len(images)} images")
+    for token in (getattr(processor, "video_token", None), getattr(processor, "audio_token", None)):
+        if token is not None and token in text:
+            raise UnusableRow("bad_row", f"the text holds {token}, but rows have no videos and no sound")
     options = _tokenizer_options(processor, text)
     try:
         row = dict(processor(text=[text], images=images or None, return_tensors="pt", **options))
-    except ValueError as error:  # an image too narrow to resize, a stray video token, ..
+    except ValueError as error:  # an image too narrow to resize, ..
         raise UnusableRow("bad_row", f"{type(processor).__name__} refuses the row: {error}") from error
     length = row["input_ids"].shape[1]
     if length > data_config.max_length:
@@ -90,10 +93,9 @@ def answer_spans(messages: list[dict], processor) -> tuple[str, list[tuple[int, 
         if message["role"] != "assistant":
             continue
         if i == 0:
-            raise UnusableRow(
-                "template", "the conversation starts with an assistant turn, so it has no prompt"
-            )
-        through = _render(processor, messages[: i + 1], prompt=False).rstrip()
+            raise UnusableRow("template", "the conversation starts with an assistant turn, so it has no prompt")
+        last = i == len(messages) - 1
+        through = (full if last else _render(processor, messages[: i + 1], prompt=False)).rstrip()
         start = _end_of_prompt(_render(processor, messages[:i], prompt=True), through)
         if start is None or not full.startswith(through):
             raise UnusableRow(

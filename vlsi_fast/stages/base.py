@@ -103,7 +103,14 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
         **t.extra,
     }
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.stage_dir(stage) / "tensorboard")
-    return TrainingArguments(**arguments)
+    args = TrainingArguments(**arguments)
+    _ = args.device  # starts the process group
+    if deepspeed is not None:
+        import deepspeed as engine
+
+        if not engine.comm.is_initialized():
+            engine.init_distributed()  # adopts that group; without it loading under ZeRO-3 would count one rank
+    return args
 
 
 class _Progress(ProgressCallback):
@@ -197,7 +204,7 @@ class StageTrainer(Trainer):
         if not all(map(math.isfinite, values)):
             self._stop_on_non_finite()
         for _, facts in self._pending:
-            self.skip_log.record(facts["skipped"], len(facts["ids"]))
+            self.skip_log.record(facts["skipped"], len(facts["ids"]) + len(facts["skipped"]))
         self.skip_log.check()
         self._pending.clear()
         record = self._record(values)

@@ -117,7 +117,6 @@ class Stage:
             NonFiniteLossError, TooManySkippedRows: while training.
         """
         self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
-        barrier_device = self.args.device
         self.roles = {name: Role(name, self.config) for name in self.role_names()}
         if len(self.roles) == 2:
             student, teacher = self.roles["student"], self.roles["teacher"]
@@ -145,7 +144,7 @@ class Stage:
             "optimizer_steps": result.global_step,
             "answer_tokens": trainer.answer_tokens,
             "skipped_rows": trainer.skip_log.summary(),
-            "device": str(barrier_device),
+            "device": str(self.args.device),
         }
         self.save(module)
         barrier()
@@ -177,7 +176,7 @@ class Stage:
         }
 
     def _collator(self) -> Collator:
-        return Collator({name: role.processor for name, role in self.roles.items()})
+        return Collator({name: role.processor for name, role in self.roles.items()}, always_image=world_size() > 1)
 
     # ---- parts that stages share -----------------------------------------------------------------------------------------
 

@@ -1,0 +1,51 @@
+"""Shared by the operator tests: largest-tensor recorder, error measures, and the three precision regimes."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+VOCAB = 151936
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the element count of the largest tensor that any operation produced."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return out
+
+
+def relative_error(value, truth):
+    """Frobenius norm of the difference over that of the truth."""
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+def randn(*shape, seed, dtype=torch.float32, scale=1.0):
+    """Normal numbers that depend on `seed` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def regime(name, dtype, layers=2, tokens=6, width=48):
+    """student_hidden [2, N, D], student_weight [V, D], teacher_hidden [L, N, D], teacher_weight [V + 128, D].
+
+    "far": unrelated distributions; "near": KL about 0.01; "near_large": the same with logits up to about 50.
+    """
+    weight = randn(VOCAB + 128, width, seed=1, scale=width**-0.5)
+    spread = 11.0 if name == "near_large" else 2.0  # standard deviation of the logits; the largest is about 4.5 of it
+    teacher = randn(layers, tokens, width, seed=2, scale=spread)
+    if name == "far":
+        student = randn(2, tokens, width, seed=3, scale=spread)
+    else:
+        student = teacher[[0, 1]] + randn(2, tokens, width, seed=4, scale=0.14)
+    weight, teacher, student = weight.to(dtype), teacher.to(dtype), student.to(dtype)
+    student_weight = weight[:VOCAB].clone()
+    weight[VOCAB:] = float("nan")  # padding rows, which take no part
+    return student, student_weight, teacher, weight

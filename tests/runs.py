@@ -1,0 +1,107 @@
+"""A tiny teacher and student on disk, a small dataset of real PNG files, and runs on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+COLORS = ["red", "green", "blue", "yellow", "black", "gray"]
+
+
+def make_models(folder: Path) -> None:
+    """`folder/teacher` (6 layers, width 48) and `folder/student` (4 layers, width 32, tied head)."""
+    for role, options in (
+        ("teacher", {"hidden": 48, "layers": 6, "seed": 1}),
+        ("student", {"hidden": 32, "layers": 4, "seed": 2, "tied": True}),
+    ):
+        processor = tiny.make_processor("tiny", patch_size=8, min_pixels=1024, max_pixels=1024)
+        tiny.make_model(tokenizer=processor.tokenizer, patch_size=8, **options).save_pretrained(folder / role)
+        processor.save_pretrained(folder / role)
+
+
+def make_rows(folder: Path, count: int = 48) -> Path:
+    """`folder/rows.jsonl`: one image each, answers of one to four words."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(count):
+        color = COLORS[i % len(COLORS)]
+        image = Image.new("RGB", (32, 32), "white")
+        ImageDraw.Draw(image).ellipse((4 + i % 8, 4, 20 + i % 8, 24), fill=color)
+        image.save(folder / "images" / f"{i}.png")
+        answer = [color, f"a {color} circle", f"yes, a {color} circle"][i % 3]
+        messages = [
+            {"role": "user", "content": f"<image>What is in image {i}?"},
+            {"role": "assistant", "content": answer},
+        ]
+        lines.append(json.dumps({"images": [f"images/{i}.png"], "messages": messages}))
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def settings(folder: Path, output: Path, **training) -> dict:
+    """A run's config as a mapping, with `folder`'s models and rows."""
+    return {
+        "output_dir": str(output),
+        "dtype": "float32",
+        "teacher": {"path": str(folder / "teacher"), "layers": [1, 2, 3, 4, 5]},
+        "student": {"path": str(folder / "student"), "layers": [1, 2, 3]},
+        "lora": {"rank": 8, "alpha": 8},
+        "matching": {"strategy": "uniform"},
+        "data": {"train": [{"reader": "messages", "path": str(folder / "rows.jsonl")}]},
+        "training": {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 3,
+            "save_steps": 100,
+            "learning_rate": 1e-3,
+            "report_to": [],
+            "gradient_checkpointing": False,
+        }
+        | training,
+    }
+
+
+def metrics(output: Path, stage: str) -> list[dict]:
+    """The records of a stage, one a step."""
+    return [json.loads(line) for line in (Path(output) / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path, stage: str) -> list[float]:
+    return [record["loss"] for record in metrics(output, stage)]
+
+
+def write_config(tree: dict, path: Path) -> Path:
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return path
+
+
+def environment(**extra) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"} | extra
+
+
+def train_command(config: Path, stage: str, *arguments: str, ranks: int = 0) -> list[str]:
+    """Plain python, or the deepspeed launcher where ranks are given."""
+    launcher = [sys.executable]
+    if ranks:
+        port = 29500 + os.getpid() % 1000
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+        launcher += ["--master_port", str(port)]
+    return [*launcher, str(ROOT / "vlsi_fast" / "train.py"), "--stage", stage, "--config", str(config), *arguments]
+
+
+def train(config: Path, stage: str, *arguments: str, ranks: int = 0, timeout: int = 600):
+    """Run train.py to its end. Returns the finished process; its output is in `.stdout`."""
+    return subprocess.run(
+        train_command(config, stage, *arguments, ranks=ranks),
+        cwd=ROOT, env=environment(), timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+

@@ -1,0 +1,129 @@
+"""Two DeepSpeed ZeRO-3 ranks on the CPU against one plain process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import runs
+import torch
+
+from vlsi_fast import load_config, run
+from vlsi_fast.loading import load_backbone
+from vlsi_fast.verbalizer import Verbalizers
+
+STAGES = ("verbalize", "interact", "sft")
+
+
+def zero3() -> dict:
+    """The shipped preset with every parameter sharded: tiny ones would otherwise be kept whole."""
+    preset = json.loads((runs.ROOT / "configs" / "zero3.json").read_text())
+    preset["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return preset
+
+
+@pytest.fixture(scope="module")
+def two_ranks(workspace, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    tree = runs.settings(
+        workspace, folder / "run", gradient_accumulation_steps=1, save_steps=2, deepspeed=zero3(),
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    config = runs.write_config(tree, folder / "config.yaml")
+    done = runs.train(config, "all", ranks=2)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def one_rank(workspace, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rank")
+    config = runs.write_config(runs.settings(workspace, folder / "run"), folder / "config.yaml")
+    run(load_config(config), "all")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_zero3_ranks_equal_one(two_ranks, one_rank, stage):
+    for two, one in zip(runs.metrics(two_ranks, stage), runs.metrics(one_rank, stage), strict=True):
+        assert two["answer_tokens"] == one["answer_tokens"]
+        assert two["rows"] == one["rows"] == 4
+        assert two["loss"] == pytest.approx(one["loss"], rel=2e-4)
+        assert len(two["peak_memory_bytes"]) == 2
+
+
+def test_results_of_two_ranks_equal_those_of_one(two_ranks, one_rank):
+    for stage in ("interact", "sft"):
+        two, one = (load_backbone(folder / stage / "student", "float32") for folder in (two_ranks, one_rank))
+        for (name, a), (_, b) in zip(two.named_parameters(), one.named_parameters(), strict=True):
+            # Adam's first steps move each weight by the learning rate in the gradient's sign: compare what they compute
+            torch.testing.assert_close(a, b, rtol=0, atol=4e-3, msg=lambda m, name=name: f"{name}: {m}")
+        ids = torch.arange(20)[None] + 40
+        with torch.no_grad():
+            a, b = two(input_ids=ids).logits.softmax(-1), one(input_ids=ids).logits.softmax(-1)
+        assert (a - b).abs().max() < 5e-3
+    for role in ("student", "teacher"):
+        two, one = (Verbalizers.from_pretrained(folder / "verbalize" / role) for folder in (two_ranks, one_rank))
+        assert two.spec == one.spec
+
+
+def test_parameters_were_sharded(two_ranks):
+    """ZeRO-3 writes each rank's part; frozen weights are in none of them."""
+    folder = two_ranks / "interact" / "checkpoint-2"
+    parts = sorted(folder.glob("global_step*/*_optim_states.pt"))
+    assert len(parts) == 2
+    total = sum(p.numel() for p in load_backbone(two_ranks / "interact" / "student", "float32").parameters())
+    trainable = sum(
+        v.numel() for v in torch.load(parts[0], weights_only=False)["optimizer_state_dict"]["fp32_flat_groups"]
+    )
+    assert 0 < trainable < total / 4
+
+
+def test_ranks_draw_their_own_matches(workspace, two_ranks, tmp_path):
+    """And a killed two-rank run resumes to the same losses."""
+    for name in ("whole", "killed"):
+        shutil.copytree(two_ranks / "verbalize", tmp_path / name / "verbalize")
+    configs = {}
+    for name in ("whole", "killed"):
+        tree = runs.settings(
+            workspace, tmp_path / name, gradient_accumulation_steps=1, max_steps=6, save_steps=2, deepspeed=zero3()
+        )
+        configs[name] = runs.write_config(tree | {"matching": {}}, tmp_path / f"{name}.yaml")
+    done = runs.train(configs["whole"], "interact", ranks=2)
+    assert done.returncode == 0, done.stdout[-3000:]
+    whole = runs.metrics(tmp_path / "whole", "interact")
+    assert any(max(row) == 1 for record in whole for row in record["matches"]), "both ranks always drew alike"
+    process = subprocess.Popen(
+        runs.train_command(configs["killed"], "interact", ranks=2), cwd=runs.ROOT, env=runs.environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    folder, deadline = tmp_path / "killed" / "interact", time.time() + 300
+    while not list(folder.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = runs.train(configs["killed"], "interact", "--resume", ranks=2)
+    assert done.returncode == 0, done.stdout[-3000:]
+    keep = ("step", "loss", "matches", "answer_tokens")
+    resumed = [{k: r[k] for k in keep} for r in runs.metrics(tmp_path / "killed", "interact")]
+    assert resumed == [{k: r[k] for k in keep} for r in whole]
+
+
+def test_zero3_preset_is_what_deepspeed_reads():
+    """Flat dotted keys would be ignored without a word."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    preset = json.loads((runs.ROOT / "configs" / "zero3.json").read_text())
+    for name in ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"):
+        preset[name] = 1
+    preset |= {"gradient_clipping": 1.0, "bf16": {"enabled": False}}
+    effective = DeepSpeedConfig(preset).zero_config
+    assert effective.stage == 3
+    for name, value in preset["zero_optimization"].items():
+        attribute = {"stage3_param_persistence_threshold": "param_persistence_threshold"}.get(name, name)
+        attribute = attribute.removeprefix("stage3_")
+        assert getattr(effective, attribute) == value, name

@@ -1,0 +1,399 @@
+"""The three stages end to end on tiny models: results, lineage, resumption, counts, failures."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import runs
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from vlsi_fast import load_config, run
+from vlsi_fast.config import ConfigError
+from vlsi_fast.data import TooManySkippedRows
+from vlsi_fast.lineage import LineageError, read_record
+from vlsi_fast.loading import load_backbone
+from vlsi_fast.stages.base import NonFiniteLossError
+
+
+@pytest.fixture(scope="module")
+def finished(workspace, tmp_path_factory):
+    """A whole run, in this process."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    config = runs.write_config(runs.settings(workspace, output), output.parent / "config.yaml")
+    run(load_config(config), "all")
+    return output, config
+
+
+def start(workspace, output, stage="all", resume=False, training=None, **sections):
+    tree = runs.settings(workspace, output, **(training or {}))
+    for name, value in sections.items():
+        tree[name] = tree.get(name, {}) | value if isinstance(value, dict) else value
+    path = runs.write_config(tree, output.parent / f"{output.name}.yaml")
+    return run(load_config(path), stage, resume)
+
+
+def copy_run(source, target, *stages):
+    for stage in stages:
+        shutil.copytree(source / stage, target / stage)
+    return target
+
+
+# ---- results -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_leaves_a_finished_record(finished):
+    output, _ = finished
+    for stage in ("verbalize", "interact", "sft"):
+        record = read_record(output / stage)
+        assert record["state"] == "finished"
+        assert record["summary"]["optimizer_steps"] == 3
+        assert record["summary"]["answer_tokens"] == sum(r["answer_tokens"] for r in runs.metrics(output, stage)) > 0
+        assert record["facts"]["student"]["layers"] == [1, 2, 3]
+        assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
+
+
+@pytest.mark.parametrize("stage", ["interact", "sft"])
+def test_result_is_a_stock_checkpoint_that_generates(finished, stage):
+    output, _ = finished
+    from vlsi_fast.data import load_processor
+
+    folder = output / stage / "student"
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    processor = load_processor(folder)
+    turns = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]
+    prompt = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[prompt], return_tensors="pt")
+    new = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert new.shape[1] > inputs["input_ids"].shape[1]
+    names = {p.name for p in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert not any(name.endswith((".bin", ".pt")) for name in names)
+
+
+def test_merged_student_equals_base_plus_adapter(finished, workspace):
+    """Stock transformers + peft on the base checkpoint give the exported student's logits."""
+    from peft import PeftModel
+
+    output, _ = finished
+    ids = torch.arange(12)[None] + 30
+    base = load_backbone(workspace / "student", "float32")
+    before = base(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(base, output / "interact" / "adapter")
+    exported = Qwen2VLForConditionalGeneration.from_pretrained(output / "interact" / "student")
+    with torch.no_grad():
+        torch.testing.assert_close(exported(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+        assert (exported(input_ids=ids).logits - before).abs().max() > 1e-3
+
+
+def test_sft_trains_the_language_model_and_not_the_vision_tower(finished):
+    output, _ = finished
+    before = dict(load_backbone(output / "interact" / "student", "float32").named_parameters())
+    after = dict(load_backbone(output / "sft" / "student", "float32").named_parameters())
+    for name, parameter in after.items():
+        changed = not torch.equal(parameter, before[name])
+        assert changed == ("visual" not in name), name
+
+
+def test_verbalizers_load_alone_and_have_learnt(finished):
+    from vlsi_fast.verbalizer import Verbalizers
+
+    output, _ = finished
+    verbalizers = Verbalizers.from_pretrained(output / "verbalize" / "teacher")
+    assert verbalizers.spec.layers == (1, 2, 3, 4, 5)
+    first, last = runs.metrics(output, "verbalize")[0], runs.metrics(output, "verbalize")[-1]
+    assert last["loss"] < first["loss"]
+
+
+def test_records_hold_what_the_readme_promises(finished):
+    output, _ = finished
+    record = runs.metrics(output, "interact")[-1]
+    parts = [value for name, value in record.items() if name.startswith("loss/")]
+    assert [name for name in record if name.startswith("loss/")] == [
+        "loss/student_layer_1", "loss/student_layer_2", "loss/student_layer_3", "loss/last",
+    ]  # fmt: skip
+    assert math.isclose(sum(parts), record["loss"], rel_tol=1e-9)
+    assert len(record["kl"]) == 3 and len(record["kl"][0]) == 5
+    # uniform matching: student layer i -> teacher layer i, once a micro-batch
+    assert record["matches"] == [[2, 0, 0, 0, 0], [0, 2, 0, 0, 0], [0, 0, 2, 0, 0]]
+    matched = [record["kl"][i][i] for i in range(3)]
+    assert all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(parts[:3], matched))
+    for name in ("learning_rate", "answer_tokens", "tokens_per_second", "step_seconds", "peak_memory_bytes"):
+        assert record[name]
+
+
+def test_tensorboard_has_the_layers(workspace, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    start(workspace, tmp_path / "run", "verbalize", training={"report_to": ["tensorboard"]})
+    events = EventAccumulator(str(tmp_path / "run" / "verbalize" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert "train/loss/student_layer_1" in tags and "train/loss/teacher_layer_5" in tags
+    assert len(events.Scalars("train/loss")) == 3
+
+
+# ---- the same numbers by another way -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["verbalize", "interact", "sft"])
+def test_accumulation_8x1_equals_1x8(workspace, finished, tmp_path, stage):
+    """Ragged answers: a mean of means would differ."""
+    found = []
+    for rows, micro_batches in ((1, 8), (8, 1)):
+        output = tmp_path / f"{rows}x{micro_batches}"
+        previous = {"interact": ["verbalize"], "sft": ["interact"]}.get(stage, [])
+        copy_run(finished[0], output, *previous)
+        batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
+        start(workspace, output, stage, training=batch)
+        found.append(runs.metrics(output, stage))
+    for one, eight in zip(*found, strict=True):
+        assert one["answer_tokens"] == eight["answer_tokens"]
+        assert math.isclose(one["loss"], eight["loss"], rel_tol=2e-4), (one["loss"], eight["loss"])
+
+
+def test_loss_is_the_mean_over_answer_tokens(workspace, tmp_path):
+    """First sft step against stock transformers on the same rows, one by one."""
+    from vlsi_fast.data import VlsiDataset, build_source, load_processor
+
+    start(workspace, tmp_path / "run", "sft", training={"max_steps": 1}, sft={"start_from": "base"})
+    record = runs.metrics(tmp_path / "run", "sft")[0]
+    config = load_config(tmp_path / "run.yaml")
+    processor = load_processor(workspace / "student")
+    dataset = VlsiDataset(build_source(config.data.train), {"student": processor}, config.data)
+    model = load_backbone(workspace / "student", "float32")
+    sums = {}
+    for i in range(len(dataset)):
+        row = dataset[i]["student"]
+        with torch.no_grad():
+            count = int((row["labels"][:, 1:] != -100).sum())
+            sums[i] = (float(model(**row).loss) * count, count)
+    # the sampler's choice is not ours to know: find the four rows by their answer tokens and loss
+    import itertools
+
+    target = record["loss"]
+    hits = [
+        c
+        for c in itertools.combinations(sums, 4)
+        if sum(sums[i][1] for i in c) == record["answer_tokens"]
+        and math.isclose(sum(sums[i][0] for i in c) / record["answer_tokens"], target, rel_tol=1e-5)
+    ]
+    assert hits
+
+
+def test_killed_and_resumed_equals_uninterrupted(workspace, tmp_path):
+    """kill -9 after a checkpoint, then --resume: the same losses to the last digit, sampled matches included."""
+    sections = {"matching": {"strategy": "multinomial"}}
+    steps = {"max_steps": 8, "save_steps": 2, "save_total_limit": 1}
+    start(workspace, tmp_path / "whole", "verbalize", training={"max_steps": 2})
+    start(workspace, tmp_path / "whole", "interact", training=steps, **sections)
+    copy_run(tmp_path / "whole", tmp_path / "killed", "verbalize")
+    tree = runs.settings(workspace, tmp_path / "killed", **steps) | {"matching": {"strategy": "multinomial"}}
+    config = runs.write_config(tree, tmp_path / "killed.yaml")
+    process = subprocess.Popen(
+        runs.train_command(config, "interact"), cwd=runs.ROOT, env=runs.environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    folder = tmp_path / "killed" / "interact"
+    deadline = time.time() + 120
+    while not list(folder.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(runs.metrics(tmp_path / "killed", "interact")) < 8
+    assert runs.train(config, "interact", "--resume").returncode == 0
+    keep = ("step", "loss", "kl", "matches", "learning_rate", "answer_tokens")
+    whole, resumed = (
+        [{k: record[k] for k in keep} for record in runs.metrics(tmp_path / name, "interact")]
+        for name in ("whole", "killed")
+    )
+    assert whole == resumed
+    assert len({json.dumps(record["matches"]) for record in whole}) > 1
+
+
+def test_resume_leaves_finished_stages_alone(finished):
+    output, config = finished
+    before = {stage: runs.metrics(output, stage) for stage in ("verbalize", "interact", "sft")}
+    records = run(load_config(config), "all", resume=True)
+    assert all(record["state"] == "finished" for record in records.values())
+    assert before == {stage: runs.metrics(output, stage) for stage in before}
+
+
+# ---- options ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "intermediate, last", [("ce", "none"), ("none", "ce"), ("l2", "kld"), ("kld", "l2"), ("none", "l2"), ("ce", "kld")]
+)
+def test_interact_operations_of_table_4d_train(workspace, finished, tmp_path, intermediate, last):
+    copy_run(finished[0], tmp_path / "run", "verbalize")
+    interact = {"intermediate": intermediate, "last": last}
+    start(workspace, tmp_path / "run", "interact", interact=interact, training={"max_steps": 2})
+    for record in runs.metrics(tmp_path / "run", "interact"):
+        layers = [name for name in record if name.startswith("loss/student_layer")]
+        assert len(layers) == (0 if intermediate == "none" else 3)
+        assert ("loss/last" in record) == (last != "none")
+        assert math.isfinite(record["loss"]) and record["loss"] > 0
+
+
+def test_headless_needs_no_verbalize_stage(workspace, tmp_path):
+    interact = {"intermediate": "l2", "last": "kld", "headless": True}
+    start(workspace, tmp_path / "run", "interact", interact=interact, training={"max_steps": 6})
+    found = runs.losses(tmp_path / "run", "interact")
+    assert found[-1] < found[0]
+    assert (tmp_path / "run" / "interact" / "verbalizers" / "verbalizer.safetensors").is_file()
+
+
+@pytest.mark.parametrize("architecture", ["mlp_x2", "decoder"])
+def test_other_verbalizers_go_through(workspace, tmp_path, architecture):
+    verbalizer = {"architecture": architecture, "norm": True}
+    for stage in ("verbalize", "interact"):
+        start(workspace, tmp_path / "run", stage, verbalizer=verbalizer, training={"max_steps": 2})
+    assert all(map(math.isfinite, runs.losses(tmp_path / "run", "interact")))
+
+
+def test_gradient_checkpointing_changes_nothing(workspace, finished, tmp_path):
+    for name, enabled in (("off", False), ("on", True)):
+        copy_run(finished[0], tmp_path / name, "verbalize")
+        start(workspace, tmp_path / name, "interact", training={"gradient_checkpointing": enabled})
+    off, on = runs.losses(tmp_path / "off", "interact"), runs.losses(tmp_path / "on", "interact")
+    assert off == pytest.approx(on, rel=1e-6)
+
+
+def test_verbalizers_of_another_run_and_lora_sft(workspace, finished, tmp_path):
+    """A teacher verbalized once serves many students; sft by LoRA."""
+    tree = runs.settings(workspace, tmp_path / "run", max_steps=1)
+    tree["teacher"]["verbalizers"] = str(finished[0] / "verbalize" / "teacher")
+    tree["verbalize"] = {"models": ["student"]}
+    tree["sft"] = {"method": "lora"}
+    config = runs.write_config(tree, tmp_path / "config.yaml")
+    records = run(load_config(config), "all")
+    assert not (tmp_path / "run" / "verbalize" / "teacher").exists()
+    assert records["sft"]["state"] == "finished"
+    assert (tmp_path / "run" / "sft" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_trained_student_verbalizers_are_saved(workspace, finished, tmp_path):
+    from vlsi_fast.verbalizer import Verbalizers
+
+    copy_run(finished[0], tmp_path / "run", "verbalize")
+    start(workspace, tmp_path / "run", "interact", interact={"train_student_verbalizers": True})
+    old = Verbalizers.from_pretrained(tmp_path / "run" / "verbalize" / "student").state_dict()
+    new = Verbalizers.from_pretrained(tmp_path / "run" / "interact" / "verbalizers").state_dict()
+    assert all(not torch.equal(old[name], new[name]) for name in old)
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------------------
+
+
+def test_missing_predecessor(workspace, tmp_path):
+    with pytest.raises(LineageError, match="run --stage verbalize first"):
+        start(workspace, tmp_path / "run", "interact")
+    with pytest.raises(LineageError, match="run --stage interact first"):
+        start(workspace, tmp_path / "run", "sft")
+    assert not (tmp_path / "run").exists()
+
+
+def test_mismatched_predecessor_names_both_sides(workspace, finished, tmp_path):
+    copy_run(finished[0], tmp_path / "run", "verbalize")
+    tree = runs.settings(workspace, tmp_path / "run")
+    tree["student"]["layers"] = [1, 3]
+    config = runs.write_config(tree, tmp_path / "config.yaml")
+    with pytest.raises(LineageError, match=r"student\.layers is \[1, 2, 3\] in the verbalize stage and \[1, 3\] here"):
+        run(load_config(config), "interact")
+    with pytest.raises(LineageError, match="'verb_ffn'.* in the verbalize stage and .*'mlp'.* here"):
+        start(workspace, tmp_path / "run", "interact", verbalizer={"architecture": "mlp"})
+
+
+def test_another_backbone_is_refused(workspace, finished, tmp_path):
+    import tiny
+
+    copy_run(finished[0], tmp_path / "run", "verbalize")
+    other = tmp_path / "other"
+    shutil.copytree(workspace / "student", other)
+    tiny.make_model(hidden=32, layers=4, tied=True, patch_size=8, seed=99).save_pretrained(other)
+    with pytest.raises(LineageError, match="student.checkpoint is"):
+        start(workspace, tmp_path / "run", "interact", student={"path": str(other)})
+
+
+def test_taken_folder(workspace, finished):
+    output, config = finished
+    with pytest.raises(LineageError, match="is finished; pass --resume"):
+        run(load_config(config), "verbalize")
+    with pytest.raises(LineageError, match=r"training.learning_rate: there 0.001, now 0.5"):
+        run(load_config(config, {"training.learning_rate": 0.5}), "verbalize", resume=True)
+
+
+def test_layers_out_of_range(workspace, tmp_path):
+    with pytest.raises(ConfigError, match=r"teacher.layers: \[7\] out of range.*6 decoder layers"):
+        start(workspace, tmp_path / "run", "verbalize", teacher={"layers": [1, 2, 7]})
+
+
+def test_different_token_ids(workspace, tmp_path):
+    """Equal sizes, two ids exchanged."""
+    other = tmp_path / "other"
+    shutil.copytree(workspace / "teacher", other)
+    tree = json.loads((other / "tokenizer.json").read_text())
+    vocab = tree["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"2 tokens different ids.*'a'"):
+        start(workspace, tmp_path / "run", "verbalize", teacher={"path": str(other)})
+
+
+@pytest.mark.parametrize("field", ["teacher", "student"])
+def test_missing_model(workspace, tmp_path, field):
+    with pytest.raises(FileNotFoundError, match=f"{field}.path: .*does not exist"):
+        start(workspace, tmp_path / "run", "verbalize", **{field: {"path": str(tmp_path / "nowhere")}})
+
+
+def test_non_finite_loss_names_layer_and_rows_and_keeps_the_checkpoint(workspace, tmp_path, monkeypatch):
+    from vlsi_fast.stages.verbalize import VerbalizeModule
+
+    forward, calls = VerbalizeModule.forward, []
+
+    def poisoned(self, **roles):
+        output = forward(self, **roles)
+        calls.append(1)
+        if len(calls) == 6:  # step 3, second micro-batch
+            output["parts"][1] = float("nan")
+        return output
+
+    monkeypatch.setattr(VerbalizeModule, "forward", poisoned)
+    with pytest.raises(NonFiniteLossError) as caught:
+        start(workspace, tmp_path / "run", "verbalize", training={"save_steps": 2, "max_steps": 4})
+    message = str(caught.value)
+    assert "optimizer step 3" in message and "micro-batch 1: student_layer_2" in message and "rows.jsonl#" in message
+    assert [p.name for p in (tmp_path / "run" / "verbalize").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert len(runs.metrics(tmp_path / "run", "verbalize")) == 2
+    monkeypatch.setattr(VerbalizeModule, "forward", forward)
+    start(workspace, tmp_path / "run", "verbalize", resume=True, training={"save_steps": 2, "max_steps": 4})
+    assert [record["step"] for record in runs.metrics(tmp_path / "run", "verbalize")] == [1, 2, 3, 4]
+
+
+def test_unusable_rows_are_skipped_counted_and_listed(workspace, tmp_path):
+    rows = [json.loads(line) for line in (workspace / "rows.jsonl").read_text().splitlines()]
+    rows[5]["images"] = ["images/none.png"]
+    broken = workspace / "broken.jsonl"
+    broken.write_text("\n".join(json.dumps(row) for row in rows))
+    data = {"train": [{"reader": "messages", "path": str(broken)}], "max_skipped_share": 0.1}
+    training = {"max_steps": -1, "num_train_epochs": 1}
+    records = start(workspace, tmp_path / "run", "sft", data=data, training=training, sft={"start_from": "base"})
+    assert records["sft"]["summary"]["skipped_rows"] == {"missing_image": 1}
+    listed = (tmp_path / "run" / "sft" / "skipped_rows.jsonl").read_text()
+    assert "broken.jsonl#5" in listed
+    data["max_skipped_share"] = 0.01
+    with pytest.raises(TooManySkippedRows, match="max_skipped_share"):
+        start(workspace, tmp_path / "strict", "sft", data=data, training=training, sft={"start_from": "base"})
+
+
+def test_bad_input_on_the_command_line_is_one_line(workspace, tmp_path):
+    config = runs.write_config(runs.settings(workspace, tmp_path / "run"), tmp_path / "config.yaml")
+    done = runs.train(config, "verbalize", "--training.learning_rat", "1")
+    assert done.returncode == 2
+    assert "did you mean training.learning_rate?" in done.stdout and "Traceback" not in done.stdout
