@@ -1,4 +1,4 @@
-"""Layer matching: the sampling distribution against Algorithm 1 by enumeration, the guarantee, the baselines, errors."""
+"""Layer matching: its distribution against Algorithm 1 by enumeration, the guarantee, the baselines, errors."""
 
 import itertools
 import math
@@ -136,7 +136,8 @@ def test_order_without_range_shares_the_deepest_layer():
     kl = torch.full((3, 4), 100.0)
     kl[:, 3] = 0.0
     assert match_layers(kl, search_range=False).tolist() == [3, 3, 3]
-    assert match_layers(kl, generator=draw_generator(0, 0, 0, 0)).tolist() == [1, 2, 3]
+    first, second, third = match_layers(kl).tolist()
+    assert first < second < third == 3, "the search range keeps a deeper layer for each"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -222,7 +223,8 @@ def test_draws_need_no_history():
     torch.manual_seed(123)
     torch.rand(7)
     kl = random_kl(4, 9, size=0.1)
-    assert match_layers(kl, generator=generator).tolist() == match_layers(kl, generator=draw_generator(3, 1, 10, 2)).tolist()
+    again = draw_generator(3, 1, 10, 2)
+    assert match_layers(kl, generator=generator).tolist() == match_layers(kl, generator=again).tolist()
 
 
 # ---- errors ----

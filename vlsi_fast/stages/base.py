@@ -106,11 +106,20 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     args = TrainingArguments(**arguments)
     _ = args.device  # starts the process group
     if deepspeed is not None:
-        import deepspeed as engine
-
-        if not engine.comm.is_initialized():
-            engine.init_distributed()  # adopts that group; without it loading under ZeRO-3 would count one rank
+        _start_deepspeed(on_cpu)
     return args
+
+
+def _start_deepspeed(on_cpu: bool) -> None:
+    """Hand torch's process group to DeepSpeed: without it, loading under ZeRO-3 would count one rank."""
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        return
+    if on_cpu:
+        # An all-reduce for inference that training never calls, but that needs a C++ compiler and minutes to build.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
 
 
 class _Progress(ProgressCallback):

@@ -1,0 +1,45 @@
+# make demo          distil a tiny model end to end, minutes on a laptop
+# make test          lint and the test suite
+# make demo-models   train the demo's teacher and student again, from scratch (an hour)
+# All install what they need into $(VENV) first.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TESTS ?= tests
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint install demo-models clean
+
+demo: install
+	$(BIN)/vlsi-fast demo --fresh
+
+test: install lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n 2 --dist loadfile $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or newer; install it, or pass PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "setuptools" wheel
+	@# Without an NVIDIA GPU the CPU build: plain torch on Linux brings gigabytes of CUDA libraries.
+	if [ "$$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
+	  $(BIN)/python -m pip install --quiet torch==$(TORCH); \
+	else \
+	  $(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu; \
+	fi
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[deepspeed,demo,test]"
+	touch $@
+
+demo-models: install
+	$(BIN)/python -m vlsi_fast.demo.models
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
