@@ -22,9 +22,23 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+class MatmulSettings(TorchDispatchMode):
+    """Records (CUDA float32 precision, CPU float32 precision) as they were at every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            backends = torch.backends
+            self.seen.add((backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision))
+        return func(*args, **(kwargs or {}))
+
+
 def relative_error(value, truth):
     """Frobenius norm of the difference over that of the truth."""
-    return float((value.double() - truth.double()).norm() / truth.double().norm())
+    return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 def randn(*shape, seed, dtype=torch.float32, scale=1.0):

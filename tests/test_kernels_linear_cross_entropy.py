@@ -5,7 +5,7 @@ import torch
 from kernels_util import VOCAB, LargestTensor, randn, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlsi_kernels import linear_cross_entropy, linear_logsumexp
+from vlsi_kernels import DEFAULT_WORKSPACE_BYTES, linear_cross_entropy, linear_logsumexp
 from vlsi_kernels.linear_cross_entropy import reference_linear_cross_entropy, reference_linear_logsumexp
 
 # Relative gradient error (Frobenius, against float64 on the same rounded inputs). Half precision: rounding the result
@@ -74,7 +74,7 @@ def test_gradient_near_convergence_in_bfloat16():
     labels = torch.arange(20)
     hidden = (weight[:20].float() * 0.21).bfloat16().requires_grad_()
     loss = linear_cross_entropy(hidden, weight, labels, reduction="sum")
-    assert 1e-3 < float(loss) / 20 < 0.3
+    assert 1e-3 < loss.item() / 20 < 0.3
     wide = hidden.detach().double().requires_grad_()
     reference_linear_cross_entropy(wide, weight, labels).sum().backward()
     loss.backward()
@@ -170,7 +170,7 @@ def test_nothing_of_size_tokens_by_vocabulary():
     hidden, weight = randn(200, 8, seed=0).requires_grad_(), randn(VOCAB, 8, seed=1).requires_grad_()
     with LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, torch.arange(200)).backward()
-    assert largest.numel <= max(8 * 2**20 // 8, weight.numel()) < 200 * VOCAB // 10
+    assert largest.numel <= max(DEFAULT_WORKSPACE_BYTES["cpu"] // 8, weight.numel()) < 200 * VOCAB // 4
 
 
 def test_autocast_does_not_round_logits():
@@ -179,7 +179,7 @@ def test_autocast_does_not_round_logits():
         loss = linear_cross_entropy(hidden, weight, labels)
         loss.backward()
     true = reference_linear_cross_entropy(hidden, weight, labels).sum() / 15
-    assert abs(float(loss) - float(true)) < 2e-6 * float(true)
+    assert abs(loss.item() - true.item()) < 2e-6 * true.item()
     assert relative_error(hidden.grad, torch.autograd.grad(true, hidden)[0]) < 1e-5
 
 
