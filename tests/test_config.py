@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import runs
 import yaml
 from pydantic import BaseModel
 
+import runs
 from vlsi_fast.config import (
     ARCHITECTURES,
     STAGES,
@@ -249,6 +249,11 @@ def test_numbers_without_a_point_are_numbers(tmp_path, text):
     path.write_text(yaml.safe_dump(tree()) + f"training: {{learning_rate: {text}}}\n")
     assert load_config(path).training.learning_rate == 1e-4
     assert load_config(path, [f"--sft.training.learning_rate={text}"]).stage_training("sft").learning_rate == 1e-4
+    extra = load_config(path, ["--training.extra.adam_epsilon", text]).training.extra
+    assert extra == {"adam_epsilon": 1e-4}, "what pydantic does not convert"
+    assert parse_overrides(["--a", "1e", "--b", "e4", "--c", "0x1e4", "--d", "v1e4", "--e", "'1e4'"]) == {
+        "a": "1e", "b": "e4", "c": 0x1E4, "d": "v1e4", "e": "1e4",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

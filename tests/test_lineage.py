@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-import runs
 import tiny
 import torch
 
+import runs
 from vlsi_fast import load_config
 from vlsi_fast.config import BackboneConfig, ConfigError
 from vlsi_fast.lineage import (

@@ -8,10 +8,10 @@ import subprocess
 import time
 
 import pytest
-import runs
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
+import runs
 from vlsi_fast import load_config, run
 from vlsi_fast.config import ConfigError
 from vlsi_fast.data import TooManySkippedRows
@@ -43,7 +43,7 @@ def copy_run(source, target, *stages):
     return target
 
 
-# ---- results -----------------------------------------------------------------------------------------------------------
+# ---- results ----
 
 
 def test_every_stage_leaves_a_finished_record(finished):
@@ -137,7 +137,7 @@ def test_tensorboard_has_the_layers(workspace, tmp_path):
     assert len(events.Scalars("train/loss")) == 3
 
 
-# ---- the same numbers by another way -----------------------------------------------------------------------------------
+# ---- the same numbers by another way ----
 
 
 @pytest.mark.parametrize("stage", ["verbalize", "interact", "sft"])
@@ -224,7 +224,7 @@ def test_resume_leaves_finished_stages_alone(finished):
     assert before == {stage: runs.metrics(output, stage) for stage in before}
 
 
-# ---- options ------------------------------------------------------------------------------------------------------------
+# ---- options ----
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_trained_student_verbalizers_are_saved(workspace, finished, tmp_path):
     assert all(not torch.equal(old[name], new[name]) for name in old)
 
 
-# ---- bad input ----------------------------------------------------------------------------------------------------------
+# ---- bad input ----
 
 
 def test_missing_predecessor(workspace, tmp_path):

@@ -10,6 +10,7 @@ Unknown keys, wrong types and values out of range raise `ConfigError` when the f
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +27,15 @@ class ConfigError(ValueError):
     """A configuration that cannot be run. The message names the field and the fix."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as in YAML 1.2; PyYAML's 1.1 reads it as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, the string under a field is its documentation."""
 
@@ -38,7 +48,7 @@ class BackboneConfig(Section):
     path: str
     """Folder or Hub name of a stock Hugging Face checkpoint with its processor."""
     layers: list[int] | None = None
-    """Target layers; k is the hidden state after k decoder layers, 1 <= k <= depth. null: 2, 6, 10, .. (section 4.1b)."""
+    """Target layers; k: the hidden state after k decoder layers, 1 <= k <= depth. null: 2, 6, 10, .. (section 4.1b)."""
     verbalizers: str | None = None
     """Folder of trained verbalizers of this model. null: those of this run's own verbalize stage."""
     attn_implementation: str = "sdpa"
@@ -393,7 +403,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{name} needs a value: --{name} VALUE")
             value = arguments[i]
         try:
-            values[name] = yaml.safe_load(value)
+            values[name] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"--{name}: cannot read {value!r} as YAML: {error}") from None
         i += 1
@@ -415,7 +425,7 @@ def load_config(path: str | Path, overrides: list[str] | dict[str, Any] = ()) ->
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist; see configs/ for examples")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.load(path.read_text(), _Loader) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):

@@ -46,7 +46,7 @@ def write_record(folder: str | Path, record: dict[str, Any]) -> None:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint of a stage, or None. The trainer state is written last, so it marks completeness."""
+    """The newest complete checkpoint of a stage, or None. The trainer state is written last: it marks completeness."""
     found = [p for p in Path(folder).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
 

@@ -55,7 +55,7 @@ def target_layers(settings: BackboneConfig, config, role: str) -> list[int]:
     outside = [k for k in layers if not 1 <= k <= depth]
     if outside:
         raise ConfigError(
-            f"{role}.layers: {outside} out of range; {settings.path} has {depth} decoder layers, so layers are 1 .. {depth}"
+            f"{role}.layers: {outside} out of range; {settings.path} has {depth} decoder layers: use 1 .. {depth}"
         )
     return list(layers)
 

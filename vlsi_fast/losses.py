@@ -105,7 +105,8 @@ class LogitL2(nn.Module):
     def _make_grams(self) -> tuple[Tensor, Tensor, Tensor]:
         with gathered(self._weights):
             ws, wl = (w[: self.options.vocab_size] for w in self._weights)
-            grams = [wl.new_zeros(a.shape[1], b.shape[1], dtype=torch.float32) for a, b in ((wl, wl), (wl, ws), (ws, ws))]
+            pairs = ((wl, wl), (wl, ws), (ws, ws))
+            grams = [wl.new_zeros(a.shape[1], b.shape[1], dtype=torch.float32) for a, b in pairs]
             for start in range(0, self.options.vocab_size, 16384):
                 l, s = wl[start : start + 16384].float(), ws[start : start + 16384].float()
                 for gram, a, b in zip(grams, (l, l, s), (l, s, s)):

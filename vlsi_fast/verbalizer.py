@@ -151,7 +151,7 @@ def _decoder_layer(spec: VerbalizerSpec, layer: int) -> nn.Module:
             child.bias = None
             nn.init.normal_(child.weight, std=child.in_features**-0.5)
     if not spec.norm:
-        for name, child in list(module.named_children()):
+        for name, _ in list(module.named_children()):
             if "norm" in name:
                 setattr(module, name, nn.Identity())
     return module

@@ -1,10 +1,10 @@
 """How the demo's teacher and student were made: `python -m vlsi_fast.demo.models` trains both again, from nothing.
 
-Stock Qwen2-VL classes, a byte-level BPE trained on easy-VQA's own words, random weights, then this project's own sft stage
-(`configs/demo_models.yaml`), in phases:
+Stock Qwen2-VL classes, a byte-level BPE trained on easy-VQA's own words, random weights, then this project's own sft
+stage (`configs/demo_models.yaml`), in phases:
 
-1. teacher, captions: one "color shape" caption an image, worked out from the questions of the train split. A question tells
-   one fact in a word or two, so learning to see from questions alone takes many times longer.
+1. teacher, captions: one "color shape" caption an image, worked out from the questions of the train split. A question
+   tells one fact in a word or two, so learning to see from questions alone takes many times longer.
 2. teacher, questions of the train split.
 3. student, questions, few steps: it starts from the teacher's vision blocks, as the sizes of Qwen2-VL share one vision
    encoder, and a language model of random weights.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,8 +26,14 @@ import torch
 COLORS = ("red", "green", "blue", "yellow", "black", "gray", "brown", "teal")
 SHAPES = ("circle", "rectangle", "triangle")
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -71,7 +78,7 @@ def easy_vqa_train() -> tuple[Path, list[tuple[str, str, int]]]:
 
 
 def make_tokenizer():
-    """Byte-level BPE of 256 bytes and up to 160 merges, by the words of the train split, with Qwen2-VL's special tokens."""
+    """Byte-level BPE of 256 bytes and up to 160 merges from the train split's words, with Qwen2-VL's special tokens."""
     import tokenizers
     from transformers import Qwen2Tokenizer
 
@@ -113,7 +120,7 @@ def make_processor():
 
 
 def make_model(role: str, tokenizer, seed: int = 0):
-    """A stock model of random weights. Width**-0.5 as their scale: with the usual 0.02 so small a model does not learn."""
+    """A stock model of random weights, of scale width**-0.5: with the usual 0.02 so small a model does not learn."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     size, token_id = SIZES[role], tokenizer.convert_tokens_to_ids
@@ -237,3 +244,7 @@ def main() -> int:
         load_backbone(folder, "bfloat16").save_pretrained(target)
         processor.save_pretrained(target)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

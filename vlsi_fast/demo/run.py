@@ -63,9 +63,10 @@ def main(arguments: argparse.Namespace) -> int:
         _say("Control: the same student, data order and number of optimizer steps, sft alone")
         steps = sum(stage["optimizer_steps"] for stage in stages.values())
         control = output / "control"
-        changes = {"output_dir": control, "sft.start_from": "base", "sft.training.max_steps": steps}
-        changes |= {"seed": config.seed}
-        _launch(arguments, ["--stage", "sft", "--config", arguments.config, *(f"--{k}={v}" for k, v in changes.items())])
+        changes = {"output_dir": control, "seed": config.seed, "sft.start_from": "base"}
+        changes["sft.training.max_steps"] = steps
+        words = [f"--{name}={value}" for name, value in changes.items()]
+        _launch(arguments, ["--stage", "sft", "--config", arguments.config, *words])
         finals["sft_only"] = control / "sft" / "student"
     _say("Scoring the results")
     scores |= _score(config, finals)
@@ -113,7 +114,7 @@ def _launch(arguments: argparse.Namespace, words: list[str]) -> None:
     command = [str(launcher), "--num_accelerators" if not gpus else "--num_gpus", str(ranks), str(script), *words]
     print("$ " + " ".join(["deepspeed", *command[1:]]), flush=True)
     if not launcher.is_file():
-        raise SystemExit("vlsi-fast demo: deepspeed is not installed beside this Python; run `make demo`, or pip install deepspeed")
+        raise SystemExit("vlsi-fast demo: no deepspeed beside this Python; run `make demo`, or pip install deepspeed")
     if subprocess.run(command, env=environment).returncode:
         raise SystemExit("vlsi-fast demo: training stopped with the error above")
 

@@ -38,8 +38,8 @@ class NonFiniteLossError(RuntimeError):
 class StageModule(nn.Module):
     """What a stage trains.
 
-    `forward(student=None, teacher=None, generator=None)` takes for each role `{"inputs": processor tensors, "index": [N]
-    answer positions, "labels": [N]}` and returns
+    `forward(student=None, teacher=None, generator=None)` takes for each role `{"inputs": processor tensors,
+    "index": [N] answer positions, "labels": [N]}` and returns
 
         loss      scalar, sum over `parts`, each a mean over the N answer tokens of the micro-batch
         parts     [P] float32, detached, in the order of `part_names`
@@ -77,7 +77,9 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
         raise ConfigError(f"training.deepspeed: file {deepspeed} does not exist; configs/zero3.json is one")
     if deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("training.deepspeed is set but deepspeed is not installed: pip install deepspeed")
-    schedule = {"cosine": "cosine_with_min_lr"}.get(t.lr_scheduler_type, t.lr_scheduler_type)
+    schedule, schedule_kwargs = t.lr_scheduler_type, {}
+    if schedule == "cosine":
+        schedule, schedule_kwargs = "cosine_with_min_lr", {"min_lr_rate": t.min_learning_rate / t.learning_rate}
     on_cpu = not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu"
     arguments = {
         **t.model_dump(
@@ -89,7 +91,7 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
         ),
         "dataloader_num_workers": config.data.num_workers,
         "lr_scheduler_type": schedule,
-        "lr_scheduler_kwargs": {"min_lr_rate": t.min_learning_rate / t.learning_rate} if schedule == "cosine_with_min_lr" else {},
+        "lr_scheduler_kwargs": schedule_kwargs,
         "report_to": t.report_to or "none",
         "output_dir": str(config.stage_dir(stage)),
         "deepspeed": deepspeed,
@@ -150,7 +152,7 @@ class StageTrainer(Trainer):
         self._step_began = time.perf_counter()
         self.answer_tokens = 0
 
-    # ---- batches -------------------------------------------------------------------------------------------------
+    # ---- batches ----
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Answer tokens of one optimizer step over all micro-batches and ranks."""
@@ -190,7 +192,7 @@ class StageTrainer(Trainer):
         loss = output["loss"] * (facts["answer_tokens"] * world_size() / num_items_in_batch.clamp_min(1))
         return (loss, output) if return_outputs else loss
 
-    # ---- records -------------------------------------------------------------------------------------------------
+    # ---- records ----
 
     def _sums(self, output: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
         """Everything that is summed over micro-batches and ranks, as one float64 vector on the device."""
@@ -276,7 +278,7 @@ class StageTrainer(Trainer):
         """Add the step's own numbers to what the Trainer reports to the trackers."""
         super().log({**logs, **self._scalars} if "loss" in logs else logs, start_time)
 
-    # ---- checkpoints: only what is trained ---------------------------------------------------------------------------
+    # ---- checkpoints: only what is trained ----
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Train, from `resume_from_checkpoint` where given."""

@@ -87,7 +87,7 @@ class Stage:
         self.config, self.settings = config, getattr(config, self.name)
         self.folder = config.stage_dir(self.name)
 
-    # ---- what a subclass says ------------------------------------------------------------------------------------------
+    # ---- what a subclass says ----
 
     def role_names(self) -> list[str]:
         """The models that this stage runs."""
@@ -104,7 +104,7 @@ class Stage:
         """Write the results into `self.folder`. Collective."""
         raise NotImplementedError
 
-    # ---- the course ----------------------------------------------------------------------------------------------------
+    # ---- the course ----
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Run the stage, or the rest of it.
@@ -178,7 +178,7 @@ class Stage:
     def _collator(self) -> Collator:
         return Collator({name: role.processor for name, role in self.roles.items()}, always_image=world_size() > 1)
 
-    # ---- parts that stages share -----------------------------------------------------------------------------------------
+    # ---- parts that stages share ----
 
     @property
     def head_options(self) -> HeadOptions:
@@ -220,7 +220,7 @@ class Stage:
         return get_peft_model(model, lora)
 
     def enable_checkpointing(self, model: nn.Module) -> None:
-        """Gradient checkpointing on a trained backbone. Re-entrant checkpoints would cut the target layers' gradients."""
+        """Gradient checkpointing on a trained backbone. Re-entrant checkpoints would cut target layers' gradients."""
         if self.config.stage_training(self.name).gradient_checkpointing:
             # the newer name of the same method, without the older one's warning
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

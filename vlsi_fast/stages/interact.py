@@ -7,7 +7,7 @@ Trained: LoRA on the student's language model. Loss: the sum over student target
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import InteractConfig, MatchingConfig
 from ..losses import AnswerLoss, HeadOptions, LogitL2, PairwiseKL, hidden_l2_matrix, pick
@@ -67,19 +67,17 @@ class InteractModule(StageModule):
 
     def _divergences(self, s_layers, s_last, t_layers, t_last) -> tuple[Tensor | None, Tensor | None]:
         """[S, L] matrix that drives the matching, and [1] KL of the last layers: one vocabulary pass for both."""
-        settings = self.settings
-        if settings.headless:
-            return hidden_l2_matrix(s_layers, t_layers), self._kl(s_last[None], t_last[None], settings.last)[0]
-        if settings.intermediate not in ("kld", "l2"):
-            return None, self._kl(s_last[None], t_last[None] if t_last is not None else None, settings.last)[0]
-        if settings.last != "kld":
-            return self._kl(s_layers, t_layers, "kld"), None
-        both = self._kl(torch.cat([s_layers, s_last[None]]), torch.cat([t_layers, t_last[None]]), "kld")
+        by_kl = self.matrix_shape is not None and not self.settings.headless
+        last = self.settings.last == "kld"
+        if not by_kl:
+            matrix = hidden_l2_matrix(s_layers, t_layers) if self.settings.headless else None
+            return matrix, self._kl(s_last[None], t_last[None])[0] if last else None
+        if not last:
+            return self._kl(s_layers, t_layers), None
+        both = self._kl(torch.cat([s_layers, s_last[None]]), torch.cat([t_layers, t_last[None]]))
         return both[:-1, :-1], both[-1, -1:]
 
-    def _kl(self, student: Tensor, teacher: Tensor | None, operation: str) -> Tensor:
-        if operation != "kld":
-            return [None]
+    def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
         temperature = self.settings.temperature
         return self.pairwise_kl(student, teacher, temperature) * temperature**2
 
