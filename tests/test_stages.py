@@ -288,6 +288,44 @@ def test_trained_student_verbalizers_are_saved(workspace, finished, tmp_path):
     assert all(not torch.equal(old[name], new[name]) for name in old)
 
 
+def test_bfloat16_keeps_float32_master_weights(workspace, tmp_path):
+    """At this learning rate most updates are below bfloat16's resolution: without a master copy they would be lost."""
+    drops = {}
+    for dtype in ("float32", "bfloat16"):
+        training = {"max_steps": 10, "learning_rate": 1e-4, "lr_scheduler_type": "constant"}
+        start(workspace, tmp_path / dtype, "sft", training=training, sft={"start_from": "base"}, dtype=dtype)
+        losses = runs.losses(tmp_path / dtype, "sft")
+        drops[dtype] = losses[0] - losses[-1]
+    assert drops["float32"] > 0.01
+    assert drops["bfloat16"] == pytest.approx(drops["float32"], rel=0.1)
+
+
+@pytest.mark.parametrize("stage", ["verbalize", "interact"])
+def test_bfloat16_goes_through(workspace, finished, tmp_path, stage):
+    copy_run(finished[0], tmp_path / "run", *(["verbalize"] if stage == "interact" else []))
+    start(workspace, tmp_path / "run", stage, dtype="bfloat16")
+    assert runs.losses(tmp_path / "run", stage) == pytest.approx(runs.losses(finished[0], stage), rel=2e-2)
+
+
+def test_teacher_and_student_see_their_own_processors_inputs(workspace, tmp_path):
+    """Four times the image tokens for the teacher; answers aligned all the same."""
+    import tiny
+
+    other = tmp_path / "teacher"
+    shutil.copytree(workspace / "teacher", other)
+    tiny.make_processor("tiny", patch_size=8, min_pixels=4096, max_pixels=4096).save_pretrained(other)
+    for stage in ("verbalize", "interact"):
+        start(workspace, tmp_path / "run", stage, teacher={"path": str(other)})
+    same = tmp_path / "same"
+    for stage in ("verbalize", "interact"):
+        start(workspace, same, stage)
+    # the student's inputs and answers are those of the other run, the teacher's are not
+    for record, plain in zip(runs.metrics(tmp_path / "run", "verbalize"), runs.metrics(same, "verbalize")):
+        assert record["loss/student_layer_2"] == pytest.approx(plain["loss/student_layer_2"], rel=1e-5)
+        assert record["loss/teacher_layer_2"] != pytest.approx(plain["loss/teacher_layer_2"], rel=1e-5)
+        assert record["answer_tokens"] == plain["answer_tokens"]
+
+
 # ---- bad input ----
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from . import __version__
@@ -49,17 +50,29 @@ def train_main(argv: list[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from .config import ConfigError, load_config
-    from .lineage import LineageError
 
     try:
         config = load_config(arguments.config, overrides)
-        from .stages import run  # after the config: importing the trainer takes seconds, an error should not
+    except (ConfigError, FileNotFoundError) as error:
+        return _report(error, 2)
+    from .data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
+    from .lineage import LineageError
+    from .stages import NonFiniteLossError, run
 
+    try:
         run(config, arguments.stage, arguments.resume)
     except (ConfigError, LineageError, FileNotFoundError) as error:
-        print(f"vlsi-fast: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _report(error, 2)
+    except (AnswerMismatchError, NoUsableRowError, NonFiniteLossError, TooManySkippedRows) as error:
+        return _report(error, 1)
     return 0
+
+
+def _report(error: Exception, code: int) -> int:
+    """Errors whose message is the whole story: no traceback, and once a machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or code == 1:
+        print(f"vlsi-fast: {error}", file=sys.stderr, flush=True)
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:

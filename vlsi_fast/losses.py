@@ -56,9 +56,10 @@ class AnswerLoss(nn.Module):
         """Mean cross-entropy of each layer: hidden [L, N, d], labels [N] -> [L] float32 (0 where N is 0)."""
         layers, tokens = hidden.shape[:2]
         with gathered(self._frozen):
+            weight = self._frozen[0] if self._frozen else self.weight
             loss = linear_cross_entropy(
-                hidden.flatten(0, 1),
-                self._frozen[0] if self._frozen else self.weight,
+                hidden.flatten(0, 1).to(weight.dtype),  # float32 master weights meet bfloat16 activations
+                weight,
                 labels.repeat(layers),
                 reduction="none",
                 vocab_size=self.options.vocab_size,

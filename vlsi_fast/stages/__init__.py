@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import STAGES, ConfigError, RunConfig, nearest
+from .base import NonFiniteLossError
 from .interact import InteractStage
 from .sft import SftStage
 from .verbalize import VerbalizeStage
 
 STAGE_CLASSES = {stage.name: stage for stage in (VerbalizeStage, InteractStage, SftStage)}
 
-__all__ = ["STAGE_CLASSES", "run"]
+__all__ = ["STAGE_CLASSES", "NonFiniteLossError", "run"]
 
 
 def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str, Any]:

@@ -136,6 +136,8 @@ class Stage:
             write_record(self.folder, record)
         set_seed(self.config.seed)
         module = self.build()
+        if self.args.deepspeed is None:
+            _keep_master_weights(module)
         trainer = StageTrainer(module, self.args, self.config, self.name, dataset, self._collator())
         began = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=found["checkpoint"] if found else None)
@@ -253,6 +255,13 @@ def _merge(stock: nn.Module, adapter: nn.Module, trained: dict, folder: Path) ->
     prefix = "base_model.model."
     adapter.save_pretrained(folder, state_dict={prefix + name: value for name, value in trained.items()})
     return PeftModel.from_pretrained(stock, folder).merge_and_unload()
+
+
+def _keep_master_weights(module: nn.Module) -> None:
+    """Trained weights in float32 (autocast computes in bfloat16); DeepSpeed keeps such a copy of its own."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _release(trainer: StageTrainer) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import InteractConfig, MatchingConfig
+from ..config import ConfigError, InteractConfig, MatchingConfig
 from ..losses import AnswerLoss, HeadOptions, LogitL2, PairwiseKL, hidden_l2_matrix, pick
 from ..matching import match_layers
 from ..verbalized import VerbalizedBackbone
@@ -125,7 +125,7 @@ class InteractStage(Stage):
         if len(self.roles) == 2 and self.settings.intermediate in ("kld", "l2"):
             students, teachers = (len(self.roles[n].layers) for n in ("student", "teacher"))
             if students > teachers:
-                raise ValueError(
+                raise ConfigError(
                     f"student has {students} target layers, teacher {teachers}: matching needs t_s <= t_l; "
                     "remove some of student.layers"
                 )
