@@ -2,7 +2,7 @@
 
     python benchmarks/demo_seeds.py --seeds 3
 
-Writes `benchmarks/results/demo_seeds.json` and prints it as the last line. A run that has a summary.json is not repeated.
+Writes `benchmarks/results/demo_seeds.json` and prints it as the last line. Runs that have a summary are not repeated.
 """
 
 from __future__ import annotations

@@ -55,6 +55,21 @@ def test_two_zero3_ranks_equal_one(two_ranks, one_rank, stage):
         assert len(two["peak_memory_bytes"]) == 2
 
 
+def test_torchrun_without_deepspeed_equals_one(workspace, one_rank, tmp_path):
+    """Plain data parallelism, by torch's own launcher."""
+    tree = runs.settings(workspace, tmp_path / "run", gradient_accumulation_steps=1)
+    config = runs.write_config(tree, tmp_path / "config.yaml")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(28500 + os.getpid() % 1000)]
+    command = runs.train_command(config, "all")
+    done = subprocess.run(
+        [command[0], *launcher, *command[1:]], cwd=runs.ROOT, env=runs.environment(), timeout=600, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    for stage in STAGES:
+        assert runs.losses(tmp_path / "run", stage) == pytest.approx(runs.losses(one_rank, stage), rel=2e-4)
+
+
 def test_results_of_two_ranks_equal_those_of_one(two_ranks, one_rank):
     for stage in ("interact", "sft"):
         two, one = (load_backbone(folder / stage / "student", "float32") for folder in (two_ranks, one_rank))
