@@ -25,13 +25,21 @@ def zero3() -> dict:
     return preset
 
 
+def plain(workspace, output, accumulation: int, **training) -> dict:
+    """Eleven micro-batches of two rows a rank and epoch, more than one epoch, and SGD without clipping: unlike Adam's,
+    its steps show the gradients' scale, so that a wrong factor cannot hide."""
+    tree = runs.settings(
+        workspace, output, gradient_accumulation_steps=accumulation, max_steps=8, save_steps=4, optim="sgd",
+        learning_rate=0.05, lr_scheduler_type="constant", max_grad_norm=0.0, **training,
+    )  # fmt: skip
+    tree["data"]["train"][0]["limit"] = 44
+    return tree
+
+
 @pytest.fixture(scope="module")
 def two_ranks(workspace, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    tree = runs.settings(
-        workspace, folder / "run", gradient_accumulation_steps=1, save_steps=2, deepspeed=zero3(),
-        gradient_checkpointing=True,
-    )  # fmt: skip
+    tree = plain(workspace, folder / "run", 2, deepspeed=zero3(), gradient_checkpointing=True)
     config = runs.write_config(tree, folder / "config.yaml")
     done = runs.train(config, "all", ranks=2)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -41,25 +49,27 @@ def two_ranks(workspace, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_rank(workspace, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rank")
-    config = runs.write_config(runs.settings(workspace, folder / "run"), folder / "config.yaml")
+    config = runs.write_config(plain(workspace, folder / "run", 4), folder / "config.yaml")
     run(load_config(config), "all")
     return folder / "run"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_zero3_ranks_equal_one(two_ranks, one_rank, stage):
-    for two, one in zip(runs.metrics(two_ranks, stage), runs.metrics(one_rank, stage), strict=True):
+    records = list(zip(runs.metrics(two_ranks, stage), runs.metrics(one_rank, stage), strict=True))
+    assert [two["rows"] for two, _ in records] == [8, 8, 8, 8, 8, 4, 8, 8]  # the sixth ends an epoch
+    for two, one in records:
         assert two["answer_tokens"] == one["answer_tokens"]
-        assert two["rows"] == one["rows"] == 4
-        assert two["loss"] == pytest.approx(one["loss"], rel=2e-4)
+        assert two["rows"] == one["rows"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert len(two["peak_memory_bytes"]) == 2
 
 
 def test_torchrun_without_deepspeed_equals_one(workspace, one_rank, tmp_path):
     """Plain data parallelism, by torch's own launcher."""
-    tree = runs.settings(workspace, tmp_path / "run", gradient_accumulation_steps=1)
-    config = runs.write_config(tree, tmp_path / "config.yaml")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(28500 + os.getpid() % 1000)]
+    config = runs.write_config(plain(workspace, tmp_path / "run", 2), tmp_path / "config.yaml")
+    port = str(28500 + os.getpid() % 1000)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     command = runs.train_command(config, "all")
     done = subprocess.run(
         [command[0], *launcher, *command[1:]], cwd=runs.ROOT, env=runs.environment(), timeout=600, text=True,
@@ -67,27 +77,28 @@ def test_torchrun_without_deepspeed_equals_one(workspace, one_rank, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     for stage in STAGES:
-        assert runs.losses(tmp_path / "run", stage) == pytest.approx(runs.losses(one_rank, stage), rel=2e-4)
+        assert runs.losses(tmp_path / "run", stage) == pytest.approx(runs.losses(one_rank, stage), rel=1e-4)
 
 
-def test_results_of_two_ranks_equal_those_of_one(two_ranks, one_rank):
-    for stage in ("interact", "sft"):
+def test_results_of_two_ranks_equal_those_of_one(workspace, two_ranks, one_rank):
+    """Weights, and what training changed of them."""
+    for stage, source in (("interact", workspace), ("sft", one_rank / "interact")):
+        start = dict(load_backbone(source / "student", "float32").named_parameters())
         two, one = (load_backbone(folder / stage / "student", "float32") for folder in (two_ranks, one_rank))
+        moved = 0.0
         for (name, a), (_, b) in zip(two.named_parameters(), one.named_parameters(), strict=True):
-            # Adam's first steps move each weight by the learning rate in the gradient's sign: compare what they compute
-            torch.testing.assert_close(a, b, rtol=0, atol=4e-3, msg=lambda m, name=name: f"{name}: {m}")
-        ids = torch.arange(20)[None] + 40
-        with torch.no_grad():
-            a, b = two(input_ids=ids).logits.softmax(-1), one(input_ids=ids).logits.softmax(-1)
-        assert (a - b).abs().max() < 5e-3
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+            moved = max(moved, float((b - start[name]).abs().max()))
+        assert moved > 1e-3, stage
     for role in ("student", "teacher"):
         two, one = (Verbalizers.from_pretrained(folder / "verbalize" / role) for folder in (two_ranks, one_rank))
-        assert two.spec == one.spec
+        for (name, a), (_, b) in zip(two.named_parameters(), one.named_parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_parameters_were_sharded(two_ranks):
     """ZeRO-3 writes each rank's part; frozen weights are in none of them."""
-    folder = two_ranks / "interact" / "checkpoint-2"
+    folder = two_ranks / "interact" / "checkpoint-4"
     parts = sorted(folder.glob("global_step*/*_optim_states.pt"))
     assert len(parts) == 2
     total = sum(p.numel() for p in load_backbone(two_ranks / "interact" / "student", "float32").parameters())
@@ -126,6 +137,35 @@ def test_ranks_draw_their_own_matches(workspace, two_ranks, tmp_path):
     keep = ("step", "loss", "matches", "answer_tokens")
     resumed = [{k: r[k] for k in keep} for r in runs.metrics(tmp_path / "killed", "interact")]
     assert resumed == [{k: r[k] for k in keep} for r in whole]
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_other_paths_go_through_on_two_ranks(workspace, tmp_path, launcher):
+    """Decoder verbalizers, no loss on the last layer, trained student verbalizers: same as in one process."""
+    sections = {
+        "verbalizer": {"architecture": "decoder", "norm": True},
+        "interact": {"last": "none", "train_student_verbalizers": True},
+        "verbalize": {"training": {"max_steps": 2}},
+    }
+    found = {}
+    for name, accumulation in (("two", 1), ("one", 2)):
+        deepspeed = zero3() if (name, launcher) == ("two", "deepspeed") else None
+        tree = plain(workspace, tmp_path / name, accumulation, deepspeed=deepspeed) | sections
+        tree["training"]["max_steps"] = 3
+        config = runs.write_config(tree, tmp_path / f"{name}.yaml")
+        for stage in ("verbalize", "interact"):
+            command = runs.train_command(config, stage, ranks=2 * (name == "two" and launcher == "deepspeed"))
+            if (name, launcher) == ("two", "torchrun"):
+                port = str(28000 + os.getpid() % 500)
+                command[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+            done = subprocess.run(
+                command, cwd=runs.ROOT, env=runs.environment(), timeout=600, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout[-3000:]
+        found[name] = [runs.losses(tmp_path / name, stage) for stage in ("verbalize", "interact")]
+    for two, one in zip(found["two"], found["one"], strict=True):
+        assert two == pytest.approx(one, rel=2e-4)
 
 
 def test_zero3_preset_is_what_deepspeed_reads():

@@ -148,12 +148,15 @@ def test_accumulation_8x1_equals_1x8(workspace, finished, tmp_path, stage):
         output = tmp_path / f"{rows}x{micro_batches}"
         previous = {"interact": ["verbalize"], "sft": ["interact"]}.get(stage, [])
         copy_run(finished[0], output, *previous)
-        batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
-        start(workspace, output, stage, training=batch)
+        training = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
+        # SGD without clipping: unlike Adam's, its steps show a wrong factor on the gradients
+        training |= {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+        start(workspace, output, stage, training=training)
         found.append(runs.metrics(output, stage))
     for one, eight in zip(*found, strict=True):
         assert one["answer_tokens"] == eight["answer_tokens"]
-        assert math.isclose(one["loss"], eight["loss"], rel_tol=2e-4), (one["loss"], eight["loss"])
+        assert math.isclose(one["loss"], eight["loss"], rel_tol=5e-5), (one["loss"], eight["loss"])
+    assert found[0][0]["loss"] != pytest.approx(found[0][-1]["loss"], rel=1e-3)
 
 
 def test_loss_is_the_mean_over_answer_tokens(workspace, tmp_path):
@@ -214,6 +217,66 @@ def test_killed_and_resumed_equals_uninterrupted(workspace, tmp_path):
     )
     assert whole == resumed
     assert len({json.dumps(record["matches"]) for record in whole}) > 1
+
+
+def test_resumed_at_its_last_step_a_run_only_exports(workspace, tmp_path, monkeypatch):
+    """Killed between its last checkpoint and the export: no step more, and the same result."""
+    from vlsi_fast.stages import STAGE_CLASSES
+
+    training = {"max_steps": 4, "save_steps": 2}
+    start(workspace, tmp_path / "whole", "sft", training=training, sft={"start_from": "base"})
+    save = STAGE_CLASSES["sft"].save
+
+    def killed(self, module):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(STAGE_CLASSES["sft"], "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(workspace, tmp_path / "killed", "sft", training=training, sft={"start_from": "base"})
+    monkeypatch.setattr(STAGE_CLASSES["sft"], "save", save)
+    record = start(workspace, tmp_path / "killed", "sft", resume=True, training=training, sft={"start_from": "base"})
+    assert record["sft"]["summary"]["optimizer_steps"] == 4
+    assert runs.losses(tmp_path / "killed", "sft") == runs.losses(tmp_path / "whole", "sft")
+    whole, resumed = (load_backbone(tmp_path / n / "sft" / "student", "float32") for n in ("whole", "killed"))
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_result_made_from_something_else_is_not_taken_for_finished(workspace, finished, tmp_path):
+    """interact made again in another way: sft's old result no longer counts."""
+    copy_run(finished[0], tmp_path / "run", "verbalize", "sft")
+    start(workspace, tmp_path / "run", "interact", matching={"strategy": "bottom"})
+    with pytest.raises(LineageError, match="inputs.student: there"):
+        start(workspace, tmp_path / "run", "sft", resume=True)
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
+    from vlsi_fast.lineage import last_checkpoint
+
+    for step, text in ((2, "{}"), (4, '{"global_step": 4, "log_hi')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-6").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_stages_continue_in_one_data_order(finished):
+    """Three stages of 12 rows read what one stage of 36 would."""
+    output, _ = finished
+    starts = [read_record(output / stage)["identity"]["data_start"] for stage in ("verbalize", "interact", "sft")]
+    assert starts == [0, 12, 24]
+    from vlsi_fast.stages.base import ContinuingSampler
+
+    first = list(ContinuingSampler(48, seed=0, start=0))
+    assert sorted(first) == list(range(48))
+    assert list(ContinuingSampler(48, seed=0, start=24))[:24] == first[24:]
+    assert list(ContinuingSampler(48, seed=1, start=0)) != first
+
+
+def test_trained_verbalizers_are_not_trained_again(workspace, finished, tmp_path):
+    teacher = {"verbalizers": str(finished[0] / "verbalize" / "teacher")}
+    with pytest.raises(ConfigError, match="teacher.verbalizers has trained ones already"):
+        start(workspace, tmp_path / "run", "verbalize", teacher=teacher)
 
 
 def test_resume_leaves_finished_stages_alone(finished):

@@ -70,7 +70,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _report(error: Exception, code: int) -> int:
     """Errors whose message is the whole story: no traceback, and once a machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" or code == 1:
+    # What every rank finds is said once a machine; what one rank's rows did, by that rank.
+    if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in ("AnswerMismatchError", "NoUsableRowError"):
         print(f"vlsi-fast: {error}", file=sys.stderr, flush=True)
     return code
 

@@ -23,6 +23,16 @@ STAGES = ("verbalize", "interact", "sft")
 ARCHITECTURES = ("mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2")
 
 
+NOT_EXTRA = {
+    *("output_dir", "seed", "data_seed", "bf16", "fp16", "use_cpu", "remove_unused_columns", "logging_nan_inf_filter"),
+    *("lr_scheduler_kwargs", "dataloader_num_workers", "ddp_find_unused_parameters", "metric_for_best_model"),
+    *("load_best_model_at_end", "greater_is_better", "save_only_model", "save_safetensors", "label_smoothing_factor"),
+    *("label_names", "per_device_eval_batch_size", "batch_eval_metrics", "group_by_length", "resume_from_checkpoint"),
+    *("average_tokens_across_devices", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile"),
+}
+"""Fields of TrainingArguments that the stages set themselves or that have no meaning for them."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run. The message names the field and the fix."""
 
@@ -142,7 +152,7 @@ class TrainingConfig(Section):
     adam_beta2: float = Field(0.999, gt=0, lt=1)
     """AdamW's second-moment decay."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Clip the global gradient norm to this; 0: no clipping."""
+    """Clip the global gradient norm to this; 0: no clipping (stage verbalize's default, see verbalize.training)."""
     gradient_checkpointing: bool = True
     """Recompute the student's decoder layers in backward (only where its backbone is trained)."""
     optim: str = "adamw_torch"
@@ -173,6 +183,8 @@ class TrainingConfig(Section):
         for name in self.extra:
             if name in type(self).model_fields:
                 raise ValueError(f"extra.{name}: set training.{name} itself")
+            if name in NOT_EXTRA or name.startswith(("eval_", "do_", "hub_", "push_to_hub")):
+                raise ValueError(f"extra.{name} is set by the stage, or has no meaning for it; remove it")
             if name not in known:
                 raise ValueError(f"extra.{name} is no field of transformers.TrainingArguments{nearest(name, known)}")
         return self

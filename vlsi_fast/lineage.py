@@ -47,8 +47,16 @@ def write_record(folder: str | Path, record: dict[str, Any]) -> None:
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest complete checkpoint of a stage, or None. The trainer state is written last: it marks completeness."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    found = [p for p in Path(folder).glob("checkpoint-*") if _is_complete(p)]
     return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):  # killed before, or while, it was written
+        return False
+    return True
 
 
 def open_stage(folder: Path, record: dict[str, Any], resume: bool) -> dict[str, Any] | None:
@@ -97,7 +105,7 @@ def require_predecessor(folder: Path, stage: str, needs: dict[str, Any]) -> dict
     Args:
         folder: the predecessor's folder.
         stage: its name.
-        needs: dotted facts of the record that must agree, with this run's values.
+        needs: role -> facts that must be those of the record.
 
     Raises:
         LineageError: missing, unfinished, or different; the message shows both sides.
@@ -107,13 +115,28 @@ def require_predecessor(folder: Path, stage: str, needs: dict[str, Any]) -> dict
         raise LineageError(f"{folder} holds no results of the {stage} stage; run --stage {stage} first")
     if record["state"] != "finished":
         raise LineageError(f"{folder}: the {stage} stage is unfinished; continue it with --stage {stage} --resume")
-    for name, now in needs.items():
-        there: Any = record["facts"]
-        for part in name.split("."):
-            there = there.get(part) if isinstance(there, dict) else None
-        if there != now:
-            raise LineageError(
-                f"{folder} does not fit this run: {name} is {there!r} in the {stage} stage and {now!r} here; "
-                f"run --stage {stage} again with this config, or correct the config"
-            )
+    require_equal(folder, stage, record["facts"], needs)
     return record
+
+
+def require_equal(folder: Path, stage: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise LineageError where facts of a role differ from those that a stage recorded; a path alone may differ."""
+    for role, facts in here.items():
+        for name, now in facts.items():
+            found = there.get(role, {}).get(name)
+            if name == "path" or found == now:
+                continue
+            both = f"{role}.{name} is {found!r} in the {stage} stage and {now!r} here"
+            if name in ("checkpoint", "tokenizer"):  # digests say nothing to a reader
+                both += f" ({there.get(role, {}).get('path')} there, {facts.get('path')} here)"
+            raise LineageError(
+                f"{folder} does not fit this run: {both}; run --stage {stage} again with this config, or correct it"
+            )
+
+
+def rows_used(folder: Path) -> int:
+    """Rows of the run's data order used up to the end of a finished stage of this run; 0 where there is none."""
+    record = read_record(folder)
+    if record is None or record["state"] != "finished":
+        return 0
+    return record["identity"]["data_start"] + record["summary"]["rows"]

@@ -101,16 +101,20 @@ def tokenizer_digest(tokenizer) -> str:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """sha256 that tells checkpoints apart without reading large ones whole.
-
-    It covers the config and of each file the tensor table and 64 blocks spread evenly over the weights (all of a file
-    up to 4 MiB): a stage may leave a stretch of a file as it was, such as the vision tower at its end.
-    """
-    digest = hashlib.sha256()
+    """sha256 of a checkpoint's config and `weights_digest`: tells checkpoints apart, large ones by samples."""
     config = json.loads((folder / "config.json").read_text())
     for volatile in ("transformers_version", "_name_or_path"):
         config.pop(volatile, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode() + weights_digest(folder).encode()).hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over a folder's safetensors: of each the tensor table and 64 blocks spread evenly over the weights.
+
+    All of a file up to 4 MiB is read. The blocks are spread because a stage may leave a stretch of a file as it was,
+    such as the vision tower at its end.
+    """
+    digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             header = stream.read(8)

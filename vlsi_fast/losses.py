@@ -57,8 +57,11 @@ class AnswerLoss(nn.Module):
         layers, tokens = hidden.shape[:2]
         with gathered(self._frozen):
             weight = self._frozen[0] if self._frozen else self.weight
+            if torch.is_autocast_enabled(hidden.device.type):  # trained weights are float32 there; compute is not
+                dtype = torch.get_autocast_dtype(hidden.device.type)
+                hidden, weight = hidden.to(dtype), weight.to(dtype)
             loss = linear_cross_entropy(
-                hidden.flatten(0, 1).to(weight.dtype),  # float32 master weights meet bfloat16 activations
+                hidden.flatten(0, 1),
                 weight,
                 labels.repeat(layers),
                 reduction="none",

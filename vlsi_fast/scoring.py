@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .data.encoding import configure_image_bounds
 from .data.images import load_image
 from .data.processors import load_processor
 from .data.skipped import UnusableRow
@@ -49,6 +50,7 @@ def exact_match(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(checkpoint)
+    configure_image_bounds(processor, data.min_pixels, data.max_pixels)
     processor.tokenizer.padding_side = "left"
     model = load_backbone(checkpoint, dtype).to(device)
     rows = build_source(data.eval, "data.eval")

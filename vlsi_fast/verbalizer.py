@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vlsi_kernels import verb_ffn
 
 from .backbones import family_of
-from .sharding import gather_state, load_state, rank, sharded_init
+from .sharding import gather_state, gathered, load_state, rank, sharded_init
 
 CONFIG_NAME = "verbalizer_config.json"
 WEIGHTS_NAME = "verbalizer.safetensors"
@@ -56,9 +56,11 @@ class VerbalizerSpec:
     """transformers model type of the backbone."""
     backbone_config: dict | None = None
     """The backbone's configuration, stored for decoder verbalizers only."""
+    made_for: dict = field(default_factory=dict)
+    """The backbone they were trained on: path, digests of checkpoint and tokenizer, layers, settings."""
 
     @classmethod
-    def of(cls, config, layers, settings, output_size: int | None = None) -> VerbalizerSpec:
+    def of(cls, config, layers, settings, output_size: int | None = None, made_for=None) -> VerbalizerSpec:
         """Spec for a backbone's `transformers` config, target layers and a `VerbalizerConfig`."""
         text = config.get_text_config()
         decoder = settings.architecture.startswith("decoder")
@@ -73,6 +75,7 @@ class VerbalizerSpec:
             output_size=None if output_size in (None, text.hidden_size) else output_size,
             model_type=config.model_type,
             backbone_config=config.to_dict() if decoder else None,
+            made_for=made_for or {},
         )
 
     @property
@@ -149,7 +152,8 @@ def _decoder_layer(spec: VerbalizerSpec, layer: int) -> nn.Module:
     for child in module.modules():
         if isinstance(child, nn.Linear):
             child.bias = None
-            nn.init.normal_(child.weight, std=child.in_features**-0.5)
+            with gathered([child.weight], writer=0), torch.no_grad():
+                nn.init.normal_(child.weight, std=child.in_features**-0.5)
     if not spec.norm:
         for name, _ in list(module.named_children()):
             if "norm" in name:

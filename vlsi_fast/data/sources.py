@@ -65,7 +65,7 @@ class DataConfig(BaseModel):
     train: list[SourceConfig]
     """Sources to train on, one after another."""
     eval: list[SourceConfig] = []
-    """Sources to measure on."""
+    """Sources to measure on, by `vlsi_fast.scoring` and the demo; training does not read them."""
     min_pixels: int | None = Field(default=None, ge=1)
     """Pixels that a smaller image is enlarged to; default: the processor's own."""
     max_pixels: int | None = Field(default=None, ge=1)

@@ -5,7 +5,7 @@ stage (`configs/demo_models.yaml`), in phases:
 
 1. teacher, captions: one "color shape" caption an image, worked out from the questions of the train split. A question
    tells one fact in a word or two, so learning to see from questions alone takes many times longer.
-2. teacher, questions of the train split.
+2. teacher, questions of the train split, in two rounds: yes/no questions about shapes come last.
 3. student, questions, few steps: it starts from the teacher's vision blocks, as the sizes of Qwen2-VL share one vision
    encoder, and a language model of random weights.
 
@@ -62,7 +62,8 @@ SIZES = {
 }
 PHASES = {
     "teacher_captions": {"training.max_steps": 1000},
-    "teacher": {"training.max_steps": 2400, "training.learning_rate": 1e-3},
+    "teacher_questions": {"training.max_steps": 2400, "training.learning_rate": 1e-3},
+    "teacher": {"training.max_steps": 1200, "training.learning_rate": 7e-4},
     "student": {"training.max_steps": 600},
 }
 """Overrides of `configs/demo_models.yaml`."""
@@ -234,7 +235,10 @@ def main() -> int:
         return folder
 
     teacher = make_model("teacher", processor.tokenizer)
-    results = {"teacher": phase("teacher", phase("teacher_captions", start("teacher", teacher)))}
+    folder = start("teacher", teacher)
+    for name in ("teacher_captions", "teacher_questions", "teacher"):
+        folder = phase(name, folder)
+    results = {"teacher": folder}
     student = make_model("student", processor.tokenizer, seed=1)
     share_vision(student, load_backbone(results["teacher"], "float32"))
     results["student"] = phase("student", start("student", student))

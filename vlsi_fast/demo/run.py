@@ -127,7 +127,7 @@ def _summary(folder: Path) -> dict[str, Any]:
 def _peak_rss(folder: Path) -> int:
     """Largest sum over ranks of resident memory in any stage, bytes."""
     records = (json.loads(line) for file in folder.glob("**/metrics.jsonl") for line in file.read_text().splitlines())
-    return max((sum(record["peak_memory_bytes"]) for record in records), default=0)
+    return max((sum(record["peak_rss_bytes"]) for record in records), default=0)
 
 
 def _collect(config: RunConfig, scores: dict[str, dict], stages: dict[str, dict], output: Path) -> dict[str, Any]:

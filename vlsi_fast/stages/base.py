@@ -19,13 +19,14 @@ import torch
 import torch.distributed as dist
 import transformers.trainer
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from ..config import ConfigError, RunConfig
 from ..data.skipped import SkipLog
 from ..matching import draw_generator
-from ..sharding import rank, world_size
+from ..sharding import barrier, rank, world_size
 from ..verbalized import answer_positions
 
 TRAINABLE_NAME = "trainable.safetensors"
@@ -59,7 +60,7 @@ class StageModule(nn.Module):
 
 def launched() -> bool:
     """Whether a launcher (deepspeed, torchrun, ..) started this process."""
-    return "LOCAL_RANK" in os.environ or "WORLD_SIZE" in os.environ
+    return "LOCAL_RANK" in os.environ
 
 
 def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
@@ -80,6 +81,8 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     schedule, schedule_kwargs = t.lr_scheduler_type, {}
     if schedule == "cosine":
         schedule, schedule_kwargs = "cosine_with_min_lr", {"min_lr_rate": t.min_learning_rate / t.learning_rate}
+    elif schedule == "constant" and t.warmup_steps:
+        schedule = "constant_with_warmup"
     on_cpu = not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu"
     arguments = {
         **t.model_dump(
@@ -104,11 +107,15 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
         "ddp_find_unused_parameters": False,
         **t.extra,
     }
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.stage_dir(stage) / "tensorboard")
+    if deepspeed is None:  # an earlier stage of this process may have used it
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        unset_hf_deepspeed_config()
     args = TrainingArguments(**arguments)
     _ = args.device  # starts the process group
     if deepspeed is not None:
         _start_deepspeed(on_cpu)
+    if not launched():
+        args._n_gpu = 1  # one process, one GPU: the Trainer would wrap several in DataParallel
     return args
 
 
@@ -124,6 +131,67 @@ def _start_deepspeed(on_cpu: bool) -> None:
     deepspeed.init_distributed()
 
 
+class StageCollator:
+    """Batches with their answer positions, found here, on the CPU, where counting waits for no GPU.
+
+    Returns `batch`: for each role `{"inputs", "index", "labels"}` as `StageModule.forward` takes them, and `facts`: row
+    ids, rows skipped, and the numbers of answer tokens and of tokens (of the first role).
+    """
+
+    def __init__(self, collator, roles: tuple[str, ...]):
+        self.collator, self.roles = collator, roles
+
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        joined = self.collator(rows)
+        batch = {}
+        for role in self.roles:
+            inputs = dict(joined[role])
+            index, labels = answer_positions(inputs.pop("labels"))
+            batch[role] = {"inputs": inputs, "index": index, "labels": labels}
+        first = batch[self.roles[0]]
+        facts = {
+            "ids": joined["ids"],
+            "skipped": joined["skipped"],
+            "answer_tokens": first["index"].numel(),
+            "tokens": int(first["inputs"]["attention_mask"].sum()),
+        }
+        return {"batch": batch, "facts": facts}
+
+
+class ContinuingSampler(torch.utils.data.Sampler):
+    """Rows in the run's one random order, from where the stage before ended.
+
+    Epoch e of the run is a permutation drawn from (seed, e); a stage that starts `start` rows into the run takes the
+    rows that follow, so that three stages read what one of their total length would.
+    """
+
+    def __init__(self, rows: int, seed: int, start: int):
+        self.rows, self.seed, self.start, self.epoch = rows, seed, start, 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self):
+        first = self.start + self.epoch * self.rows
+        orders = {}
+        for position in range(first, first + self.rows):
+            epoch, at = divmod(position, self.rows)
+            if epoch not in orders:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                orders[epoch] = torch.randperm(self.rows, generator=generator).tolist()
+            yield orders[epoch][at]
+
+
+class _TellSampler(TrainerCallback):
+    """Tells the sampler the epoch; the Trainer's own way does not reach it through accelerate's sharding."""
+
+    def __init__(self, sampler: ContinuingSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.epoch = int((state.epoch or 0) + 1e-6)
+
+
 class _Progress(ProgressCallback):
     """The Trainer's progress bar with loss and learning rate behind it instead of a printed dictionary."""
 
@@ -135,8 +203,16 @@ class _Progress(ProgressCallback):
 class StageTrainer(Trainer):
     """Trainer of one stage. Loss and metrics are sums over answer tokens of all micro-batches and ranks."""
 
-    def __init__(self, module: StageModule, args: TrainingArguments, config: RunConfig, stage: str, dataset, collator):
+    def __init__(
+        self, module: StageModule, args: TrainingArguments, config: RunConfig, stage: str, dataset, collator,
+        data_start: int = 0,
+    ):  # fmt: skip
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.stage_dir(stage) / "tensorboard")
+        collator = StageCollator(collator, module.roles)
         super().__init__(model=module, args=args, train_dataset=dataset, data_collator=collator)
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+        self.sampler = ContinuingSampler(len(dataset), config.seed, data_start)
+        self.add_callback(_TellSampler(self.sampler))
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.config, self.stage, self.module = config, stage, module
@@ -150,37 +226,23 @@ class StageTrainer(Trainer):
         self._pending: list[tuple[Tensor, dict[str, Any]]] = []
         self._scalars: dict[str, float] = {}
         self._step_began = time.perf_counter()
-        self.answer_tokens = 0
+        self.totals = {"answer_tokens": 0, "rows": 0, "step_seconds": 0.0}
 
     # ---- batches ----
 
+    def _get_train_sampler(self, *args, **kwargs) -> ContinuingSampler:
+        return self.sampler
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Answer tokens of one optimizer step over all micro-batches and ranks."""
-        role = self.module.roles[0]
-        count = sum(int((batch[role]["labels"][:, 1:] != -100).sum()) for batch in batch_samples)
-        total = torch.tensor(count, device=device)
+        total = torch.tensor(sum(batch["facts"]["answer_tokens"] for batch in batch_samples), device=device)
         if world_size() > 1:
             dist.all_reduce(total)
         return total
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Find answer positions on the CPU, before the batch moves: counting them on a GPU would wait for it."""
-        batch: dict[str, Any] = {}
-        for role in self.module.roles:
-            tensors = dict(inputs[role])
-            index, labels = answer_positions(tensors.pop("labels"))
-            batch[role] = {"inputs": tensors, "index": index, "labels": labels}
-        first = batch[self.module.roles[0]]
-        facts = {
-            "ids": inputs["ids"],
-            "skipped": inputs["skipped"],
-            "answer_tokens": first["index"].numel(),
-            "tokens": int(first["inputs"]["attention_mask"].sum()),
-        }
-        return {"batch": super()._prepare_inputs(batch), "facts": facts}
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        batch, facts = inputs["batch"], inputs["facts"]
+        """Loss of one micro-batch, scaled so that the gradients' mean over ranks is that of all answer tokens."""
+        batch, facts = dict(inputs["batch"]), inputs["facts"]
         if self.module.matrix_shape is not None:
             micro = len(self._pending)
             batch["generator"] = draw_generator(self.config.seed, rank(), self.state.global_step, micro)
@@ -206,9 +268,9 @@ class StageTrainer(Trainer):
 
     def _finish_step(self) -> None:
         """Once an optimizer step, before its last backward: reduce the sums, stop on bad numbers, write the record."""
-        peaks = torch.zeros(world_size(), dtype=torch.float64)
-        peaks[rank()] = peak_memory_bytes(self.args.device)
-        total = torch.cat([sum(sums for sums, _ in self._pending), peaks.to(self.args.device)])
+        peaks = torch.zeros(2, world_size(), dtype=torch.float64)
+        peaks[:, rank()] = torch.tensor([peak_memory_bytes(self.args.device), peak_rss_bytes()], dtype=torch.float64)
+        total = torch.cat([sum(sums for sums, _ in self._pending), peaks.flatten().to(self.args.device)])
         if world_size() > 1:
             dist.all_reduce(total)
         values = total.tolist()
@@ -219,7 +281,7 @@ class StageTrainer(Trainer):
         self.skip_log.check()
         self._pending.clear()
         record = self._record(values)
-        self.answer_tokens += record["answer_tokens"]
+        self._add_to_totals(record)
         self._scalars = _scalars(record)
         if rank() == 0:
             with self.metrics_path.open("a") as stream:
@@ -252,8 +314,13 @@ class StageTrainer(Trainer):
             matches = [[int(v) for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
             students, teachers = self.module.layer_names
             record |= {"kl": kl, "matches": matches, "student_layers": students, "teacher_layers": teachers}
-        record["peak_memory_bytes"] = [int(v) for v in values[-world_size() :]]
+        peaks = [int(v) for v in values[-2 * world_size() :]]
+        record["peak_memory_bytes"], record["peak_rss_bytes"] = peaks[: world_size()], peaks[world_size() :]
         return record
+
+    def _add_to_totals(self, record: dict[str, Any]) -> None:
+        for name in self.totals:
+            self.totals[name] += record[name]
 
     def _stop_on_non_finite(self) -> None:
         """Raise on every rank alike, naming what each rank saw. Nothing has been stepped or saved."""
@@ -271,7 +338,8 @@ class StageTrainer(Trainer):
         raise NonFiniteLossError(
             f"non-finite loss in stage {self.stage}, optimizer step {self.state.global_step + 1}:\n  {lines}\n"
             f"Nothing was stepped or saved; the last good checkpoint in {self.args.output_dir} is kept. Look at these "
-            "rows, lower training.learning_rate or set training.max_grad_norm, then continue with --resume"
+            "rows; lower training.learning_rate or set training.max_grad_norm and start again in another output_dir, "
+            "or, if the cause lay outside the run (hardware), continue with --resume"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -295,16 +363,29 @@ class StageTrainer(Trainer):
         finally:
             transformers.trainer.deepspeed_load_checkpoint = strict
 
+    def _run_epoch(self, *args, **kwargs):
+        """Resumed at its last step, a run lacks only its export: the Trainer would make one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def _truncate_metrics(self, checkpoint: str | None) -> None:
-        """Drop records of steps that a resumed run makes again."""
-        if not self.metrics_path.is_file():
-            return
+        """Drop records of steps that a resumed run makes again, and count the others' into the totals."""
         done = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
-        records = [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.endswith("}")]
-        kept = [r for r in records if r["step"] <= done]
-        self.answer_tokens = sum(r["answer_tokens"] for r in kept)
+        lines = self.metrics_path.read_text().splitlines() if self.metrics_path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        for line in kept:
+            self._add_to_totals(json.loads(line))
+        barrier()  # every rank has read before rank 0 writes
         if rank() == 0:
-            self.metrics_path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            partial = self.metrics_path.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(self.metrics_path)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        barrier()  # rank 0 then writes the state that marks the checkpoint as complete
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainable parameters of a checkpoint. Under DeepSpeed its own files hold them."""
@@ -348,13 +429,17 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
         scalars[f"matched_teacher_layer/student_{student}"] = mean
         for j, teacher in enumerate(teachers):
             scalars[f"kl/student_{student}/teacher_{teacher}"] = record["kl"][i][j]
-    scalars["peak_memory_bytes"] = float(max(record["peak_memory_bytes"]))
+    for name in ("peak_memory_bytes", "peak_rss_bytes"):
+        scalars[name] = float(max(record[name]))
     return scalars
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: allocated on a GPU, or resident in this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Peak memory of the stage on a GPU; on the CPU `peak_rss_bytes`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process since its start (earlier stages of the same process included)."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

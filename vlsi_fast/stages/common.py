@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from ..config import RunConfig
+from ..config import ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
 from ..data.processors import load_processor
 from ..data.sources import build_source
-from ..lineage import LineageError, open_stage, require_predecessor, versions, write_record
+from ..lineage import LineageError, open_stage, require_equal, versions, write_record
 from ..loading import (
     checkpoint_digest,
     load_backbone,
@@ -45,7 +44,7 @@ class Role:
 
     def spec(self, output_size: int | None = None) -> VerbalizerSpec:
         """Verbalizers that this run's config asks for."""
-        return VerbalizerSpec.of(self.config, self.layers, self.run.verbalizer, output_size)
+        return VerbalizerSpec.of(self.config, self.layers, self.run.verbalizer, output_size, self.facts)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -62,18 +61,18 @@ class Role:
         """Where trained verbalizers of this model are."""
         return Path(self.settings.verbalizers or self.run.stage_dir("verbalize") / self.name)
 
+    def require_verbalizers(self) -> None:
+        """Raises LineageError where there are none, or they were made for another model, layers or architecture."""
+        folder = self.verbalizer_folder()
+        try:
+            found = read_spec(folder)
+        except FileNotFoundError:
+            raise LineageError(f"{folder} holds no verbalizers; run --stage verbalize first") from None
+        require_equal(folder, "verbalize", {self.name: found.made_for}, {self.name: self.facts})
+
     def trained_verbalizers(self) -> Verbalizers:
-        """Load them, frozen. Raises LineageError where they were made for another model, layers or architecture."""
-        folder, spec = self.verbalizer_folder(), self.spec()
-        found = read_spec(folder)
-        for field in ("architecture", "layers", "hidden_size", "norm", "residual", "model_type", "output_size"):
-            there, here = getattr(found, field), getattr(spec, field)
-            if there != here:
-                raise LineageError(
-                    f"verbalizers in {folder} do not fit {self.name} {self.settings.path}: {field} is {there!r} there "
-                    f"and {here!r} here; run --stage verbalize again or correct the config"
-                )
-        return Verbalizers.from_pretrained(folder).requires_grad_(False)
+        """Load them, frozen."""
+        return Verbalizers.from_pretrained(self.verbalizer_folder()).requires_grad_(False)
 
 
 class Stage:
@@ -96,6 +95,14 @@ class Stage:
     def check_predecessors(self) -> None:
         """Raise LineageError where an earlier stage's results are missing or do not fit."""
 
+    def inputs(self) -> dict[str, str]:
+        """Digests of what earlier stages made and this one starts from: other inputs are another run."""
+        return {}
+
+    def data_start(self) -> int:
+        """Rows of the run's data order that earlier stages have used."""
+        return 0
+
     def build(self) -> StageModule:
         """Load models and make the module to train."""
         raise NotImplementedError
@@ -117,16 +124,10 @@ class Stage:
             NonFiniteLossError, TooManySkippedRows: while training.
         """
         self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
-        self.roles = {name: Role(name, self.config) for name in self.role_names()}
-        if len(self.roles) == 2:
-            student, teacher = self.roles["student"], self.roles["teacher"]
-            require_same_tokens(
-                student.processor.tokenizer, teacher.processor.tokenizer, student.settings.path, teacher.settings.path
-            )
-        self.check_predecessors()
-        dataset = VlsiDataset(
-            build_source(self.config.data.train), {n: r.processor for n, r in self.roles.items()}, self.config.data
-        )
+        try:
+            dataset, collator = self._check_inputs()
+        except (ValueError, ImportError) as error:  # of tokenizers, processors, readers: all say what to do
+            raise ConfigError(str(error)) from error
         record = self._record()
         found = open_stage(self.folder, record, resume)
         barrier()  # every rank has looked before rank 0 writes
@@ -138,13 +139,16 @@ class Stage:
         module = self.build()
         if self.args.deepspeed is None:
             _keep_master_weights(module)
-        trainer = StageTrainer(module, self.args, self.config, self.name, dataset, self._collator())
-        began = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        start = record["identity"]["data_start"]
+        trainer = StageTrainer(module, self.args, self.config, self.name, dataset, collator, start)
         result = trainer.train(resume_from_checkpoint=found["checkpoint"] if found else None)
         record["summary"] = {
-            "seconds": time.perf_counter() - began,
+            "seconds": trainer.totals["step_seconds"],
             "optimizer_steps": result.global_step,
-            "answer_tokens": trainer.answer_tokens,
+            "rows": trainer.totals["rows"],
+            "answer_tokens": trainer.totals["answer_tokens"],
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
         }
@@ -156,16 +160,28 @@ class Stage:
         _release(trainer)
         return record
 
+    def _check_inputs(self) -> tuple[VlsiDataset, Collator]:
+        """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""
+        self.roles = {name: Role(name, self.config) for name in self.role_names()}
+        processors = {name: role.processor for name, role in self.roles.items()}
+        if len(self.roles) == 2:
+            student, teacher = (processors[name].tokenizer for name in ("student", "teacher"))
+            require_same_tokens(student, teacher, self.config.student.path, self.config.teacher.path)
+        self.check_predecessors()
+        dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data)
+        return dataset, Collator(processors, always_image=world_size() > 1)
+
     def _record(self) -> dict[str, Any]:
         training = self.config.stage_training(self.name).model_dump()
         for name in ("logging_steps", "save_steps", "save_total_limit", "report_to"):
             del training[name]  # may change between a run and its continuation
-        dump = self.config.model_dump()
-        data = {name: value for name, value in dump["data"].items() if name not in ("num_workers", "eval")}
+        dump, loose = self.config.model_dump(), ("num_workers", "eval", "max_skipped_share")
+        data = {name: value for name, value in dump["data"].items() if name not in loose}
         facts = {name: role.facts for name, role in self.roles.items()}
         identity = {name: dump[name] for name in ("seed", "dtype", self.name, *self.sections)}
         identity[self.name] = {name: value for name, value in dump[self.name].items() if name != "training"}
         identity |= {"data": data, "training": training, "world_size": world_size()}
+        identity |= {"inputs": self.inputs(), "data_start": self.data_start()}
         for name, fact in facts.items():
             identity[name] = {key: value for key, value in fact.items() if key != "path"}
         return {
@@ -176,9 +192,6 @@ class Stage:
             "config": dump,
             "versions": versions(),
         }
-
-    def _collator(self) -> Collator:
-        return Collator({name: role.processor for name, role in self.roles.items()}, always_image=world_size() > 1)
 
     # ---- parts that stages share ----
 
@@ -200,11 +213,6 @@ class Stage:
                 "resize the model's embeddings or use the tokenizer that belongs to it"
             )
         return model
-
-    def require_verbalized(self, name: str) -> None:
-        """The verbalize stage of a role is finished and was made for the model, layers and architecture of this run."""
-        facts = {f"{name}.{k}": v for k, v in self.roles[name].facts.items() if k != "path"}
-        require_predecessor(self.roles[name].verbalizer_folder().parent, "verbalize", facts)
 
     def add_lora(self, model: nn.Module) -> nn.Module:
         """Inject trainable LoRA into the language model, in place. Returns the peft wrapper."""

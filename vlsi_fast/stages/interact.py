@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backbones import family_of
 from ..config import ConfigError, InteractConfig, MatchingConfig
+from ..lineage import rows_used
+from ..loading import weights_digest
 from ..losses import AnswerLoss, HeadOptions, LogitL2, PairwiseKL, hidden_l2_matrix, pick
 from ..matching import match_layers
 from ..verbalized import VerbalizedBackbone
@@ -73,24 +76,26 @@ class InteractModule(StageModule):
             matrix = hidden_l2_matrix(s_layers, t_layers) if self.settings.headless else None
             return matrix, self._kl(s_last[None], t_last[None])[0] if last else None
         if not last:
-            return self._kl(s_layers, t_layers), None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.settings.intermediate == "kld"):
+                return self._kl(s_layers, t_layers), None  # for l2 it only drives the matching
         both = self._kl(torch.cat([s_layers, s_last[None]]), torch.cat([t_layers, t_last[None]]))
         return both[:-1, :-1], both[-1, -1:]
 
     def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
-        temperature = self.settings.temperature
-        return self.pairwise_kl(student, teacher, temperature) * temperature**2
+        return self.pairwise_kl(student, teacher, self.settings.temperature)
 
     def _intermediate(self, matrix: Tensor, matches: Tensor, s_layers: Tensor, t_layers: Tensor) -> Tensor:
-        if self.settings.intermediate == "kld" or self.settings.headless:
+        if self.settings.headless:
             return pick(matrix, matches)
+        if self.settings.intermediate == "kld":
+            return pick(matrix, matches) * self.settings.temperature**2
         chosen = matches if matches.dim() == 2 else matches[:, None]
         return torch.stack([self.logit_l2(s_layers, t_layers[column]) for column in chosen.T]).mean(0)
 
     def _last(self, last_kl, s_last, t_last, labels) -> list[Tensor]:
         operation = self.settings.last
         if operation == "kld":
-            return [last_kl]
+            return [last_kl * self.settings.temperature**2]
         if operation == "ce":
             return [self.answer_loss(s_last[None], labels)]
         if operation == "l2":
@@ -131,7 +136,16 @@ class InteractStage(Stage):
                 )
         if self.speaks:
             for name in self._speakers():
-                self.require_verbalized(name)
+                self.roles[name].require_verbalizers()
+
+    def inputs(self) -> dict[str, str]:
+        if not self.speaks:
+            return {}
+        folders = {name: self.roles[name].verbalizer_folder() for name in self._speakers()}
+        return {f"{name}_verbalizers": weights_digest(folder) for name, folder in folders.items()}
+
+    def data_start(self) -> int:
+        return rows_used(self.config.stage_dir("verbalize"))
 
     def _speakers(self) -> list[str]:
         """Autoregressive loss at the student's layers needs none of the teacher's."""
@@ -140,6 +154,9 @@ class InteractStage(Stage):
     def build(self) -> InteractModule:
         model = self.load_model("student")
         self.adapter = self.add_lora(model)
+        if self.settings.last == "none":  # nothing above the deepest target layer would get a gradient
+            deepest = max(self.roles["student"].layers)
+            family_of(model.config).decoder_layers(model)[deepest:].requires_grad_(False)
         self.enable_checkpointing(model)
         student = VerbalizedBackbone(model, self.roles["student"].layers, self._verbalizers("student"), True)
         teacher = None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from ..backbones import family_of
-from ..lineage import require_predecessor
+from ..lineage import require_predecessor, rows_used
+from ..loading import checkpoint_digest
 from ..losses import AnswerLoss, HeadOptions
 from ..verbalized import VerbalizedBackbone
 from .base import StageModule
@@ -54,8 +55,14 @@ class SftStage(Stage):
     def check_predecessors(self) -> None:
         if self._distilled:
             facts = self.roles["student"].facts
-            needs = {f"student.{name}": facts[name] for name in ("checkpoint", "tokenizer")}
-            require_predecessor(self.config.stage_dir("interact"), "interact", needs)
+            needs = {name: facts[name] for name in ("path", "checkpoint", "tokenizer")}
+            require_predecessor(self.config.stage_dir("interact"), "interact", {"student": needs})
+
+    def inputs(self) -> dict[str, str]:
+        return {"student": checkpoint_digest(self.source)} if self._distilled else {}
+
+    def data_start(self) -> int:
+        return rows_used(self.config.stage_dir("interact")) if self._distilled else 0
 
     def build(self) -> SftModule:
         model = self.load_model("student", self.source)

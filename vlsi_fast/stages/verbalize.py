@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..config import ConfigError
 from ..losses import AnswerLoss
 from ..verbalized import VerbalizedBackbone
 from ..verbalizer import Verbalizers
@@ -43,6 +44,14 @@ class VerbalizeStage(Stage):
 
     def role_names(self) -> list[str]:
         return list(self.settings.models)
+
+    def check_predecessors(self) -> None:
+        for name, role in self.roles.items():
+            if role.settings.verbalizers is not None:
+                raise ConfigError(
+                    f"verbalize.models names the {name}, but {name}.verbalizers has trained ones already "
+                    f"({role.settings.verbalizers}); remove one of the two"
+                )
 
     def build(self) -> VerbalizeModule:
         backbones = {}
