@@ -256,6 +256,7 @@ def test_stored_spec_is_readable(backbone_config, tmp_path):
         "output_size": None,
         "model_type": "qwen2_vl",
         "backbone_config": None,
+        "made_for": {},
     }
     assert read_spec(tmp_path) == make_spec(backbone_config, "ffn", True, True)
 

@@ -242,7 +242,7 @@ class Stage:
         With LoRA the adapter is kept beside it (`<stage>/adapter`, peft's format) and merged into the weights.
         """
         folder = self.folder / "student"
-        trained = gather_state((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        trained = gather_state((n, p) for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n)
         if rank() == 0:
             with unsharded():
                 stock = load_backbone(source, self.config.dtype)
