@@ -10,7 +10,7 @@ from tiny_batch import make_batch, make_model
 
 from vlsi_fast.backbones import family_of
 from vlsi_fast.config import InteractConfig, MatchingConfig
-from vlsi_fast.losses import AnswerLoss, HeadOptions, LogitL2, PairwiseKL, hidden_l2_matrix, pick
+from vlsi_fast.losses import AnswerLoss, LogitL2, OperatorOptions, PairwiseKL, hidden_l2_matrix, pick
 from vlsi_fast.stages.interact import InteractModule
 from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
@@ -60,7 +60,7 @@ def test_answer_loss_is_cross_entropy(trainable, rows):
     weight = heads(student_rows=rows)[0].requires_grad_(trainable)
     states, _ = hidden()
     labels = torch.randint(0, VOCAB, (N,))
-    module = AnswerLoss(weight, HeadOptions(VOCAB, IMPL))
+    module = AnswerLoss(weight, OperatorOptions(VOCAB, IMPL))
     loss = module(states, labels)
     wanted = torch.stack([F.cross_entropy(logits(layer, weight), labels) for layer in states])
     assert loss.shape == (S,) and loss.dtype == torch.float32
@@ -78,7 +78,7 @@ def test_answer_loss_is_cross_entropy(trainable, rows):
 def test_pairwise_kl_is_kl_div_for_all_pairs(temperature):
     ws, wl = heads()
     student, teacher = hidden()
-    matrix = PairwiseKL(ws, wl, HeadOptions(VOCAB, IMPL))(student, teacher, temperature)
+    matrix = PairwiseKL(ws, wl, OperatorOptions(VOCAB, IMPL))(student, teacher, temperature)
     assert matrix.shape == (S, L)
     dense = torch.stack(
         [
@@ -96,7 +96,7 @@ def test_pairwise_kl_is_kl_div_for_all_pairs(temperature):
 def test_padding_rows_of_a_head_take_no_part():
     ws, wl = heads()
     student, teacher = hidden()
-    options = HeadOptions(VOCAB, IMPL)
+    options = OperatorOptions(VOCAB, IMPL)
     before = [PairwiseKL(ws, wl, options)(student, teacher), LogitL2(ws, wl, options)(student, teacher[:S])]
     ws[VOCAB:] = 1e3
     after = [PairwiseKL(ws, wl, options)(student, teacher), LogitL2(ws, wl, options)(student, teacher[:S])]
@@ -112,7 +112,7 @@ def test_logit_l2_is_the_mean_square_of_dense_logits(vocab):
     ws, wl = heads(vocab + 5, vocab)
     student, teacher = hidden()
     teacher = teacher[[2, 0]]
-    module = LogitL2(ws, wl, HeadOptions(vocab, IMPL))
+    module = LogitL2(ws, wl, OperatorOptions(vocab, IMPL))
     loss = module(student, teacher)
     pairs = [F.mse_loss(logits(s, ws, vocab), logits(t, wl, vocab)) for s, t in zip(student, teacher)]
     wanted = torch.stack(pairs)
@@ -145,7 +145,7 @@ def test_pick():
 def test_no_answer_tokens_give_zero():
     ws, wl = heads()
     student, teacher = hidden(tokens=0)
-    options = HeadOptions(VOCAB, IMPL)
+    options = OperatorOptions(VOCAB, IMPL)
     trained = ws.clone().requires_grad_(True)
     losses = {
         "answer": AnswerLoss(ws, options)(student, torch.empty(0, dtype=torch.long)),
@@ -202,7 +202,7 @@ def interact_module(intermediate, last, headless=False, matching=None, **setting
         teacher_backbone,
         InteractConfig(intermediate=intermediate, last=last, headless=headless, **settings),
         MatchingConfig(**(matching or {})),
-        HeadOptions(vocab, IMPL),
+        OperatorOptions(vocab, IMPL),
     ).train()
 
 
@@ -346,7 +346,7 @@ def test_teacher_equal_to_student(batch, intermediate, last):
         VerbalizedBackbone(teacher, STUDENT_LAYERS, t, False),
         InteractConfig(intermediate=intermediate, last=last),
         MatchingConfig(strategy="uniform"),
-        HeadOptions(student.config.get_text_config().vocab_size, IMPL),
+        OperatorOptions(student.config.get_text_config().vocab_size, IMPL),
     )
     output = run(module, batch)
     if intermediate != "none":

@@ -55,6 +55,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         config = load_config(arguments.config, overrides)
     except (ConfigError, FileNotFoundError) as error:
         return _report(error, 2)
+    import torch
+
     from .data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
     from .lineage import LineageError
     from .stages import NonFiniteLossError, run
@@ -65,6 +67,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return _report(error, 2)
     except (AnswerMismatchError, NoUsableRowError, NonFiniteLossError, TooManySkippedRows) as error:
         return _report(error, 1)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 

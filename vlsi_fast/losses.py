@@ -28,7 +28,7 @@ from .sharding import gathered
 
 
 @dataclass(frozen=True)
-class HeadOptions:
+class OperatorOptions:
     """How the vocabulary operators are called."""
 
     vocab_size: int
@@ -44,7 +44,7 @@ class AnswerLoss(nn.Module):
     one is read under one gather in forward and not needed after it.
     """
 
-    def __init__(self, weight: nn.Parameter, options: HeadOptions):
+    def __init__(self, weight: nn.Parameter, options: OperatorOptions):
         super().__init__()
         self.options = options
         self._frozen = [weight]
@@ -74,7 +74,7 @@ class AnswerLoss(nn.Module):
 class PairwiseKL(nn.Module):
     """KL of every (student layer, teacher layer) pair in one pass over the vocabulary a layer."""
 
-    def __init__(self, student_weight: nn.Parameter, teacher_weight: nn.Parameter, options: HeadOptions):
+    def __init__(self, student_weight: nn.Parameter, teacher_weight: nn.Parameter, options: OperatorOptions):
         super().__init__()
         self.options = options
         self._weights = [student_weight, teacher_weight]
@@ -99,7 +99,7 @@ class LogitL2(nn.Module):
     the three matrices, [d_l, d_l], [d_l, d_s] and [d_s, d_s] in float32, are made once.
     """
 
-    def __init__(self, student_weight: nn.Parameter, teacher_weight: nn.Parameter, options: HeadOptions):
+    def __init__(self, student_weight: nn.Parameter, teacher_weight: nn.Parameter, options: OperatorOptions):
         super().__init__()
         self.options = options
         self._weights = [student_weight, teacher_weight]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from ..backbones import family_of
 from ..config import ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
@@ -26,7 +27,7 @@ from ..loading import (
     target_layers,
     tokenizer_digest,
 )
-from ..losses import HeadOptions
+from ..losses import OperatorOptions
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .base import StageModule, StageTrainer, training_arguments
@@ -196,10 +197,10 @@ class Stage:
     # ---- parts that stages share ----
 
     @property
-    def head_options(self) -> HeadOptions:
+    def head_options(self) -> OperatorOptions:
         """Heads are cut to the rows that all models of the stage have; further rows are padding."""
         rows = [role.config.get_text_config().vocab_size for role in self.roles.values()]
-        return HeadOptions(min(rows), self.config.impl)
+        return OperatorOptions(min(rows), self.config.impl)
 
     def load_model(self, name: str, folder: Path | None = None) -> nn.Module:
         """A role's stock model, frozen; from `folder` where an earlier stage made it."""
@@ -217,8 +218,6 @@ class Stage:
     def add_lora(self, model: nn.Module) -> nn.Module:
         """Inject trainable LoRA into the language model, in place. Returns the peft wrapper."""
         from peft import LoraConfig, get_peft_model
-
-        from ..backbones import family_of
 
         settings = self.config.lora
         lora = LoraConfig(

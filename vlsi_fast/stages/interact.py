@@ -13,7 +13,7 @@ from ..backbones import family_of
 from ..config import ConfigError, InteractConfig, MatchingConfig
 from ..lineage import rows_used
 from ..loading import weights_digest
-from ..losses import AnswerLoss, HeadOptions, LogitL2, PairwiseKL, hidden_l2_matrix, pick
+from ..losses import AnswerLoss, LogitL2, OperatorOptions, PairwiseKL, hidden_l2_matrix, pick
 from ..matching import match_layers
 from ..verbalized import VerbalizedBackbone
 from ..verbalizer import Verbalizers
@@ -30,7 +30,7 @@ class InteractModule(StageModule):
         teacher: VerbalizedBackbone | None,
         settings: InteractConfig,
         matching: MatchingConfig,
-        options: HeadOptions,
+        options: OperatorOptions,
     ):
         super().__init__()
         self.student, self.teacher = student, teacher
@@ -50,6 +50,7 @@ class InteractModule(StageModule):
             self.logit_l2 = LogitL2(*heads)
 
     def forward(self, student: dict, teacher: dict | None = None, generator=None) -> dict[str, Tensor]:
+        """See `StageModule`; `generator` is the source of this micro-batch's matching draws."""
         normed = not self.settings.headless
         s_layers, s_last = self.student(student["inputs"], student["index"], normed)
         t_layers = t_last = None

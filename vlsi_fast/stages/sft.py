@@ -11,7 +11,7 @@ import torch
 from ..backbones import family_of
 from ..lineage import require_predecessor, rows_used
 from ..loading import checkpoint_digest
-from ..losses import AnswerLoss, HeadOptions
+from ..losses import AnswerLoss, OperatorOptions
 from ..verbalized import VerbalizedBackbone
 from .base import StageModule
 from .common import Stage
@@ -23,12 +23,13 @@ class SftModule(StageModule):
     roles = ("student",)
     part_names = ["answer"]
 
-    def __init__(self, student: VerbalizedBackbone, options: HeadOptions):
+    def __init__(self, student: VerbalizedBackbone, options: OperatorOptions):
         super().__init__()
         self.student = student
         self.head = AnswerLoss(student.head_weight, options)
 
     def forward(self, student: dict) -> dict[str, torch.Tensor]:
+        """See `StageModule`."""
         _, last = self.student(student["inputs"], student["index"])
         parts = self.head(last[None], student["labels"])
         return {"loss": parts.sum(), "parts": parts.detach()}

@@ -27,6 +27,7 @@ class VerbalizeModule(StageModule):
         self.part_names = [f"{name}_layer_{k}" for name, b in backbones.items() for k in b.target_layers]
 
     def forward(self, **roles) -> dict[str, torch.Tensor]:
+        """See `StageModule`."""
         parts = []
         for name in self.roles:
             batch = roles[name]
