@@ -1,6 +1,5 @@
 import pytest
-
-import runs
+import tiny_runs as runs
 
 
 @pytest.fixture(scope="session")

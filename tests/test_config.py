@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import tiny_runs as runs
 import yaml
 from pydantic import BaseModel
 
-import runs
 from vlsi_fast.config import (
     ARCHITECTURES,
     STAGES,

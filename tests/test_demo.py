@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs as runs
 import yaml
 
-import runs
 from vlsi_fast import load_config
 from vlsi_fast.data import load_processor
 from vlsi_fast.demo import models

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import tiny
+import tiny_runs as runs
 import torch
 
-import runs
 from vlsi_fast import load_config
 from vlsi_fast.config import BackboneConfig, ConfigError
 from vlsi_fast.lineage import (

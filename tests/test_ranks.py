@@ -8,9 +8,9 @@ import subprocess
 import time
 
 import pytest
+import tiny_runs as runs
 import torch
 
-import runs
 from vlsi_fast import load_config, run
 from vlsi_fast.loading import load_backbone
 from vlsi_fast.verbalizer import Verbalizers

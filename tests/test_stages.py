@@ -8,10 +8,10 @@ import subprocess
 import time
 
 import pytest
+import tiny_runs as runs
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-import runs
 from vlsi_fast import load_config, run
 from vlsi_fast.config import ConfigError
 from vlsi_fast.data import TooManySkippedRows
