@@ -291,6 +291,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.impl == "triton":
+            raise ValueError("impl: triton is not part of this release; use auto or torch")
         s, t = self.student.layers, self.teacher.layers
         if s and t and len(s) > len(t):
             raise ValueError(
