@@ -9,7 +9,8 @@ stage (`configs/demo_models.yaml`), in phases:
 3. student, questions, few steps: it starts from the teacher's vision blocks, as the sizes of Qwen2-VL share one vision
    encoder, and a language model of random weights.
 
-Only the train split is trained on; sizes were chosen in scouting that looked at test scores (LOG.md). The weights are stored as bfloat16.
+Only the train split is trained on; sizes were chosen in scouting that looked at test scores (LOG.md). The weights are
+stored as bfloat16.
 """
 
 from __future__ import annotations
