@@ -1,5 +1,15 @@
+import os
+
 import pytest
-import tiny_runs as runs
+import torch
+
+if not torch.cuda.is_available():  # Triton reads it when a kernel is defined, so before the first import of one
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import tiny_runs as runs  # noqa: E402
+from kernels_util import make_interpreter_round_to_nearest  # noqa: E402
+
+make_interpreter_round_to_nearest()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Shared by the operator tests: largest-tensor recorder, error measures, and the three precision regimes."""
 
+import os
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,3 +65,21 @@ def regime(name, dtype, layers=2, tokens=6, width=48):
     student_weight = weight[:VOCAB].clone()
     weight[VOCAB:] = float("nan")  # padding rows, which take no part
     return student, student_weight, teacher, weight
+
+
+def make_interpreter_round_to_nearest():
+    """Triton's interpreter truncates float32 to bfloat16, twice the error of the hardware's rounding to nearest."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    original = interpreter._convert_float
+
+    def convert(data, source, target, rounding_mode):
+        if source.name == "fp32" and target.name == "bf16":
+            return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+        return original(data, source, target, rounding_mode)
+
+    interpreter._convert_float = convert

@@ -144,7 +144,6 @@ def test_merge_errors():
     ("change", "error", "match"),
     [
         ({"impl": "cuda"}, ValueError, "choose one of 'auto', 'torch', 'reference', 'triton'"),
-        ({"impl": "triton"}, NotImplementedError, 'use impl="auto" or "torch"'),
         ({"vocab_size": 0}, ValueError, r"outside 1\.\.20"),
         ({"vocab_size": 21}, ValueError, r"outside 1\.\.20"),
         ({"vocab_size": 3.0}, TypeError, "int or None"),

@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlsi_kernels import DEFAULT_WORKSPACE_BYTES, linear_cross_entropy, linear_logsumexp
 from vlsi_kernels.linear_cross_entropy import reference_linear_cross_entropy, reference_linear_logsumexp
 
-# Relative gradient error (Frobenius, against float64 on the same rounded inputs). Half precision: rounding the result
-# costs 1.7e-3 (bfloat16) and 2e-4 (float16) by itself.
-GRAD_BAR = {torch.float32: 1e-5, torch.bfloat16: 2.2e-3, torch.float16: 4e-4}
+# Relative gradient error (Frobenius, against float64 on the same rounded inputs). Half precision: rounding costs 1.7e-3
+# (bfloat16) and 2e-4 (float16), and the gradient of hidden is rounded twice: as kept for backward, and as returned.
+GRAD_BAR = {torch.float32: 1e-5, torch.bfloat16: 2.8e-3, torch.float16: 4e-4}
 TINY = 1  # bytes of workspace: the smallest chunks there are
 
 
@@ -193,7 +193,7 @@ def test_autocast_does_not_round_logits():
         ({"labels": torch.zeros(3, dtype=torch.long)}, ValueError, "one per row"),
         ({"labels": torch.zeros(2, dtype=torch.long, device="meta")}, ValueError, "one device"),
         ({"reduction": "avg"}, ValueError, "choose one of 'mean', 'sum', 'none'"),
-        ({"impl": "triton"}, NotImplementedError, "not part of this release"),
+        ({"impl": "cuda"}, ValueError, "is unknown; choose one of"),
         ({"weight": torch.zeros(20, 5)}, ValueError, "width 5"),
         ({"hidden": torch.zeros(4)}, ValueError, r"\[N, D\]"),
         ({"temperature": -1.0}, ValueError, "above 0"),

@@ -5,10 +5,10 @@
     teacher_targets, layer_kl_matrix            KLs of all pairs of teacher and student layers
     verb_ffn                                    the verbalizer's gated feed-forward network
 
-Usable without the trainer; needs only PyTorch. Dense float64 references stand beside each operator.
+Usable without the trainer; needs only PyTorch, and Triton for its GPU kernels. Dense float64 references stand beside each operator.
 """
 
-from ._common import DEFAULT_WORKSPACE_BYTES
+from ._common import DEFAULT_WORKSPACE_BYTES, VocabularyShard
 from .head_statistics import HeadStatistics, head_statistics, merge_head_statistics
 from .layer_kl import TeacherTargets, layer_kl_matrix, teacher_targets
 from .linear_cross_entropy import linear_cross_entropy, linear_logsumexp
@@ -20,6 +20,7 @@ __all__ = [
     "DEFAULT_WORKSPACE_BYTES",
     "HeadStatistics",
     "TeacherTargets",
+    "VocabularyShard",
     "head_statistics",
     "layer_kl_matrix",
     "linear_cross_entropy",

@@ -12,43 +12,73 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._triton import interpreted, triton
+
 IMPLS = ("auto", "torch", "reference", "triton")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Bytes of scratch that one call may keep alive, by device type. CPU: on one busy Zen 4 core (32 MiB L3), 10 + 5 layers
-# of 512 tokens took 2.66 / 2.55 / 2.51 / 2.73 s of processor time at 8 / 16 / 32 / 64 MiB. CUDA: an estimate.
+# of 512 tokens took 2.66 / 2.55 / 2.51 / 2.73 s of processor time at 8 / 16 / 32 / 64 MiB. CUDA: an estimate, not
+# yet measured.
 DEFAULT_WORKSPACE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 # The CPU reads the heads once per row block; 2048 rows amortize that.
 MAX_ROW_CHUNK = {"cpu": 2048}
 # Fewer rows or columns than this starve the matrix products; a smaller workspace is therefore not honoured.
 MIN_ROW_CHUNK = 256
 MIN_VOCAB_CHUNK = 256
+# Columns of a tile that one Triton program holds in registers: 32 float32 numbers per thread of 8 warps.
+MAX_TILE_COLUMNS = 8192
 # Tile-sized buffers alive at once. CPU: logits and exponentials; CUDA: the exponentials' two bfloat16 halves as well.
 TILE_BUFFERS = {"cpu": 2, "cuda": 4}
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """This rank's place in a head whose rows are divided over the ranks of a group (tensor parallelism).
+
+    Every rank passes the same hidden states and its own contiguous rows of the head; results are those of the whole
+    head, equal on all ranks. Every rank of the group must make the same calls in the same order.
+    """
+
+    group: "torch.distributed.ProcessGroup | None"  # None: the default group
+    start: int  # index, in the whole vocabulary, of this rank's first row
 
 
 @dataclass(frozen=True)
 class HeadOptions:
     """The non-tensor options of a vocabulary operator, after checks."""
 
-    vocab_size: int  # rows of the heads that take part
+    vocab_size: int  # rows of the heads that take part (of this rank's rows, where the head is sharded; may be 0 then)
     temperature: float  # logits are divided by it
-    impl: str  # "torch" or "reference"
+    impl: str  # "torch", "triton" or "reference"
     workspace_bytes: int  # scratch that decides the row and vocabulary chunks
+    shard: VocabularyShard | None = None
 
 
-def resolve_impl(impl: str, device: torch.device) -> str:
-    """Turns the user's `impl` into one that exists on `device`.
+def resolve_impl(impl: str, device: torch.device, *tensors: Tensor | None) -> str:
+    """Turns the user's `impl` into one that exists on `device` for `tensors`: "torch", "triton" or "reference".
 
-    Raises: ValueError on an unknown name; NotImplementedError on "triton".
+    "auto" is "triton" on CUDA where Triton is installed and nothing is float64, else "torch".
+
+    Raises: ValueError on an unknown name or a device that Triton does not run on; ImportError where Triton is asked
+        for and not installed; TypeError on float64 for Triton.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(map(repr, IMPLS))}")
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    if impl == "auto":
+        return "triton" if triton is not None and device.type == "cuda" and not double else "torch"
     if impl == "triton":
-        raise NotImplementedError(
-            f'impl="triton": Triton kernels are not part of this release (device {device}); use impl="auto" or "torch"'
-        )
-    return "torch" if impl == "auto" else impl
+        if triton is None:
+            raise ImportError('impl="triton" needs Triton: pip install triton (Linux), or use impl="auto"')
+        if device.type != "cuda" and not interpreted():
+            raise ValueError(
+                f'impl="triton" needs tensors on a CUDA device, got {device}; move them there, use impl="auto", or set '
+                "TRITON_INTERPRET=1 before the import to debug kernels on the CPU"
+            )
+        if double:
+            raise TypeError('impl="triton" takes float32, bfloat16 and float16; use impl="auto" or "torch" for float64')
+    return impl
 
 
 def check_tensor(name: str, tensor: Tensor, dims: tuple[str, ...]) -> None:
@@ -93,27 +123,44 @@ def check_no_grad(name: str, tensor: Tensor | None, reason: str) -> None:
 
 def make_options(
     vocab_size: int | None,
-    vocab_rows: int,
+    heads: tuple[Tensor, ...],
     temperature: float,
     impl: str,
     workspace_bytes: int | None,
-    device: torch.device,
+    tensors: tuple[Tensor | None, ...],
+    shard: VocabularyShard | None = None,
 ) -> HeadOptions:
-    """Checks the options; `vocab_rows` is the row count of the shortest head, and the default of `vocab_size`."""
+    """Checks the options. The shortest of `heads` gives the default of `vocab_size`; `tensors`: all other inputs."""
+    vocab_rows = min(head.shape[0] for head in heads)
+    device = heads[0].device
     if vocab_rows < 1:
         raise ValueError("a head has 0 rows; it needs at least one (is the weight sharded and not gathered here?)")
-    size = vocab_rows if vocab_size is None else vocab_size
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"vocab_size must be an int or None, got {size!r}")
-    if not 1 <= size <= vocab_rows:
-        raise ValueError(f"vocab_size={size} is outside 1..{vocab_rows} (the rows of the shortest head given)")
+    size = _rows_that_count(vocab_size, vocab_rows, shard)
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature={temperature} must be a finite number above 0; 1.0 leaves the logits alone")
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_WORKSPACE_BYTES.get(device.type, DEFAULT_WORKSPACE_BYTES["cuda"])
     elif isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes < 1:
         raise ValueError(f"workspace_bytes={workspace_bytes!r} must be a positive int (bytes) or None for the default")
-    return HeadOptions(size, float(temperature), resolve_impl(impl, device), workspace_bytes)
+    impl = resolve_impl(impl, device, *heads, *tensors)
+    if shard is not None and impl == "reference":
+        raise ValueError('impl="reference" takes a whole head; gather the shards first, or use impl="auto"')
+    return HeadOptions(size, float(temperature), impl, workspace_bytes, shard)
+
+
+def _rows_that_count(vocab_size: int | None, vocab_rows: int, shard: VocabularyShard | None) -> int:
+    """How many of a head's first rows take part; `vocab_size` counts rows of the whole vocabulary."""
+    if vocab_size is None:
+        return vocab_rows
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int or None, got {vocab_size!r}")
+    if shard is not None:
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size={vocab_size} must be at least 1")
+        return min(max(vocab_size - shard.start, 0), vocab_rows)
+    if not 1 <= vocab_size <= vocab_rows:
+        raise ValueError(f"vocab_size={vocab_size} is outside 1..{vocab_rows} (the rows of the shortest head given)")
+    return vocab_size
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -129,6 +176,26 @@ def plan_chunks(rows: int, options: HeadOptions, dtype: torch.dtype, device: tor
     row_chunk = max(1, math.ceil(rows / blocks))
     vocab_chunk = max(MIN_VOCAB_CHUNK, tile // row_chunk // 64 * 64)
     return row_chunk, min(vocab_chunk, options.vocab_size)
+
+
+def plan_tiles(rows: int, width: int, tile_dtype: torch.dtype, options: HeadOptions) -> tuple[int, int]:
+    """Row and vocabulary chunk of the Triton path: rows first, since they decide whether a matrix product fills a GPU.
+
+    Counted against the workspace: float32 logits and the tile made of them in `tile_dtype`, a float32 sum of `width`
+    columns per row, and a converted chunk of the values. The vocabulary is cut into equal chunks, multiples of 128.
+    """
+    rows, vocab_chunk = max(1, rows), min(MAX_TILE_COLUMNS, max(1, options.vocab_size))
+    per_row = 4 * width + (4 + tile_dtype.itemsize) * vocab_chunk
+    limit = (options.workspace_bytes - vocab_chunk * width * tile_dtype.itemsize) // per_row
+    if limit < min(rows, MIN_ROW_CHUNK):  # a small workspace: narrower tiles before fewer rows
+        limit = min(rows, MIN_ROW_CHUNK)
+        free = options.workspace_bytes - 4 * width * limit
+        vocab_chunk = max(MIN_VOCAB_CHUNK, free // ((4 + tile_dtype.itemsize) * limit + width * tile_dtype.itemsize))
+        vocab_chunk = min(vocab_chunk, MAX_TILE_COLUMNS, max(1, options.vocab_size))
+    chunks = math.ceil(options.vocab_size / vocab_chunk)
+    if chunks > 1:
+        vocab_chunk = min(math.ceil(options.vocab_size / chunks / 128) * 128, MAX_TILE_COLUMNS)
+    return math.ceil(rows / math.ceil(rows / limit)), vocab_chunk
 
 
 def spans(total: int, step: int) -> Iterator[slice]:
@@ -154,6 +221,20 @@ def exact_matmul(device: torch.device) -> Iterator[None]:
     finally:
         for backend, precision in lowered:
             backend.fp32_precision = precision
+
+
+def product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+    """out = left @ right (+ out), products exact and sums in float32: the library's share of the Triton path.
+
+    left [M, K], right [K, N] -> out [M, N] float32, written in place. Two half-precision operands of one dtype go to
+    the tensor cores on CUDA; all else is multiplied in float32. To be called under `exact_matmul`.
+    """
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16):
+        if accumulate:
+            return torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    # beta=0: what `out` held before is not read, not even a NaN
+    return torch.addmm(out, left.float(), right.float(), beta=int(accumulate), out=out)
 
 
 def logits_chunk(hidden: Tensor, weight: Tensor, scale: float, out: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ except ImportError:
         return function
 
 
+def constant(value: float) -> Any:
+    """A module-level number that kernels may read."""
+    return value if triton is None else tl.constexpr(value)
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter on the CPU. Triton itself reads the variable when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ._common import (
     HeadOptions,
+    VocabularyShard,
     check_no_grad,
     check_same_device,
     check_tensor,
@@ -30,6 +31,7 @@ from ._common import (
     make_options,
     spans,
 )
+from ._triton import Build, jit, tl
 from .head_statistics import reference_head_statistics, stream_head_statistics
 
 
@@ -38,7 +40,7 @@ class TeacherTargets(NamedTuple):
 
     neg_entropy: Tensor  # [L, N], nats
     expectation: Tensor  # [L, N, Ds], in the unit of the student head's rows
-    vocab_size: int  # rows of the heads that took part
+    vocab_size: int  # rows of the heads that took part (of this rank's, where the heads are sharded)
     temperature: float
 
 
@@ -65,6 +67,153 @@ def _reference_from_targets(student_hidden: Tensor, student_weight: Tensor, targ
     return targets.neg_entropy.double()[None] - cross + logits.logsumexp(-1)[:, None]
 
 
+# ---- Triton kernels ----
+
+
+@jit
+def pair_kl_kernel(
+    hidden_ptr,  # [S, N, D] student
+    expectation_ptr,  # [L, N, D] f32 teacher's g
+    neg_entropy_ptr,  # [L, N] f32
+    logsumexp_ptr,  # [S, N] f32
+    kl_ptr,  # [S, L, N] f64, written
+    hidden_stride_s, hidden_stride_n, tokens, layers, width,
+    inverse_temperature,
+    BLOCK_L: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """KL of one token and student layer against BLOCK_L teacher layers; grid [N, S, L / BLOCK_L].
+
+    The KL is a small difference of numbers near 20: products in float32 (no tensor cores, hence no TF32), sums of
+    BLOCK numbers in float32, sums of those in float64.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(1).to(tl.int64)
+    layer = (tl.program_id(2) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    present = layer < layers
+    cross = tl.zeros((BLOCK_L,), tl.float64)
+    for start in range(0, width, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        h = tl.load(hidden_ptr + s * hidden_stride_s + n * hidden_stride_n + d, mask=d < width, other=0.0)
+        g_ptr = expectation_ptr + (layer[:, None] * tokens + n) * width + d[None, :]
+        g = tl.load(g_ptr, mask=present[:, None] & (d < width)[None, :], other=0.0)
+        cross += tl.sum(g * h.to(tl.float32)[None, :], 1).to(tl.float64)
+    neg_entropy = tl.load(neg_entropy_ptr + layer * tokens + n, mask=present, other=0.0).to(tl.float64)
+    logsumexp = tl.load(logsumexp_ptr + s * tokens + n).to(tl.float64)
+    kl = neg_entropy - cross * inverse_temperature + logsumexp
+    tl.store(kl_ptr + (s * layers + layer) * tokens + n, kl, mask=present)
+
+
+@jit
+def pair_gradient_kernel(
+    student_ptr,  # [S, N, D] f32 e
+    teacher_ptr,  # [L, N, D] f32 g
+    share_ptr,  # [N] f32: token's share of the mean, over temperature
+    grad_ptr,  # [S, L] f32 upstream
+    out_ptr,  # [S, N, D], written
+    tokens, layers, width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum_l grad[s, l] (e[s, n] - g[l, n]) share[n], subtracted in float32 and rounded once; grid [N, S].
+
+    Only the matched pairs have an upstream gradient, and only those layers' g are read.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(1).to(tl.int64)
+    share = tl.load(share_ptr + n)
+    for start in range(0, width, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        inside = d < width
+        e = tl.load(student_ptr + (s * tokens + n) * width + d, mask=inside, other=0.0)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for layer in range(0, layers):
+            weight = tl.load(grad_ptr + s * layers + layer)
+            if weight != 0.0:
+                g_ptr = teacher_ptr + (n + layer * tokens) * width + d
+                total += (e - tl.load(g_ptr, mask=inside, other=0.0)) * weight
+        total = tl.where(share == 0.0, 0.0, total * share)  # no influence, even where the KL is not finite
+        tl.store(out_ptr + (s * tokens + n) * width + d, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+PAIR_BLOCK = 128
+PAIR_WARPS = 4  # 32 layers x 128 columns: 32 float32 numbers a thread
+GRADIENT_BLOCK = 1024
+GRADIENT_WARPS = 4
+MAX_BLOCK_L = 32
+
+
+def _builds() -> list[Build]:
+    builds = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for block_l in (1, 4, 16, MAX_BLOCK_L):
+            builds.append(
+                Build(
+                    f"pair_kl {dtype} layers={block_l}",
+                    pair_kl_kernel,
+                    {
+                        "hidden_ptr": f"*{dtype}", "expectation_ptr": "*fp32", "neg_entropy_ptr": "*fp32",
+                        "logsumexp_ptr": "*fp32", "kl_ptr": "*fp64", "hidden_stride_s": "i32",
+                        "hidden_stride_n": "i32", "tokens": "i32", "layers": "i32", "width": "i32",
+                        "inverse_temperature": "fp32",
+                    },
+                    {"BLOCK_L": block_l, "BLOCK": PAIR_BLOCK},
+                    PAIR_WARPS,
+                    aligned=("hidden_ptr", "expectation_ptr", "hidden_stride_s", "hidden_stride_n", "width"),
+                )
+            )  # fmt: skip
+        builds.append(
+            Build(
+                f"pair_gradient {dtype}",
+                pair_gradient_kernel,
+                {
+                    "student_ptr": "*fp32", "teacher_ptr": "*fp32", "share_ptr": "*fp32", "grad_ptr": "*fp32",
+                    "out_ptr": f"*{dtype}", "tokens": "i32", "layers": "i32", "width": "i32",
+                },
+                {"BLOCK": GRADIENT_BLOCK},
+                GRADIENT_WARPS,
+                aligned=("student_ptr", "teacher_ptr", "out_ptr", "width"),
+            )
+        )  # fmt: skip
+    return builds
+
+
+BUILDS = _builds()
+
+
+def _pair_tokens_triton(
+    student_hidden: Tensor, logsumexp: Tensor, targets: TeacherTargets, options: HeadOptions
+) -> Tensor:
+    """KL of every pair and token, [S, L, N] float64; shapes as `_pair_tokens`."""
+    students, tokens, width = student_hidden.shape
+    layers = targets.expectation.shape[0]
+    result = torch.empty(students, layers, tokens, dtype=torch.float64, device=student_hidden.device)
+    if result.numel() == 0:
+        return result
+    if student_hidden.stride(2) != 1:
+        student_hidden = student_hidden.contiguous()
+    block_l = min(MAX_BLOCK_L, 1 << (layers - 1).bit_length())
+    pair_kl_kernel[(tokens, students, -(-layers // block_l))](
+        student_hidden, targets.expectation.contiguous(), targets.neg_entropy.contiguous(), logsumexp.contiguous(),
+        result, student_hidden.stride(0), student_hidden.stride(1), tokens, layers, width,
+        1.0 / options.temperature, BLOCK_L=block_l, BLOCK=PAIR_BLOCK, num_warps=PAIR_WARPS,
+    )  # fmt: skip
+    return result
+
+
+def _pair_gradient_triton(
+    student: Tensor, teacher: Tensor, share: Tensor, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of the KLs [S, N, D] in `dtype`; student [S, N, D], teacher [L, N, D], share [N], grad [S, L] f32."""
+    students, tokens, width = student.shape
+    out = torch.empty(students, tokens, width, dtype=dtype, device=student.device)
+    if out.numel():
+        pair_gradient_kernel[(tokens, students)](
+            student, teacher.contiguous(), share.contiguous(), grad.contiguous(), out, tokens, teacher.shape[0], width,
+            BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+        )  # fmt: skip
+    return out
+
+
 # ---- streaming implementation ----
 
 
@@ -79,6 +228,8 @@ def _pair_tokens(
     A KL is a small difference of numbers near 20: the contraction runs in float64 (immune to TF32 too), in token blocks
     sized by the workspace. It is some 2 S L N Ds operations, nothing beside the vocabulary passes.
     """
+    if options.impl == "triton":
+        return _pair_tokens_triton(student_hidden, logsumexp, targets, options)
     layers, tokens, width = targets.expectation.shape
     result = (targets.neg_entropy.double()[None] + logsumexp.double()[:, None]).contiguous()  # [S, L, N]
     step = max(1, options.workspace_bytes // (8 * max(1, width * (layers + student_hidden.shape[0]))))
@@ -117,6 +268,10 @@ class _LayerKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # grad [S, L]
         student, teacher, share = ctx.saved_tensors  # [S, N, Ds], [L, N, Ds], [N]
+        if ctx.options.impl == "triton":
+            share = (share / ctx.options.temperature).float()
+            result = _pair_gradient_triton(student, teacher, share, grad, ctx.hidden_dtype)
+            return result, None, None, None, None
         total = torch.zeros_like(student)
         difference = torch.empty_like(student)
         # Elementwise on purpose: e - g cancels as the student converges, and a product with g alone would have to
@@ -130,12 +285,12 @@ class _LayerKL(torch.autograd.Function):
 
 
 def _layer_kl_tokens(
-    student_hidden: Tensor, student_weight: Tensor, targets: TeacherTargets, *, workspace_bytes: int | None = None
+    student_hidden: Tensor, student_weight: Tensor, targets: TeacherTargets, *, impl: str = "torch",
+    workspace_bytes: int | None = None,
 ) -> Tensor:
     """[S, L, N] float64 per-token KLs by the streaming path, no gradient: what the mean is taken of. For tests."""
     options = make_options(
-        targets.vocab_size, student_weight.shape[0], targets.temperature, "torch", workspace_bytes,
-        student_hidden.device,
+        targets.vocab_size, (student_weight,), targets.temperature, impl, workspace_bytes, (student_hidden,)
     )
     with torch.no_grad():
         flat = student_hidden.flatten(0, 1)
@@ -146,6 +301,7 @@ def _layer_kl_tokens(
 # ---- public functions ----
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def teacher_targets(
     hidden: Tensor,
@@ -156,6 +312,7 @@ def teacher_targets(
     temperature: float = 1.0,
     impl: str = "auto",
     workspace_bytes: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> TeacherTargets:
     """What L frozen, verbalized teacher layers contribute to every KL against a student. No gradient.
 
@@ -167,23 +324,25 @@ def teacher_targets(
         student_weight: [V', Ds] the student's head, over the same tokens; V' may differ from V by padding rows.
         vocab_size: rows of both heads that take part; None: the shorter head's. Rows beyond are never read.
         temperature: the teacher's logits are divided by it; the student's must be divided by the same.
-        impl: "auto" and "torch": streaming; "reference": dense float64.
+        impl: as for `head_statistics`.
         workspace_bytes: scratch memory; None: the device's default.
+        shard: where both heads are this rank's rows of heads divided over ranks in the same way.
 
     Returns: TeacherTargets(neg_entropy [L, N], expectation [L, N, Ds], vocab_size, temperature); float32 (float64 if an
         input is float64), which holds L * N * (Ds + 1) numbers whatever the vocabulary.
 
     Raises:
         ValueError: shapes that do not fit, several devices, vocab_size outside 1..min(V, V'), temperature <= 0,
-            unknown impl. TypeError: dtypes other than the four. NotImplementedError: impl="triton".
+            unknown impl. TypeError: dtypes other than the four; float64 for impl="triton".
+        ImportError: impl="triton" without Triton.
     """
     check_tensor("hidden", hidden, ("L", "N", "Dl"))
     check_tensor("weight", weight, ("V", "Dl"))
     check_tensor("student_weight", student_weight, ("V'", "Ds"))
     check_width("hidden", hidden.shape[2], "weight", weight.shape[1])
     check_same_device(hidden=hidden, weight=weight, student_weight=student_weight)
-    vocab_rows = min(weight.shape[0], student_weight.shape[0])
-    options = make_options(vocab_size, vocab_rows, temperature, impl, workspace_bytes, hidden.device)
+    heads = (weight, student_weight)
+    options = make_options(vocab_size, heads, temperature, impl, workspace_bytes, (hidden,), shard)
     flat = hidden.flatten(0, 1)
     if options.impl == "reference":
         lse, mean, expectation = reference_head_statistics(
@@ -210,6 +369,7 @@ def layer_kl_matrix(
     temperature: float = 1.0,
     impl: str = "auto",
     workspace_bytes: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """KL(teacher || student) of every student layer against every teacher layer, averaged over tokens.
 
@@ -225,8 +385,9 @@ def layer_kl_matrix(
         vocab_size: None, or the same as the targets'.
         temperature: the same as the targets'. The KL is not multiplied by temperature squared; do that in the loss if
             gradients should keep their size.
-        impl: "auto" and "torch": streaming; "reference": dense float64 on the student's side.
+        impl: as for `head_statistics`; "reference" is dense float64 on the student's side.
         workspace_bytes: scratch memory; None: the device's default.
+        shard: the same as the targets', where the heads are divided over ranks.
 
     Returns: [S, L] float32, nats (float64 if an input is float64). sum_n w KL / sum_n w; zeros with zero gradients for
         no tokens or weights that sum to 0. Values are not clamped: rounding can give -1e-6 where the truth is 0.
@@ -234,18 +395,25 @@ def layer_kl_matrix(
     Raises:
         ValueError: shapes that do not fit or disagree with the targets, several devices, a vocab_size or temperature
             that is not the targets', student_weight (or the targets) requiring a gradient in grad mode, unknown impl.
-        TypeError: dtypes other than the four. NotImplementedError: impl="triton".
+        TypeError: dtypes other than the four; float64 for impl="triton". ImportError: impl="triton" without Triton.
     """
     options = _checked_options(
-        student_hidden, student_weight, targets, token_weight, vocab_size, temperature, impl, workspace_bytes
+        student_hidden, student_weight, targets, token_weight, vocab_size, temperature, impl, workspace_bytes, shard
     )
     share = _token_share(token_weight, student_hidden)
     if options.impl == "reference":
         dtype = compute_dtype(student_hidden, student_weight, targets.expectation)
         return _weighted_mean(_reference_from_targets(student_hidden, student_weight, targets), share).to(dtype)
+    return _apply(student_hidden, student_weight.detach(), share, targets, options)
+
+
+@torch.compiler.disable
+def _apply(
+    student_hidden: Tensor, student_weight: Tensor, share: Tensor, targets: TeacherTargets, options: HeadOptions
+) -> Tensor:
     if not torch.is_grad_enabled():  # a Function cannot see this itself, and would compute what backward needs
         student_hidden = student_hidden.detach()
-    return _LayerKL.apply(student_hidden, student_weight.detach(), share, targets, options)
+    return _LayerKL.apply(student_hidden, student_weight, share, targets, options)
 
 
 def _token_share(token_weight: Tensor | None, student_hidden: Tensor) -> Tensor:
@@ -261,6 +429,7 @@ def _token_share(token_weight: Tensor | None, student_hidden: Tensor) -> Tensor:
 def _checked_options(
     student_hidden: Tensor, student_weight: Tensor, targets: TeacherTargets, token_weight: Tensor | None,
     vocab_size: int | None, temperature: float, impl: str, workspace_bytes: int | None,
+    shard: VocabularyShard | None,
 ) -> HeadOptions:
     check_tensor("student_hidden", student_hidden, ("S", "N", "Ds"))
     check_tensor("student_weight", student_weight, ("V'", "Ds"))
@@ -286,16 +455,18 @@ def _checked_options(
     check_no_grad("targets.neg_entropy", targets.neg_entropy, "the teacher is frozen")
     check_no_grad("targets.expectation", targets.expectation, "the teacher is frozen")
     check_no_grad("token_weight", token_weight, "weights are constants here")
-    if vocab_size is not None and vocab_size != targets.vocab_size:
+    options = make_options(
+        targets.vocab_size if vocab_size is None and shard is None else vocab_size, (student_weight,), temperature,
+        impl, workspace_bytes, (student_hidden, targets.expectation), shard,
+    )  # fmt: skip
+    if options.vocab_size != targets.vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size} but the targets were built with {targets.vocab_size}; pass vocab_size=None, or "
-            "build the targets again"
+            f"vocab_size={options.vocab_size} but the targets were built with {targets.vocab_size}; pass the "
+            "targets' own (None where the heads are whole), or build the targets again"
         )
     if temperature != targets.temperature:
         raise ValueError(
             f"temperature={temperature} but the targets were built with {targets.temperature}; pass "
             f"temperature={targets.temperature}, or build the targets again"
         )
-    return make_options(
-        targets.vocab_size, student_weight.shape[0], temperature, impl, workspace_bytes, student_hidden.device
-    )
+    return options

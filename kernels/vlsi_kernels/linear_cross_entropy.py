@@ -11,11 +11,13 @@ vocabulary. A trained head costs a second pass in backward, again in chunks.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._common import (
     HeadOptions,
+    VocabularyShard,
     accumulate,
     check_same_device,
     check_tensor,
@@ -25,9 +27,12 @@ from ._common import (
     logits_chunk,
     make_options,
     plan_chunks,
+    plan_tiles,
+    product,
     spans,
 )
-from .head_statistics import stream_head_statistics
+from ._triton import Build, jit, tl
+from .head_statistics import block_of, stream_head_statistics
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -53,18 +58,193 @@ def reference_linear_cross_entropy(
     return torch.where(kept, -picked, 0.0)
 
 
+# ---- Triton kernels ----
+
+
+@jit
+def subtract_label_kernel(
+    hidden_ptr,  # [R, D]
+    weight_ptr,  # [V, D]
+    label_ptr,  # [R] i64, -1: no label among the head's rows
+    expectation_ptr,  # [R, D] f32, read where GRAD
+    direction_ptr,  # [R, D], written where GRAD: expectation - weight[label], subtracted in float32, rounded once
+    logit_ptr,  # [R] f32, written: hidden . weight[label]
+    hidden_stride, weight_stride, expectation_stride, direction_stride, width,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The label's part of loss and gradient; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(label_ptr + row)
+    logit = tl.zeros((), tl.float64)
+    for start in range(0, width, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        inside = d < width
+        w = tl.load(weight_ptr + label * weight_stride + d, mask=inside & (label >= 0), other=0.0).to(tl.float32)
+        h = tl.load(hidden_ptr + row * hidden_stride + d, mask=inside, other=0.0).to(tl.float32)
+        logit += tl.sum(h * w, 0).to(tl.float64)
+        if GRAD:
+            e = tl.load(expectation_ptr + row * expectation_stride + d, mask=inside)
+            result = (e - w).to(direction_ptr.dtype.element_ty)
+            tl.store(direction_ptr + row * direction_stride + d, result, mask=inside)
+    tl.store(logit_ptr + row, logit.to(tl.float32))
+
+
+@jit
+def label_gradient_tile_kernel(
+    logits_ptr,  # [R, C] f32, before temperature
+    out_ptr,  # [R, C] in the hidden states' dtype, written: (softmax - [column = label]) * weight
+    logsumexp_ptr,  # [R] f32
+    label_ptr,  # [R] i64 columns of the whole head, read where LABELS
+    scale_ptr,  # [R] f32: what the row is multiplied by
+    logits_stride, out_stride, columns, first_column,
+    to_logit,  # 1 / temperature
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the loss with respect to a tile of logits; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    z = tl.load(logits_ptr + row * logits_stride + column, mask=inside, other=float("-inf")) * to_logit
+    p = tl.exp(z - tl.load(logsumexp_ptr + row))
+    if LABELS:
+        p -= tl.where(column == tl.load(label_ptr + row) - first_column, 1.0, 0.0)
+    p *= tl.load(scale_ptr + row)
+    tl.store(out_ptr + row * out_stride + column, p.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+LABEL_BLOCK = 1024
+LABEL_WARPS = 4
+TILE_WARPS = 8  # as for the softmax tile: a row of up to 8192 columns in registers
+
+
+def _builds() -> list[Build]:
+    builds = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for grad in (True, False):
+            builds.append(
+                Build(
+                    f"subtract_label {dtype} grad={grad}",
+                    subtract_label_kernel,
+                    {
+                        "hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "label_ptr": "*i64",
+                        "expectation_ptr": "*fp32", "direction_ptr": f"*{dtype}", "logit_ptr": "*fp32",
+                        "hidden_stride": "i32", "weight_stride": "i32", "expectation_stride": "i32",
+                        "direction_stride": "i32", "width": "i32",
+                    },
+                    {"GRAD": grad, "BLOCK": LABEL_BLOCK},
+                    LABEL_WARPS,
+                    aligned=("hidden_ptr", "weight_ptr", "expectation_ptr", "direction_ptr", "hidden_stride",
+                             "weight_stride", "expectation_stride", "direction_stride", "width"),
+                )
+            )  # fmt: skip
+        for labels in (True, False):
+            builds.append(
+                Build(
+                    f"label_gradient_tile {dtype} labels={labels}",
+                    label_gradient_tile_kernel,
+                    {
+                        "logits_ptr": "*fp32", "out_ptr": f"*{dtype}", "logsumexp_ptr": "*fp32", "label_ptr": "*i64",
+                        "scale_ptr": "*fp32", "logits_stride": "i32", "out_stride": "i32", "columns": "i32",
+                        "first_column": "i32", "to_logit": "fp32",
+                    },
+                    {"LABELS": labels, "BLOCK": 8192},
+                    TILE_WARPS,
+                    aligned=("logits_ptr", "out_ptr", "logits_stride", "out_stride"),
+                )
+            )  # fmt: skip
+    return builds
+
+
+BUILDS = _builds()
+
+
 # ---- streaming implementation ----
+
+
+def _subtract_label(
+    hidden: Tensor,  # [R, D]
+    weight: Tensor,  # [V, D]
+    label_columns: Tensor,  # [R] int64 among weight's rows that take part; -1: the label is another rank's
+    expectation: Tensor | None,  # [R, D]
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor | None]:
+    """The label's logit [R], and temperature times the loss's gradient in hidden's dtype [R, D] or None."""
+    if options.impl == "triton" and options.shard is None:
+        rows, width = hidden.shape
+        logit = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        grad = expectation is not None
+        direction = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device) if grad else None
+        hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        subtract_label_kernel[(rows,)](
+            hidden, weight, label_columns, expectation if grad else logit, direction if grad else logit, logit,
+            hidden.stride(0), weight.stride(0), expectation.stride(0) if grad else 0,
+            direction.stride(0) if grad else 0, width, GRAD=grad, BLOCK=LABEL_BLOCK, num_warps=LABEL_WARPS,
+        )  # fmt: skip
+        return logit / options.temperature, direction
+    dtype = compute_dtype(hidden, weight)
+    picked = weight[label_columns.clamp(min=0)].to(dtype)  # [R, D]
+    if options.shard is not None:
+        picked.masked_fill_((label_columns < 0)[:, None], 0.0)
+        dist.all_reduce(picked, group=options.shard.group)
+    logit = (hidden.to(dtype) * picked).sum(-1) / options.temperature
+    return logit, None if expectation is None else expectation.sub_(picked).to(hidden.dtype)
 
 
 def _weight_gradient(
     grad: Tensor,  # [N] upstream gradient of the per-token result, 0 at ignored tokens
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
-    label_columns: Tensor | None,  # [N] int64 within 0..vocab_size - 1
+    label_columns: Tensor | None,  # [N] int64 within 0..vocab_size - 1, or -1 for a label that is another rank's
     logsumexp: Tensor,  # [N]
     options: HeadOptions,
 ) -> Tensor:
     """[V, D] in weight's dtype: softmax recomputed chunk by chunk, summed over tokens in float32, rounded once."""
+    if options.vocab_size == 0 or hidden.shape[0] == 0:
+        return torch.zeros_like(weight)
+    if options.impl == "triton":
+        return _weight_gradient_triton(grad, hidden, weight, label_columns, logsumexp, options)
+    return _weight_gradient_torch(grad, hidden, weight, label_columns, logsumexp, options)
+
+
+def _weight_gradient_triton(
+    grad: Tensor, hidden: Tensor, weight: Tensor, label_columns: Tensor | None, logsumexp: Tensor, options: HeadOptions
+) -> Tensor:
+    low = hidden.dtype
+    row_chunk, vocab_chunk = plan_tiles(hidden.shape[0], 0, low, options)
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    result[options.vocab_size :] = 0
+    # The tile is multiplied in the hidden states' dtype. Rows are scaled so that the largest has 2^14, whatever the
+    # size of upstream gradients: float16 would lose those of a mean over many tokens.
+    largest = grad.abs().amax().float()
+    unit = torch.where(largest > 0, largest, 1.0) * 2.0**-14
+    scale = (grad.float() / unit).contiguous()
+    device = hidden.device
+    logits = torch.empty(row_chunk, vocab_chunk, dtype=torch.float32, device=device)
+    tile = torch.empty(row_chunk, vocab_chunk, dtype=low, device=device)
+    total = torch.empty(vocab_chunk, weight.shape[1], dtype=torch.float32, device=device)
+    with exact_matmul(device):
+        for chunk in spans(options.vocab_size, vocab_chunk):
+            columns = chunk.stop - chunk.start
+            for block in spans(hidden.shape[0], row_chunk):
+                rows = block.stop - block.start
+                z = product(hidden[block], weight[chunk].t(), logits[:rows, :columns])
+                out = tile[:rows, :columns]
+                label_gradient_tile_kernel[(rows,)](
+                    z, out, logsumexp[block], logsumexp if label_columns is None else label_columns[block],
+                    scale[block], z.stride(0), out.stride(0), columns, chunk.start, 1.0 / options.temperature,
+                    LABELS=label_columns is not None, BLOCK=block_of(vocab_chunk), num_warps=TILE_WARPS,
+                )  # fmt: skip
+                product(out.t(), hidden[block], total[:columns], accumulate=block.start > 0)
+            result[chunk] = total[:columns].mul_(unit / options.temperature)
+    return result
+
+
+def _weight_gradient_torch(
+    grad: Tensor, hidden: Tensor, weight: Tensor, label_columns: Tensor | None, logsumexp: Tensor, options: HeadOptions
+) -> Tensor:
     dtype = logsumexp.dtype
     row_chunk, vocab_chunk = plan_chunks(hidden.shape[0], options, dtype, hidden.device)
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -97,17 +277,25 @@ class _LinearLogsumexp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, label_columns: Tensor | None, options: HeadOptions) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        logsumexp, _, expectation = stream_head_statistics(
-            hidden, weight, weight if need_hidden else None, options, with_mean=False
-        )
-        result, direction = logsumexp, expectation  # direction [N, D]: temperature * d result / d hidden
-        if label_columns is not None:
-            picked = weight[label_columns].to(logsumexp.dtype)  # [N, D]
-            result = logsumexp - (hidden.to(logsumexp.dtype) * picked).sum(-1) / options.temperature
-            direction = expectation.sub_(picked) if need_hidden else None
+        dtype = compute_dtype(hidden, weight)
+        logsumexp = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
+        result = logsumexp if label_columns is None else torch.empty_like(logsumexp)
+        # [N, D] temperature * d result / d hidden; kept in the dtype of the gradient that it becomes
+        direction = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
+        for block in spans(hidden.shape[0], _rows_at_once(hidden, weight, need_hidden, options)):
+            logsumexp[block], _, expectation = stream_head_statistics(
+                hidden[block], weight, weight if need_hidden else None, options, with_mean=False
+            )
+            if label_columns is not None:
+                logit, expectation = _subtract_label(
+                    hidden[block], weight, label_columns[block], expectation, options
+                )
+                result[block] = logsumexp[block] - logit
+            if need_hidden:
+                direction[block] = expectation
         saved = (hidden, weight, label_columns, logsumexp) if need_weight else (None,) * 4
         ctx.save_for_backward(direction, *saved)
-        ctx.options, ctx.hidden_dtype = options, hidden.dtype
+        ctx.options = options
         return result
 
     @staticmethod
@@ -116,12 +304,24 @@ class _LinearLogsumexp(torch.autograd.Function):
         direction, hidden, weight, label_columns, logsumexp = ctx.saved_tensors
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = (direction * (grad / ctx.options.temperature)[:, None]).to(ctx.hidden_dtype)
+            # row by row in float32, with no float32 copy of the whole
+            grad_hidden = torch.empty_like(direction)
+            torch.mul(direction, (grad / ctx.options.temperature)[:, None], out=grad_hidden)
+            grad_hidden.masked_fill_((grad == 0)[:, None], 0.0)  # an ignored token's hidden state may be anything
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(grad, hidden, weight, label_columns, logsumexp, ctx.options)
         return grad_hidden, grad_weight, None, None
 
 
+def _rows_at_once(hidden: Tensor, weight: Tensor, need_hidden: bool, options: HeadOptions) -> int:
+    """Rows whose float32 expectations are alive at once: one row block of the stream below."""
+    rows, width = hidden.shape[0], weight.shape[1] if need_hidden else 0
+    if options.impl == "triton":
+        return plan_tiles(rows, width, hidden.dtype, options)[0]
+    return plan_chunks(rows, options, compute_dtype(hidden, weight), hidden.device)[0]
+
+
+@torch.compiler.disable
 def _apply(hidden: Tensor, weight: Tensor, label_columns: Tensor | None, options: HeadOptions) -> Tensor:
     if not torch.is_grad_enabled():  # a Function cannot see this itself, and would compute what backward needs
         hidden, weight = hidden.detach(), weight.detach()
@@ -139,6 +339,7 @@ def linear_logsumexp(
     temperature: float = 1.0,
     impl: str = "auto",
     workspace_bytes: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """log sum_v exp(hidden . weight[v] / temperature) of every token, without the logits.
 
@@ -147,16 +348,18 @@ def linear_logsumexp(
         weight: [V, D] head. Differentiable where it requires a gradient (which costs a second pass, in backward).
         vocab_size: rows of the head that take part (None: all). Rows beyond are never read; their gradient is 0.
         temperature: logits are divided by it.
-        impl: "auto" and "torch": streaming; "reference": dense float64.
+        impl: as for `head_statistics`.
         workspace_bytes: scratch memory; None: the device's default.
+        shard: where weight is this rank's rows of a head divided over ranks. Results and the gradient of hidden are
+            those of the whole head, on every rank; the gradient of weight is that of this rank's rows.
 
     Returns: [N] float32, nats (float64 if an input is float64).
 
     Raises:
         ValueError: shapes that do not fit, several devices, vocab_size outside 1..V, temperature <= 0, unknown impl.
-        TypeError: dtypes other than the four. NotImplementedError: impl="triton".
+        TypeError: dtypes other than the four; float64 for impl="triton". ImportError: impl="triton" without Triton.
     """
-    options = _checked_options(hidden, weight, None, vocab_size, temperature, impl, workspace_bytes)
+    options = _checked_options(hidden, weight, None, vocab_size, temperature, impl, workspace_bytes, shard)
     if options.impl == "reference":
         result = reference_linear_logsumexp(
             hidden, weight, vocab_size=options.vocab_size, temperature=options.temperature
@@ -176,6 +379,7 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     impl: str = "auto",
     workspace_bytes: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Cross-entropy of softmax(hidden @ weight.T / temperature) against labels, without the logits.
 
@@ -191,8 +395,10 @@ def linear_cross_entropy(
         reduction: "mean" over the tokens that count, "sum", or "none".
         vocab_size: rows of the head that take part (None: all). Rows beyond are never read; their gradient is 0.
         temperature: logits are divided by it; the loss is not scaled back.
-        impl: "auto" and "torch": streaming; "reference": dense float64.
+        impl: as for `head_statistics`.
         workspace_bytes: scratch memory; None: the device's default.
+        shard: where weight is this rank's rows of a head divided over ranks. Results and the gradient of hidden are
+            those of the whole head, on every rank; the gradient of weight is that of this rank's rows. Needs vocab_size.
 
     Returns: float32 (float64 if an input is float64), nats: a scalar, or [N] for "none". The mean over no tokens
         (N = 0, or all ignored) is 0.0 with zero gradients, where PyTorch's own gives NaN.
@@ -201,21 +407,27 @@ def linear_cross_entropy(
         ValueError: shapes that do not fit, several devices, vocab_size outside 1..V, temperature <= 0, unknown impl or
             reduction; on CPU a label outside its range (elsewhere its token's loss and gradient are NaN, since asking
             would wait for the device).
-        TypeError: other dtypes. NotImplementedError: impl="triton".
+        TypeError: other dtypes; float64 for impl="triton". ImportError: impl="triton" without Triton.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is unknown; choose one of {', '.join(map(repr, REDUCTIONS))}")
-    options = _checked_options(hidden, weight, labels, vocab_size, temperature, impl, workspace_bytes)
+    if shard is not None and vocab_size is None:
+        raise ValueError("a sharded head needs vocab_size, the rows of the whole vocabulary, to check the labels")
+    options = _checked_options(hidden, weight, labels, vocab_size, temperature, impl, workspace_bytes, shard)
+    size = options.vocab_size if shard is None else vocab_size
     labels = labels.long()
     kept = labels != ignore_index
-    inside = (labels >= 0) & (labels < options.vocab_size)
+    inside = (labels >= 0) & (labels < size)
     if labels.device.type == "cpu" and not bool((inside | ~kept).all()):
         worst = labels[kept & ~inside][0].item()
         raise ValueError(
-            f"label {worst} is outside 0..{options.vocab_size - 1}; cut the labels to the vocabulary, or mark such "
+            f"label {worst} is outside 0..{size - 1}; cut the labels to the vocabulary, or mark such "
             f"tokens with ignore_index={ignore_index}"
         )
     columns = torch.where(kept & inside, labels, 0)
+    if shard is not None:
+        columns = columns - shard.start
+        columns = torch.where((columns >= 0) & (columns < options.vocab_size), columns, -1)
     if options.impl == "reference":
         loss = reference_linear_cross_entropy(
             hidden, weight, columns, ignore_index=-1, vocab_size=options.vocab_size, temperature=options.temperature
@@ -232,7 +444,7 @@ def linear_cross_entropy(
 
 def _checked_options(
     hidden: Tensor, weight: Tensor, labels: Tensor | None, vocab_size: int | None, temperature: float, impl: str,
-    workspace_bytes: int | None,
+    workspace_bytes: int | None, shard: VocabularyShard | None,
 ) -> HeadOptions:
     check_tensor("hidden", hidden, ("N", "D"))
     check_tensor("weight", weight, ("V", "D"))
@@ -246,4 +458,4 @@ def _checked_options(
                 "flatten both over batch and position"
             )
     check_same_device(hidden=hidden, weight=weight, labels=labels)
-    return make_options(vocab_size, weight.shape[0], temperature, impl, workspace_bytes, hidden.device)
+    return make_options(vocab_size, (weight,), temperature, impl, workspace_bytes, (hidden,), shard)
