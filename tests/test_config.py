@@ -376,9 +376,3 @@ def test_stage_training_of_a_changed_config_is_checked(load):
 
 def test_stage_folders(load):
     assert load(output_dir="out/run").stage_dir("sft") == Path("out/run/sft")
-
-
-def test_triton_is_refused_at_load_until_it_exists(tmp_path):
-    path = runs.write_config(runs.settings(tmp_path, tmp_path / "run") | {"impl": "triton"}, tmp_path / "config.yaml")
-    with pytest.raises(ConfigError, match="impl: triton is not part of this release; use auto or torch"):
-        load_config(path)

@@ -320,6 +320,22 @@ def test_other_verbalizers_go_through(workspace, tmp_path, architecture):
     assert all(map(math.isfinite, runs.losses(tmp_path / "run", "interact")))
 
 
+@pytest.mark.parametrize("stage", ["verbalize", "interact", "sft"])
+def test_triton_kernels_change_nothing(workspace, finished, tmp_path, stage):
+    """Through Triton's interpreter where there is no GPU; uniform matching, so that a rounding cannot turn a draw."""
+    pytest.importorskip("triton")
+    output = copy_run(finished[0], tmp_path / "run", "verbalize", "interact")
+    shutil.rmtree(output / stage, ignore_errors=True)
+    start(workspace, output, stage, impl="triton")
+    assert runs.losses(output, stage) == pytest.approx(runs.losses(finished[0], stage), rel=2e-5)
+
+
+def test_triton_is_refused_where_it_cannot_run(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlsi_kernels._common.interpreted", lambda: False)
+    with pytest.raises(ConfigError, match='needs tensors on a CUDA device, got cpu; .* use impl="auto"'):
+        start(workspace, tmp_path / "run", "sft", impl="triton")
+
+
 def test_gradient_checkpointing_changes_nothing(workspace, finished, tmp_path):
     for name, enabled in (("off", False), ("on", True)):
         copy_run(finished[0], tmp_path / name, "verbalize")

@@ -267,7 +267,7 @@ class RunConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of backbones and compute; trained weights keep a float32 master copy."""
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"
-    """Implementation of the vocabulary operators (`vlsi_kernels`)."""
+    """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed, else torch."""
     teacher: BackboneConfig
     """The large model."""
     student: BackboneConfig
@@ -291,8 +291,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.impl == "triton":
-            raise ValueError("impl: triton is not part of this release; use auto or torch")
         s, t = self.student.layers, self.teacher.layers
         if s and t and len(s) > len(t):
             raise ValueError(

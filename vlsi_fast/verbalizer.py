@@ -90,10 +90,10 @@ class _Block(nn.Module):
     It owns its weights itself (no nn.Linear children), so that ZeRO-3 gathers them for this forward.
     """
 
-    def __init__(self, spec: VerbalizerSpec, inner: int | None, activate: bool = False):
+    def __init__(self, spec: VerbalizerSpec, inner: int | None, activate: bool, impl: str):
         super().__init__()
         d, out = spec.hidden_size, spec.output_size or spec.hidden_size
-        self.residual, self.activate = spec.residual, activate
+        self.residual, self.activate, self.impl = spec.residual, activate, impl
         if spec.norm:
             self.norm = nn.RMSNorm(d, eps=spec.rms_norm_eps)
         if inner is None:
@@ -109,7 +109,7 @@ class _Block(nn.Module):
         if hasattr(self, "linear"):
             h = nn.functional.linear(h, self.linear)
         else:
-            h = verb_ffn(h, self.gate, self.up, self.down)
+            h = verb_ffn(h, self.gate, self.up, self.down, impl=self.impl)
         return x + h if self.residual else h
 
 
@@ -126,7 +126,7 @@ class Verbalizer(nn.Module):
     arguments with which the backbone called its own decoder layer (mask, position embeddings).
     """
 
-    def __init__(self, spec: VerbalizerSpec, layer: int):
+    def __init__(self, spec: VerbalizerSpec, layer: int, impl: str = "auto"):
         super().__init__()
         kind, times = spec.architecture.removesuffix("_x2"), 2 if spec.architecture.endswith("_x2") else 1
         if kind == "decoder":
@@ -134,7 +134,8 @@ class Verbalizer(nn.Module):
         else:
             inner = {"mlp": None, "verb_ffn": spec.output_size or spec.hidden_size, "ffn": spec.intermediate_size}[kind]
             # mlp_x2: two linear maps in a row would be one, so its second block activates its input
-            self.blocks = nn.ModuleList(_Block(spec, inner, activate=kind == "mlp" and i > 0) for i in range(times))
+            activate = [kind == "mlp" and i > 0 for i in range(times)]
+            self.blocks = nn.ModuleList(_Block(spec, inner, a, impl) for a in activate)
 
     def forward(self, x: Tensor, **attention) -> Tensor:
         for block in self.blocks:
@@ -162,13 +163,13 @@ def _decoder_layer(spec: VerbalizerSpec, layer: int) -> nn.Module:
 
 
 class Verbalizers(nn.Module):
-    """The verbalizers of all target layers of one backbone."""
+    """The verbalizers of all target layers of one backbone; `impl` is that of `vlsi_kernels.verb_ffn`."""
 
-    def __init__(self, spec: VerbalizerSpec):
+    def __init__(self, spec: VerbalizerSpec, impl: str = "auto"):
         super().__init__()
         self.spec = spec
         with sharded_init():
-            self.layers = nn.ModuleDict({str(k): Verbalizer(spec, k) for k in spec.layers})
+            self.layers = nn.ModuleDict({str(k): Verbalizer(spec, k, impl) for k in spec.layers})
 
     def forward(self, hidden: list[Tensor], attention: list[dict] | None = None) -> Tensor:
         """Verbalize every target layer.
@@ -195,7 +196,7 @@ class Verbalizers(nn.Module):
             (folder / CONFIG_NAME).write_text(json.dumps(asdict(self.spec), indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Verbalizers:
+    def from_pretrained(cls, folder: str | Path, impl: str = "auto") -> Verbalizers:
         """Rebuild verbalizers from a folder alone. Collective under ZeRO-3.
 
         Raises:
@@ -206,7 +207,7 @@ class Verbalizers(nn.Module):
 
         folder = Path(folder)
         spec = read_spec(folder)
-        module = cls(spec)
+        module = cls(spec, impl)
         sharded = any(hasattr(p, "ds_id") for p in module.parameters())
         load_state(module, load_file(folder / WEIGHTS_NAME) if rank() == 0 or not sharded else {})
         return module

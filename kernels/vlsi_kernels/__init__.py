@@ -8,7 +8,7 @@
 Usable without the trainer; needs only PyTorch, and Triton for its GPU kernels. Dense float64 references stand beside each operator.
 """
 
-from ._common import DEFAULT_WORKSPACE_BYTES, VocabularyShard
+from ._common import DEFAULT_WORKSPACE_BYTES, VocabularyShard, resolve_impl
 from .head_statistics import HeadStatistics, head_statistics, merge_head_statistics
 from .layer_kl import TeacherTargets, layer_kl_matrix, teacher_targets
 from .linear_cross_entropy import linear_cross_entropy, linear_logsumexp
@@ -26,6 +26,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logsumexp",
     "merge_head_statistics",
+    "resolve_impl",
     "teacher_targets",
     "verb_ffn",
 ]

@@ -31,7 +31,7 @@ def constant(value: float) -> Any:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter on the CPU. Triton itself reads the variable when a kernel is defined."""
+    """Whether kernels run in Triton's interpreter on the CPU; Triton reads the variable when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

@@ -398,7 +398,8 @@ def linear_cross_entropy(
         impl: as for `head_statistics`.
         workspace_bytes: scratch memory; None: the device's default.
         shard: where weight is this rank's rows of a head divided over ranks. Results and the gradient of hidden are
-            those of the whole head, on every rank; the gradient of weight is that of this rank's rows. Needs vocab_size.
+            those of the whole head, on every rank; the gradient of weight is that of this rank's rows. vocab_size must
+            be given.
 
     Returns: float32 (float64 if an input is float64), nats: a scalar, or [N] for "none". The mean over no tokens
         (N = 0, or all ignored) is 0.0 with zero gradients, where PyTorch's own gives NaN.

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from vlsi_kernels import resolve_impl
+
 from ..backbones import family_of
 from ..config import ConfigError, RunConfig
 from ..data.collate import Collator
@@ -73,7 +75,7 @@ class Role:
 
     def trained_verbalizers(self) -> Verbalizers:
         """Load them, frozen."""
-        return Verbalizers.from_pretrained(self.verbalizer_folder()).requires_grad_(False)
+        return Verbalizers.from_pretrained(self.verbalizer_folder(), self.run.impl).requires_grad_(False)
 
 
 class Stage:
@@ -126,6 +128,7 @@ class Stage:
         """
         self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
         try:
+            resolve_impl(self.config.impl, self.args.device)
             dataset, collator = self._check_inputs()
         except (ValueError, ImportError) as error:  # of tokenizers, processors, readers: all say what to do
             raise ConfigError(str(error)) from error

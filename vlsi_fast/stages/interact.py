@@ -172,7 +172,7 @@ class InteractStage(Stage):
             # Appendix D leaves open what the verb-FFNs start from and which of them learn. The teacher's stay at their
             # (seeded) start: were both trained by L2 alone, zero would solve it. The student's learn.
             width = self.roles["teacher"].config.get_text_config().hidden_size
-            return Verbalizers(role.spec(width)).requires_grad_(name == "student")
+            return Verbalizers(role.spec(width), self.config.impl).requires_grad_(name == "student")
         if not self.speaks or name not in self._speakers():
             return None
         verbalizers = role.trained_verbalizers()

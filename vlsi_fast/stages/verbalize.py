@@ -57,7 +57,7 @@ class VerbalizeStage(Stage):
     def build(self) -> VerbalizeModule:
         backbones = {}
         for name, role in self.roles.items():
-            verbalizers = Verbalizers(role.spec())
+            verbalizers = Verbalizers(role.spec(), self.config.impl)
             backbones[name] = VerbalizedBackbone(self.load_model(name), role.layers, verbalizers, train_backbone=False)
         return VerbalizeModule(backbones, self.head_options)
 
