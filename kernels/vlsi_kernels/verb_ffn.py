@@ -1,99 +1,596 @@
 """Gated feed-forward network of a verbalizer (SwiGLU), for one layer or for a stack of layers at once.
 
-    g = x gate^T,  u = x up^T,  a = silu(g) * u,  y = a down^T          silu(g) = g sigmoid(g)
+    h = x, or norm_weight * x / sqrt(mean(x^2) + eps)                   RMSNorm in front, where norm_weight is given
+    g = h gate^T,  u = h up^T,  a = silu(g) * u,  y = a down^T          silu(g) = g sigmoid(g)
 
-Shapes: x [.., Din], gate and up [Dh, Din], down [Dout, Dh] -> y [.., Dout]; or all with a leading layer axis K:
-x [K, .., Din], gate and up [K, Dh, Din], down [K, Dout, Dh] -> y [K, .., Dout]. Dh hidden width.
-Backward keeps x, g and u and computes a again; between the products everything is float32, rounded once.
+Shapes: x [.., Din], norm_weight [Din], gate and up [Dh, Din], down [Dout, Dh] -> y [.., Dout]; or all with a leading
+layer axis K: x [K, .., Din], norm_weight [Din] or [K, Din], gate and up [K, Dh, Din], down [K, Dout, Dh] ->
+y [K, .., Dout]. Dh hidden width, R rows of a layer.
+Backward keeps h, g and u and computes a again; between the products everything is float32, rounded once. The norm
+rounds where transformers' Qwen2RMSNorm does: statistics in float32, x / rms to x's dtype, then the weight.
+
+Triton: gate, up and SwiGLU are one kernel, so that h is read once and g and u are written only where a gradient needs
+them. The other products have nothing to fuse with and stay with the library.
 """
+
+import functools
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._common import check_same_device, check_tensor, resolve_impl
+from ._triton import Build, constant, interpreted, jit, tl, triton
 
 # ---- reference ----
 
 
-def reference_verb_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def reference_verb_ffn(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, norm_weight: Tensor | None = None, norm_eps: float = 1e-6
+) -> Tensor:
     """float64 oracle, differentiable by autograd; same shapes as `verb_ffn`, float64 result."""
     x, gate, up, down = (t.double() for t in (x, gate, up, down))
     rows = x.flatten(1, -2) if gate.dim() == 3 else x
+    if norm_weight is not None:
+        weight = norm_weight.double()
+        weight = weight[:, None] if weight.dim() == 2 else weight
+        rows = weight * rows * (rows.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
     y = (torch.nn.functional.silu(rows @ gate.mT) * (rows @ up.mT)) @ down.mT
     return y.reshape(*x.shape[:-1], down.shape[-2])
 
 
-# ---- implementation ----
+# ---- Triton kernels ----
+INTERPRETED = constant(interpreted())
+# Offsets of a layer or a row are int64: K R D passes 2^31 at 20 layers of 13000 rows of width 8192.
+
+
+@jit
+def _gate_up_kernel(
+    x_ptr,  # [K, R, Din]
+    gate_ptr,  # [K, Dh, Din]
+    up_ptr,  # [K, Dh, Din]
+    a_ptr,  # [K, R, Dh], written
+    g_ptr,  # [K, R, Dh], written; None where no gradient is needed
+    u_ptr,  # as g_ptr
+    rows, hidden, width, x_stride_layer, x_stride_row, gate_stride_layer, gate_stride_row, up_stride_layer,
+    up_stride_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """a = silu(x gate^T) * (x up^T): one [BLOCK_M, BLOCK_N] tile of one layer. Grid: K * tiles of R * tiles of Dh."""
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(hidden, BLOCK_N)
+    layer = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    tile = tl.program_id(0) % (tiles_m * tiles_n)
+    # GROUP_M row tiles walk along Dh together: programs that run at the same time share weights and rows in L2
+    group = GROUP_M * tiles_n
+    first_m = tile // group * GROUP_M
+    height = tl.minimum(tiles_m - first_m, GROUP_M)
+    first_row = ((first_m + tile % group % height) * BLOCK_M).to(tl.int64)
+    first_column = (tile % group // height * BLOCK_N).to(tl.int64)
+    # int64 in the tile's corner alone: offsets inside a tile are small, and as int32 they take half the registers
+    x_tile = x_ptr + layer * x_stride_layer + first_row * x_stride_row
+    gate_tile = gate_ptr + layer * gate_stride_layer + first_column * gate_stride_row
+    up_tile = up_ptr + layer * up_stride_layer + first_column * up_stride_row
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    row_mask = m < rows - first_row
+    column_mask = n < hidden - first_column
+
+    x_offset = m[:, None] * x_stride_row + k[None, :]
+    gate_offset = n[None, :] * gate_stride_row + k[:, None]
+    up_offset = n[None, :] * up_stride_row + k[:, None]
+    g = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    u = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, width, BLOCK_K):
+        k_mask = k < width - start
+        x = tl.load(x_tile + x_offset, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+        weight_mask = k_mask[:, None] & column_mask[None, :]
+        gate = tl.load(gate_tile + gate_offset, mask=weight_mask, other=0.0)
+        up = tl.load(up_tile + up_offset, mask=weight_mask, other=0.0)
+        if INTERPRETED:  # NumPy has no bfloat16: the interpreter would multiply its bits
+            x, gate, up = x.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
+        g = tl.dot(x, gate, g, input_precision="ieee")
+        u = tl.dot(x, up, u, input_precision="ieee")
+        x_tile += BLOCK_K
+        gate_tile += BLOCK_K
+        up_tile += BLOCK_K
+
+    corner = (layer * rows + first_row) * hidden + first_column
+    out = m[:, None] * hidden + n[None, :]
+    out_mask = row_mask[:, None] & column_mask[None, :]
+    # rounded before a is made, as the backward will find them; it also frees half the registers
+    g = g.to(a_ptr.dtype.element_ty)
+    u = u.to(a_ptr.dtype.element_ty)
+    if g_ptr is not None:
+        tl.store(g_ptr + corner + out, g, mask=out_mask)
+        tl.store(u_ptr + corner + out, u, mask=out_mask)
+    g = g.to(tl.float32)
+    tl.store(a_ptr + corner + out, g * tl.sigmoid(g) * u, mask=out_mask)
+
+
+@jit
+def _swiglu_backward_kernel(
+    grad_a_ptr,  # [size]; None where grad_g and grad_u are not wanted
+    g_ptr,  # [size]
+    u_ptr,  # [size]
+    grad_g_ptr,  # [size], written
+    grad_u_ptr,  # [size], written
+    a_ptr,  # [size], written; None where it is not wanted
+    size,
+    BLOCK: tl.constexpr,
+):
+    """grad_g and grad_u from grad_a, and a = silu(g) * u again. Grid: blocks of the flat [K R Dh]."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    g = tl.load(g_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    silu = g * sigmoid
+    if a_ptr is not None:
+        tl.store(a_ptr + index, silu * u, mask=mask)
+    if grad_a_ptr is not None:
+        grad_a = tl.load(grad_a_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_u_ptr + index, grad_a * silu, mask=mask)
+        tl.store(grad_g_ptr + index, grad_a * u * (sigmoid + silu * (1.0 - sigmoid)), mask=mask)
+
+
+@jit
+def _norm_kernel(
+    x_ptr,  # [K, R, Din]
+    weight_ptr,  # [Din], or [K, Din]
+    y_ptr,  # [K, R, Din], written
+    rstd_ptr,  # [K, R] float32, written
+    rows, width, inverse_width, eps, x_stride_layer, x_stride_row,
+    weight_stride_layer,  # 0: one weight for all layers
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = weight * (x * rstd), rounded to x's dtype before the weight. Grid: K R, one row each."""
+    index = tl.program_id(0).to(tl.int64)
+    layer, row = index // rows, index % rows
+    x_row = x_ptr + layer * x_stride_layer + row * x_stride_row
+    column = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        x = tl.load(x_row + start + column, mask=column < width - start, other=0.0).to(tl.float32)
+        squares += x * x
+    rstd = tl.rsqrt(tl.sum(squares) * inverse_width + eps)
+    tl.store(rstd_ptr + index, rstd)
+    for start in range(0, width, BLOCK):
+        mask = column < width - start
+        x = tl.load(x_row + start + column, mask=mask, other=0.0)
+        weight = tl.load(weight_ptr + layer * weight_stride_layer + start + column, mask=mask, other=0.0)
+        normalized = (x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32)
+        tl.store(y_ptr + index * width + start + column, normalized * weight.to(tl.float32), mask=mask)
+
+
+@jit
+def _norm_backward_kernel(
+    grad_y_ptr,  # [K, R, Din]
+    x_ptr,  # [K, R, Din]
+    weight_ptr,  # [Din], or [K, Din]
+    rstd_ptr,  # [K, R] float32
+    grad_x_ptr,  # [K, R, Din], written
+    rows, width, inverse_width, x_stride_layer, x_stride_row, weight_stride_layer, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad_x = rstd * (w - n mean(w n)) with w = grad_y * weight and n = x * rstd. Grid: K R, one row each."""
+    index = tl.program_id(0).to(tl.int64)
+    layer, row = index // rows, index % rows
+    x_row = x_ptr + layer * x_stride_layer + row * x_stride_row
+    grad_row = grad_y_ptr + index * width
+    weight_row = weight_ptr + layer * weight_stride_layer
+    rstd = tl.load(rstd_ptr + index)
+    column = tl.arange(0, BLOCK)
+    products = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        mask = column < width - start
+        x = tl.load(x_row + start + column, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_row + start + column, mask=mask, other=0.0).to(tl.float32)
+        weighted = tl.load(grad_row + start + column, mask=mask, other=0.0).to(tl.float32) * weight
+        products += weighted * (x * rstd)
+    mean = tl.sum(products) * inverse_width
+    for start in range(0, width, BLOCK):
+        mask = column < width - start
+        x = tl.load(x_row + start + column, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_row + start + column, mask=mask, other=0.0).to(tl.float32)
+        weighted = tl.load(grad_row + start + column, mask=mask, other=0.0).to(tl.float32) * weight
+        tl.store(grad_x_ptr + index * width + start + column, rstd * (weighted - x * rstd * mean), mask=mask)
+
+
+@jit
+def _norm_weight_backward_kernel(
+    grad_y_ptr,  # [K, R, Din]
+    x_ptr,  # [K, R, Din]
+    rstd_ptr,  # [K, R] float32
+    partial_ptr,  # [K, ceil(R / ROWS), Din] float32, written
+    rows, width, x_stride_layer, x_stride_row, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums grad_y * (x * rstd, as rounded) over ROWS rows of one layer. Grid: K * row blocks, column blocks."""
+    blocks = tl.cdiv(rows, ROWS)
+    layer = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * ROWS
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = column < width
+    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, ROWS, BLOCK_M):
+        row = first + start + tl.arange(0, BLOCK_M)
+        row_mask = row < rows
+        mask = row_mask[:, None] & column_mask[None, :]
+        index = layer * rows + row
+        x_row = x_ptr + layer * x_stride_layer + row.to(tl.int64) * x_stride_row
+        x = tl.load(x_row[:, None] + column[None, :], mask=mask, other=0.0)
+        rstd = tl.load(rstd_ptr + index, mask=row_mask, other=0.0)
+        grad = tl.load(grad_y_ptr + index[:, None] * width + column[None, :], mask=mask, other=0.0)
+        total += grad.to(tl.float32) * (x.to(tl.float32) * rstd[:, None]).to(x.dtype).to(tl.float32)
+    block = tl.program_id(0).to(tl.int64)
+    tl.store(partial_ptr + block * width + column, tl.sum(total, axis=0), mask=column_mask)
+
+
+# ---- launchers ----
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """How a kernel is launched: its constexpr arguments and options."""
+
+    constants: dict[str, int]
+    num_warps: int
+    num_stages: int = 1
+
+
+def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> _Launch:
+    # GROUP_M 8: eight row tiles and the weights they meet are a few MB, well inside any L2
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8}
+    return _Launch(sizes, num_warps, num_stages)
+
+
+# (bytes of an element, rows of a layer, kind of GPU) -> tile of _gate_up_kernel. None is measured yet; they follow from
+# registers and shared memory (benchmarks/resources.py). "hopper" has 227 KiB of shared memory and wgmma; "other" stays
+# within 99 KiB, which all GPUs from Ampere on have.
+_GATE_UP = {
+    # two 128 x 128 float32 accumulators: 128 of 255 registers; x is read once for 256 columns, as in the library's
+    # largest tile. 48 KiB a stage (x, gate, up)
+    (2, "many", "hopper"): _tile(128, 128, 64, 8, 4),
+    # mma.sync takes its operands from registers as well, so half the depth: 191 registers. 24 KiB a stage
+    (2, "many", "other"): _tile(128, 128, 32, 8, 5),
+    # the time is that of reading the weights: narrow tiles, so that many programs read (112 at Dh 3584), and deep
+    # loads. 64 rows is the least that wgmma takes. 32 KiB a stage
+    (2, "few", "hopper"): _tile(64, 32, 128, 4, 4),
+    (2, "few", "other"): _tile(64, 32, 128, 4, 3),
+    # widths that are no multiple of 16 (no model known) are read element by element, through registers
+    **{(2, "ragged", kind): _tile(64, 64, 32, 8, 2) for kind in ("hopper", "other")},
+    # float32 never takes TF32 (13 bits lost); the ordinary cores want their operands in registers: small tiles
+    **{(4, "many", kind): _tile(64, 64, 16, 8, 2) for kind in ("hopper", "other")},
+    **{(4, "few", kind): _tile(16, 64, 16, 4, 2) for kind in ("hopper", "other")},
+}
+# Backward's elementwise part: 8 elements a thread, one 16-byte access of each 2-byte tensor.
+_SWIGLU_BACKWARD = _Launch({"BLOCK": 1024}, num_warps=4)
+# Norm: 16 elements a thread; a row of 1536 is read in one step, 3584 in two, 8192 in four, and again from L1.
+_NORM = _Launch({"BLOCK": 2048}, num_warps=4)
+# Its weight's gradient: 32 sums a thread; 64 rows a program are 224 programs at 512 rows of width 3584.
+_NORM_WEIGHT_BACKWARD = _Launch({"ROWS": 64, "BLOCK_M": 32, "BLOCK_N": 128}, num_warps=4)
+
+_FEW_ROWS = 64  # one row of small tiles; a large one would be at least half empty
+_ENOUGH_TILES = 66  # fewer large tiles than this leave more than half of an H200's 132 multiprocessors idle
+
+
+@functools.cache
+def _gpu_kind(device: torch.device) -> str:
+    """Third part of _GATE_UP's key."""
+    if device.type != "cuda":
+        return "hopper"  # the interpreter, which has no limits
+    return "hopper" if torch.cuda.get_device_capability(device) == (9, 0) else "other"
+
+
+def _gate_up_launch(layers: int, rows: int, hidden: int, even: bool, itemsize: int, kind: str) -> _Launch:
+    """The tile for x [layers, rows, Din] and gate [layers, hidden, Din]; even: sizes are multiples of 16."""
+    if not even and itemsize == 2:
+        return _GATE_UP[itemsize, "ragged", kind]
+    large = _GATE_UP[itemsize, "many", kind]
+    few = rows <= _FEW_ROWS or _tiles(large, layers, rows, hidden) < _ENOUGH_TILES
+    return _GATE_UP[itemsize, "few", kind] if few else large
+
+
+def _tiles(launch: _Launch, layers: int, rows: int, hidden: int) -> int:
+    sizes = launch.constants
+    return layers * triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(hidden, sizes["BLOCK_N"])
+
+
+def _launch(kernel, grid: tuple[int, ...], arguments: tuple, launch: _Launch, device: torch.device) -> None:
+    """Launches on the tensors' device, which need not be the current one; an empty grid is nothing to do."""
+    if math.prod(grid):
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+
+def _triton_gate_up(x: Tensor, gate: Tensor, up: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """a, and g and u where `keep`, each [.., R, Dh] in x's dtype. x [.., R, Din], gate and up [.., Dh, Din]."""
+    shape = (*x.shape[:-1], gate.shape[-2])
+    x, gate, up = (_unit_stride(_layered(t)) for t in (x, gate, up))
+    layers, rows, width = x.shape
+    hidden = gate.shape[1]
+    a, g, u = (x.new_empty(shape) if wanted else None for wanted in (True, keep, keep))
+    strides = (*x.stride()[:2], *gate.stride()[:2], *up.stride()[:2])
+    even = all(n % 16 == 0 for n in (hidden, width, *strides))
+    launch = _gate_up_launch(layers, rows, hidden, even, x.element_size(), _gpu_kind(x.device))
+    arguments = (x, gate, up, a, g, u, rows, hidden, width, *strides)
+    _launch(_gate_up_kernel, (_tiles(launch, layers, rows, hidden),), arguments, launch, x.device)
+    return a, g, u
+
+
+def _triton_swiglu_backward(
+    grad_a: Tensor | None, g: Tensor, u: Tensor, need_a: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """grad_g, grad_u (None without grad_a) and a (None unless needed); all [.., R, Dh]."""
+    grad_a = None if grad_a is None else grad_a.contiguous()
+    grad_g, grad_u = (None, None) if grad_a is None else (torch.empty_like(g), torch.empty_like(u))
+    a = torch.empty_like(g) if need_a else None
+    grid = (triton.cdiv(g.numel(), _SWIGLU_BACKWARD.constants["BLOCK"]),)
+    arguments = (grad_a, g, u, grad_g, grad_u, a, g.numel())
+    _launch(_swiglu_backward_kernel, grid, arguments, _SWIGLU_BACKWARD, g.device)
+    return grad_g, grad_u, a
+
+
+def _triton_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y [.., R, Din] in the dtype of x * weight; rstd [.., R, 1] float32. x [.., R, Din], weight [Din] or [K, Din]."""
+    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    x, weight = _unit_stride(_layered(x)), _unit_stride(weight)
+    layers, rows, width = x.shape
+    arguments = (x, weight, y, rstd, rows, width, 1.0 / width, eps, *x.stride()[:2], _layer_stride(weight))
+    _launch(_norm_kernel, (layers * rows,), arguments, _NORM, x.device)
+    return y, rstd
+
+
+def _triton_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """grad_x like x, grad_weight like weight. grad, x [.., R, Din], rstd [.., R, 1]."""
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+    x, weight, grad = _unit_stride(_layered(x)), _unit_stride(weight), grad.contiguous()
+    layers, rows, width = x.shape
+    if need_x:
+        arguments = (grad, x, weight, rstd, grad_x, rows, width, 1.0 / width, *x.stride()[:2], _layer_stride(weight))
+        _launch(_norm_backward_kernel, (layers * rows,), arguments, _NORM, x.device)
+    if not need_weight:
+        return grad_x, None
+    sizes = _NORM_WEIGHT_BACKWARD.constants
+    blocks = triton.cdiv(rows, sizes["ROWS"])
+    partial = rstd.new_empty(layers, blocks, width)
+    grid = (layers * blocks, triton.cdiv(width, sizes["BLOCK_N"]))
+    arguments = (grad, x, rstd, partial, rows, width, *x.stride()[:2])
+    _launch(_norm_weight_backward_kernel, grid, arguments, _NORM_WEIGHT_BACKWARD, x.device)
+    return grad_x, partial.sum(1 if weight.dim() == 2 else (0, 1)).to(weight.dtype)
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    """`t`, copied only where its last dimension is not contiguous, or rows are too far apart for int32 in a tile."""
+    near = t.dim() == 1 or t.stride(-2) < 2**24
+    return t if near and (t.stride(-1) == 1 or t.shape[-1] == 1) else t.contiguous()
+
+
+def _layered(t: Tensor) -> Tensor:
+    """[K, ..] of a stack, or of one layer."""
+    return t if t.dim() == 3 else t[None]
+
+
+def _layer_stride(norm_weight: Tensor) -> int:
+    """0 for one weight that all layers share."""
+    return norm_weight.stride(0) if norm_weight.dim() == 2 else 0
+
+
+def _build(
+    name: str, kernel, launch: _Launch, element: str, absent: tuple[str, ...] = (), even: bool = True, **more
+) -> Build:
+    """A build in which `absent` arguments are None; the types follow from the arguments' names.
+
+    even: sizes and strides are multiples of 16, as those of real models are; only counts of rows are not.
+    """
+    types = {}
+    for argument in kernel.arg_names:
+        if argument in ("rstd_ptr", "partial_ptr"):
+            types[argument] = "*fp32"
+        elif argument.endswith("_ptr"):
+            types[argument] = f"*{element}"
+        else:
+            types[argument] = "fp32" if argument in ("inverse_width", "eps") else "i32"
+    constants = dict.fromkeys(absent) | launch.constants
+    types = {argument: kind for argument, kind in types.items() if argument not in constants}
+    aligned = tuple(
+        n for n, kind in types.items() if kind[0] == "*" or even and kind == "i32" and n not in ("rows", "size")
+    )
+    return Build(name, kernel, types, constants, launch.num_warps, launch.num_stages, aligned=aligned, **more)
+
+
+def _builds() -> list[Build]:
+    """Every way in which the launchers above launch, in bfloat16 (float16 is the same code) and float32."""
+    builds = []
+    for (itemsize, rows, kind), launch in _GATE_UP.items():
+        element = {2: "bf16", 4: "fp32"}[itemsize]
+        more = {"tensor_cores": itemsize == 2, "targets": (90,) if kind == "hopper" else (80, 86)}
+        more["even"] = rows != "ragged"
+        for suffix, absent in (("", ("g_ptr", "u_ptr")), ("_keep", ())):
+            name = f"gate_up_{element}_{rows}_rows{suffix}"
+            builds.append(_build(name, _gate_up_kernel, launch, element, absent, **more))
+    for element in ("bf16", "fp32"):
+        frozen_down, down_alone = ("a_ptr",), ("grad_a_ptr", "grad_g_ptr", "grad_u_ptr")
+        for name, kernel, launch, absent in (
+            ("swiglu_backward", _swiglu_backward_kernel, _SWIGLU_BACKWARD, ()),
+            ("swiglu_backward_frozen_down", _swiglu_backward_kernel, _SWIGLU_BACKWARD, frozen_down),
+            ("swiglu_backward_down_alone", _swiglu_backward_kernel, _SWIGLU_BACKWARD, down_alone),
+            ("norm", _norm_kernel, _NORM, ()),
+            ("norm_backward", _norm_backward_kernel, _NORM, ()),
+            ("norm_weight_backward", _norm_weight_backward_kernel, _NORM_WEIGHT_BACKWARD, ()),
+        ):
+            builds.append(_build(f"{name}_{element}", kernel, launch, element, absent))
+    return builds
+
+
+BUILDS = _builds() if triton is not None else []
+
+# ---- autograd ----
+
+
+@dataclass(frozen=True)
+class _Options:
+    triton: bool
+    keep: bool  # whether a gradient may be asked for
+    norm_eps: float
 
 
 def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, options: _Options) -> Tensor:
+        if options.triton:
+            y, rstd = _triton_norm(x, weight, options.norm_eps)
+        else:
+            wide = _wide(x)
+            rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + options.norm_eps)
+            y = _per_row(weight) * (wide * rstd).to(x.dtype)
+        ctx.options = options
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, rstd = ctx.saved_tensors
+        need_x, need_weight, _ = ctx.needs_input_grad
+        if ctx.options.triton:
+            return *_triton_norm_backward(grad, x, weight, rstd, need_x, need_weight), None
+        wide_grad, normalized = _wide(grad), _wide(x) * rstd
+        grad_x = grad_weight = None
+        if need_weight:
+            products = wide_grad * normalized.to(x.dtype)
+            grad_weight = products.sum(-2 if weight.dim() == 2 else tuple(range(x.dim() - 1))).to(weight.dtype)
+        if need_x:
+            weighted = wide_grad * _per_row(weight)
+            grad_x = (rstd * (weighted - normalized * (weighted * normalized).mean(-1, keepdim=True))).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+def _per_row(norm_weight: Tensor) -> Tensor:
+    """[Din], or [K, 1, Din]."""
+    return norm_weight[:, None] if norm_weight.dim() == 2 else norm_weight
+
+
 class _VerbFFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        g, u = x @ gate.mT, x @ up.mT  # [.., R, Dh]
-        ctx.save_for_backward(x, gate, up, down, g, u)
-        return torch.nn.functional.silu(_wide(g)).mul_(_wide(u)).to(x.dtype) @ down.mT
+    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, options: _Options) -> Tensor:
+        if options.triton:
+            a, g, u = _triton_gate_up(x, gate, up, options.keep)
+        else:
+            g, u = x @ gate.mT, x @ up.mT  # [.., R, Dh]
+            a = torch.nn.functional.silu(_wide(g)).mul_(_wide(u)).to(x.dtype)
+        ctx.options = options
+        if options.keep:
+            need_weights = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+            ctx.save_for_backward(x if need_weights else None, gate, up, down, g, u)
+        return a @ down.mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, gate, up, down, g, u = ctx.saved_tensors
-        need_x, need_gate, need_up, need_down = ctx.needs_input_grad
-        g32, u32 = _wide(g), _wide(u)
-        sigmoid = g32.sigmoid()
-        silu = g32 * sigmoid
-        grad_x = grad_gate = grad_up = grad_down = None
-        if need_down:
-            grad_down = grad.mT @ (silu * u32).to(x.dtype)
-        if need_x or need_gate or need_up:
-            grad_a = _wide(grad @ down)
-            grad_u = (grad_a * silu).to(x.dtype)
-            grad_g = (grad_a * u32 * (sigmoid + silu * (1 - sigmoid))).to(x.dtype)
-            grad_gate = grad_g.mT @ x if need_gate else None
-            grad_up = grad_u.mT @ x if need_up else None
-            grad_x = grad_g @ gate + grad_u @ up if need_x else None
-        return grad_x, grad_gate, grad_up, grad_down
+        need_x, need_gate, need_up, need_down, _ = ctx.needs_input_grad
+        grad_a = grad @ down if need_x or need_gate or need_up else None
+        swiglu_backward = _triton_swiglu_backward if ctx.options.triton else _torch_swiglu_backward
+        grad_g, grad_u, a = swiglu_backward(grad_a, g, u, need_down)
+        grad_x = None
+        if need_x:
+            grad_x = grad_g @ gate
+            (grad_x.addmm_ if grad_x.dim() == 2 else grad_x.baddbmm_)(grad_u, up)
+        return (
+            grad_x,
+            grad_g.mT @ x if need_gate else None,
+            grad_u.mT @ x if need_up else None,
+            grad.mT @ a if need_down else None,
+            None,
+        )
+
+
+def _torch_swiglu_backward(
+    grad_a: Tensor | None, g: Tensor, u: Tensor, need_a: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As _triton_swiglu_backward."""
+    dtype, g, u = g.dtype, _wide(g), _wide(u)
+    sigmoid = g.sigmoid()
+    silu = g * sigmoid
+    a = (silu * u).to(dtype) if need_a else None
+    if grad_a is None:
+        return None, None, a
+    grad_a = _wide(grad_a)
+    return (grad_a * u * (sigmoid + silu * (1 - sigmoid))).to(dtype), (grad_a * silu).to(dtype), a
 
 
 # ---- public function ----
 
 
-def verb_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, impl: str = "auto") -> Tensor:
-    """down(silu(gate x) * up x): the verbalizer's network (VLsI, table 4f, verb-FFN). Differentiable in everything.
+def verb_ffn(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, norm_weight: Tensor | None = None, norm_eps: float = 1e-6,
+    impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """down(silu(gate h) * up h), h = x or its RMSNorm: the verbalizer's network (VLsI, table 4f, verb-FFN).
+
+    Differentiable in every tensor.
 
     Args:
         x: [.., Din], or [K, .., Din] for stacked weights; float32, bfloat16, float16 or float64.
         gate, up: [Dh, Din], or [K, Dh, Din].
         down: [Dout, Dh], or [K, Dout, Dh].
-        impl: "auto" and "torch": as above; "reference": float64 inside.
+        norm_weight: [Din], or [K, Din] for stacked weights: RMSNorm in front, equal to transformers' Qwen2RMSNorm
+            (but float64 throughout for float64 inputs).
+        norm_eps: added to the mean square.
+        impl: "auto": "triton" on CUDA where it is installed and no input is float64, else "torch"; "reference":
+            float64 inside.
 
-    Returns: [.., Dout] in x's dtype; under autocast all are converted to its dtype first, as a linear layer would.
+    Returns: [.., Dout] in x's dtype. Under autocast all are converted to its dtype first, as a linear layer would; a
+        norm takes x and norm_weight as they are, as a module in front of the linear layers would.
 
     Raises:
-        ValueError: shapes that do not fit, several devices, differing dtypes outside autocast, unknown impl.
-        TypeError: dtypes other than the four. NotImplementedError: impl="triton".
+        ValueError: shapes that do not fit, several devices, differing dtypes outside autocast, unknown impl, "triton"
+            on a device without it. TypeError: dtypes other than the four, float64 for "triton". ImportError: "triton"
+            where it is not installed.
     """
-    x, gate, up, down = _checked(x, gate, up, down)
-    if resolve_impl(impl, x.device) == "reference":
-        return reference_verb_ffn(x, gate, up, down).to(x.dtype)
+    x, gate, up, down = _checked(x, gate, up, down, norm_weight, norm_eps)
+    impl = resolve_impl(impl, x.device, x, gate, norm_weight)
+    if impl == "reference":
+        return reference_verb_ffn(x, gate, up, down, norm_weight, norm_eps).to(gate.dtype)
     rows = x.flatten(1, -2) if gate.dim() == 3 else x[None].flatten(0, -2)
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        y = _VerbFFN.apply(rows, gate, up, down)
-    return y.view(*x.shape[:-1], down.shape[-2])
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate, up, down, norm_weight) if t is not None)
+    options = _Options(impl == "triton", keep, float(norm_eps))
+    run = _run_eagerly if options.triton else _run
+    return run(rows, gate, up, down, norm_weight, options).view(*x.shape[:-1], down.shape[-2])
 
 
-def _checked(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The inputs after checks, in autocast's dtype where autocast is on."""
+def _run(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, norm_weight: Tensor | None, options: _Options) -> Tensor:
+    """[.., R, Din] -> [.., R, Dout]."""
+    with torch.autocast(device_type=rows.device.type, enabled=False):
+        if norm_weight is not None:
+            rows = _RMSNorm.apply(rows, norm_weight, options)
+        return _VerbFFN.apply(rows.to(gate.dtype), gate, up, down, options)
+
+
+# torch.compile would trace into the launchers; what it can fuse around them is not worth that
+_run_eagerly = torch.compiler.disable(_run)
+
+
+def _checked(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, norm_weight: Tensor | None, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The inputs after checks, in autocast's dtype where autocast is on (but x as it is where a norm is in front)."""
     lead = ("K",) if gate.dim() == 3 else ()
     check_tensor("gate", gate, (*lead, "Dh", "Din"))
     check_tensor("up", up, (*lead, "Dh", "Din"))
     check_tensor("down", down, (*lead, "Dout", "Dh"))
     check_tensor("x", x, ("..",) * max(x.dim(), len(lead) + 1) if x.dim() else ("Din",))
-    check_same_device(x=x, gate=gate, up=up, down=down)
+    if norm_weight is not None:
+        _check_norm(norm_weight, norm_eps, gate)
+    check_same_device(x=x, gate=gate, up=up, down=down, norm_weight=norm_weight)
     if up.shape != gate.shape or down.shape[-1] != gate.shape[-2] or down.shape[:-2] != gate.shape[:-2]:
         raise ValueError(
             f"gate {list(gate.shape)}, up {list(up.shape)} and down {list(down.shape)} do not fit; they must be "
@@ -108,10 +605,23 @@ def _checked(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor,
         )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        return x.to(dtype), gate.to(dtype), up.to(dtype), down.to(dtype)
-    if not x.dtype == gate.dtype == up.dtype == down.dtype:
-        raise ValueError(
-            f"x is {x.dtype}, gate {gate.dtype}, up {up.dtype}, down {down.dtype}; convert them to one dtype, "
-            "or use autocast"
-        )
+        return x if norm_weight is not None else x.to(dtype), gate.to(dtype), up.to(dtype), down.to(dtype)
+    named = {"x": x, "gate": gate, "up": up, "down": down, "norm_weight": norm_weight}
+    dtypes = {name: t.dtype for name, t in named.items() if t is not None}
+    if len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"{listed}; convert them to one dtype, or use autocast")
     return x, gate, up, down
+
+
+def _check_norm(norm_weight: Tensor, norm_eps: float, gate: Tensor) -> None:
+    width = gate.shape[-1]
+    stacked = gate.dim() == 3 and isinstance(norm_weight, Tensor) and norm_weight.dim() == 2
+    check_tensor("norm_weight", norm_weight, ("K", "Din") if stacked else ("Din",))
+    if norm_weight.shape != ((gate.shape[0], width) if stacked else (width,)):
+        raise ValueError(
+            f"norm_weight is {list(norm_weight.shape)} but gate and up take width {width}; it must be [{width}]"
+            + (f" or [{gate.shape[0]}, {width}]" if gate.dim() == 3 else "")
+        )
+    if not (math.isfinite(norm_eps) and norm_eps > 0):
+        raise ValueError(f"norm_eps={norm_eps} must be a finite number above 0, as in the model's config (often 1e-6)")
