@@ -82,7 +82,7 @@ def reference_head_statistics(
 def softmax_tile_kernel(
     logits_ptr,  # [R, C] f32, before temperature
     exp_ptr,  # [R, C] f16 or f32, written where WRITE
-    state_ptr,  # [4, R] f64: shift (base 2), sum of exponentials, sum of rounded ones, and of rounded ones * (y - shift)
+    state_ptr,  # [4, R] f64: shift (base 2), sum of exponentials, sum of rounded ones, of rounded ones * (y - shift)
     sum_ptr,  # [R, width] f32, what the exponentials of earlier tiles were multiplied into; touched where WRITE
     logits_stride, exp_stride, sum_stride, rows, columns, width,
     to_base2,  # log2(e) / temperature

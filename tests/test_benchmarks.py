@@ -1,0 +1,353 @@
+"""The benchmark scripts at tiny sizes on the CPU, and what their numbers rest on. No speed is judged here."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import vlsi_kernels.linear_divergence  # noqa: F401  while TRITON_INTERPRET is as conftest.py wants it
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # scripts import one another as the interpreter would let them
+
+import bench_divergence  # noqa: E402
+import bench_layer_kl  # noqa: E402
+import bench_verb_ffn  # noqa: E402
+import bench_verbalize_ce  # noqa: E402
+import harness  # noqa: E402
+import inputs  # noqa: E402
+import meter  # noqa: E402
+import profile_throughput  # noqa: E402
+import report  # noqa: E402
+import shapes  # noqa: E402
+import training_steps  # noqa: E402
+
+CPU = torch.device("cpu")
+CASES = ["bench_layer_kl", "bench_verbalize_ce", "bench_divergence", "bench_verb_ffn"]
+ROW_KEYS = {
+    "name", "role", "status", "reason", "note", "calls", "errors", "peak_extra_bytes", "seconds", "seconds_range",
+    "samples", "tflops", "fraction_of_roofline", "fraction_of_unchunked",
+}  # fmt: skip
+HEAD_KEYS = {"benchmark", "device", "dtype", "arguments", "machine", "versions", "commit", "dirty", "png", "parts"}
+
+
+def start(monkeypatch, capsys, script, out, *arguments):
+    """Runs a script's main in this process. Returns its exit status, its printed lines, and its result."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # rows of interpreted kernels take long and say little
+    argv = [script, "--device", "cpu", "--out", str(out), *arguments]
+    argv += ["--shapes", "tiny"] * (script != "profile_throughput") + ["--rounds", "1"] * (script != "profile_memory")
+    monkeypatch.setattr(sys, "argv", argv)
+    status = importlib.import_module(script).main()
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    written = (out / f"{script}_cpu.json").read_text()
+    assert json.loads(written) == result and len(written) < 2**20
+    assert HEAD_KEYS <= result.keys()
+    assert {"torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy"} <= result["versions"].keys()
+    assert result["png"].startswith("matplotlib") or (out / result["png"]).stat().st_size > 1000
+    return status, lines, result
+
+
+def rows_of(result):
+    return [row for part in result["parts"] for row in part["rows"]]
+
+
+def run_settings(**fields):
+    return harness.Run("test", CPU, torch.float32, [], 1, 1.0, False, Path("unused"), {}, **fields)
+
+
+def problem(dtype=torch.float32, **fields):
+    return inputs.LayerProblem(replace(shapes.shape("tiny"), **fields), CPU, dtype)
+
+
+# ---- scripts ----
+
+
+@pytest.mark.parametrize("script", CASES)
+def test_cases(monkeypatch, capsys, tmp_path, script):
+    status, lines, result = start(monkeypatch, capsys, script, tmp_path)
+    rows = rows_of(result)
+    assert status == 0
+    for row in rows:
+        assert row.keys() == ROW_KEYS
+        assert (row["status"] == harness.OK) == (row["seconds"] is not None), row
+        assert row["status"] in (harness.OK, harness.ABSENT), row
+        if row["status"] == harness.OK:
+            assert row["seconds"] > 0 and row["peak_extra_bytes"] >= 0
+            assert row["role"] == "roofline" or (row["errors"] and harness.verdict(row["errors"]))
+        else:
+            assert row["reason"]
+    done = {row["name"] for row in rows if row["status"] == harness.OK}
+    assert {"ours torch", "roofline"} <= done and any(name.startswith("eager") for name in done)
+    assert all(row["fraction_of_roofline"] > 0 for row in rows if row["name"] == "ours torch")
+    assert any("ours torch" in line for line in lines)
+
+
+def test_our_triton_cases_make_a_step():
+    """In the interpreter: that they are called as the operators want it."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels of this process are not interpreted; a GPU runs them in the benchmarks")
+    pair = inputs.PairProblem(shapes.shape("tiny"), CPU, torch.float32)
+    one, head = problem(), inputs.HeadProblem(shapes.shape("tiny"), CPU, torch.float32)
+    network = bench_verb_ffn.Problem(shapes.shape("tiny"), CPU, torch.float32, "input")
+    for case in (
+        bench_layer_kl.our_case(one, "triton", one.matched),
+        bench_verbalize_ce.our_case(head, "triton"),
+        bench_divergence.our_case(pair, 0.5, "triton"),
+        bench_verb_ffn.our_case(network, "triton", True),
+    ):
+        case.step()
+        assert "interpreted" in case.note
+
+
+def test_last_line_of_a_process_is_json(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "bench_verb_ffn.py"), "--device", "cpu", "--shapes", "tiny"]
+    command += ["--rounds", "1", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    absent = [row for row in rows_of(result) if row["name"] == "ours triton"]
+    assert absent and all(row["status"] == harness.ABSENT and "GPU" in row["reason"] for row in absent)
+
+
+def test_memory_profile(monkeypatch, capsys, tmp_path):
+    status, _, result = start(monkeypatch, capsys, "profile_memory", tmp_path)
+    assert status == 0 and result["memory_bar"] is None
+    points = {(part["axis"], part["value"]) for part in result["parts"]}
+    assert {axis for axis, _ in points} == {"tokens", "vocabulary", "pairs with a gradient"} and len(points) >= 9
+    assert all(row["status"] == harness.OK and row["peak_extra_bytes"] > 0 for row in rows_of(result))
+    names = {row["name"] for row in result["parts"][0]["rows"]}
+    assert names == {"layer KL", "cross-entropy", "divergence", "verb-FFN"}
+
+
+def test_throughput_profile(monkeypatch, capsys, tmp_path):
+    small = profile_throughput.SETTINGS["cpu"]
+    backbones = {"teacher": replace(small.teacher, depth=4), "student": replace(small.student, depth=4)}
+    backbones = {role: replace(b, target_layers=(1, 3)) for role, b in backbones.items()}
+    monkeypatch.setitem(profile_throughput.SETTINGS, "cpu", replace(small, **backbones, prompt_tokens=4))
+    status, _, result = start(monkeypatch, capsys, "profile_throughput", tmp_path, "--trace")
+    assert status == 0
+    rows = {row["name"]: row for row in rows_of(result)}
+    assert list(rows) == ["verbalize", "interact", "sft"]
+    for name, row in rows.items():
+        assert row["status"] == harness.OK, row["reason"]
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"], rel=0.1)
+        assert row["tokens_per_second"] > 0 and 0 < row["utilisation"]
+        assert {"student language model", "student vision", "head statistics", "backward", "optimizer"} <= set(
+            row["parts"]
+        )
+        assert (tmp_path / f"trace_{name}.json.gz").stat().st_size > 1000
+    assert {"teacher language model", "teacher verbalizers", "matching"} <= set(rows["interact"]["parts"])
+
+
+# ---- rows without a speed ----
+
+
+@pytest.mark.parametrize("fault", ["value", "gradient"])
+def test_a_wrong_case_shows_no_speed(monkeypatch, capsys, tmp_path, fault):
+    right = bench_layer_kl.layer_kl_matrix
+
+    def wrong(student, *arguments, **options):
+        if fault == "value":
+            return right(student, *arguments, **options) + 3e-4
+        return right(student.detach() + 1.01 * (student - student.detach()), *arguments, **options)
+
+    monkeypatch.setattr(bench_layer_kl, "layer_kl_matrix", wrong)
+    status, lines, result = start(monkeypatch, capsys, "bench_layer_kl", tmp_path)
+    rows = {row["name"]: row for row in rows_of(result)}
+    ours = rows["ours torch"]
+    assert status == 1 and ours["status"] == harness.WRONG
+    assert ours["seconds"] is None and ours["tflops"] is None and ours["fraction_of_roofline"] is None
+    assert ours["errors"]["kl" if fault == "value" else "gradient"] > (1e-4 if fault == "value" else 5e-3)
+    assert rows["eager"]["status"] == harness.OK
+    assert any("ours torch" in line and "accuracy failed" in line for line in lines)
+    assert all(one["met"] is None for one in result["parts"][0]["bars"])
+
+
+def test_not_a_number_is_wrong():
+    assert harness.verdict({"kl": 1e-5, "gradient": 1e-3})
+    assert not harness.verdict({"kl": float("nan"), "gradient": 1e-3})
+
+
+def test_an_absent_peer_is_listed(monkeypatch, capsys, tmp_path):
+    for name in [name for name in sys.modules if name.split(".")[0] == "liger_kernel"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    _, lines, result = start(monkeypatch, capsys, "bench_layer_kl", tmp_path)
+    row = next(row for row in rows_of(result) if row["name"].startswith("Liger chunked_loss"))
+    assert row["status"] == harness.ABSENT and "liger_kernel" in row["reason"] and row["seconds"] is None
+    assert any("Liger chunked_loss" in line for line in lines)
+
+
+def test_what_breaks_or_does_not_fit_is_a_row(capsys):
+    def greedy():
+        harness.require_memory(CPU, 2**60)
+
+    def broken():
+        return harness.Case(lambda: torch.zeros(2) @ torch.zeros(3))
+
+    rows = harness.measure({"eager": greedy, "ours torch": broken}, run_settings())
+    assert [row["status"] for row in rows] == [harness.NO_MEMORY, harness.ERROR]
+    assert all(row["seconds"] is None and row["reason"] for row in rows)
+    report.print_rows("title", rows, [])
+    assert report.failures({"parts": [{"rows": rows}]}) == [f"ours torch: {rows[1]['reason']}"]
+
+
+def test_rounds_rotate_and_the_median_counts(monkeypatch):
+    order, spent = [], iter([9.0, 9.0] + [1.0, 2.0, 5.0, 3.0, 4.0, 1.0])
+    monkeypatch.setattr(harness, "clock", lambda step, device: (order.append(step()), next(spent))[1])
+    cases = {"a": lambda: harness.Case(lambda: "a", calls=10), "roofline": lambda: harness.Case(lambda: "r")}
+    run = replace(run_settings(), rounds=3, budget_s=100.0)
+    first, second = harness.measure(cases, run)
+    assert order == ["a", "r", "a", "r", "r", "a", "a", "r"]  # two to warm up
+    assert first["seconds"] == 30.0 and first["calls"] == 10  # median of 1, 3, 4
+    assert second["seconds"] == 2.0 and first["fraction_of_roofline"] == pytest.approx(2 / 30)
+
+
+# ---- what the numbers rest on ----
+
+
+@pytest.mark.parametrize(("step", "expected"), [
+    (lambda: torch.empty(1000, 1000), 4_000_000),
+    (lambda: [torch.empty(1000, 1000) for _ in range(3)], 12_000_000),
+    (lambda: [torch.empty(1000, 1000).sum() for _ in range(3)], 4_000_000),
+    (lambda: torch.empty(1000, 1000).exp().log_softmax(-1), 8_000_000),
+    (lambda: torch.empty(1000, 1000).add_(1.0), 4_000_000),
+    (lambda: torch.empty(1000, 1000, dtype=torch.bfloat16), 2_000_000),
+])  # fmt: skip
+def test_memory_meter_counts_what_is_alive_at_once(step, expected):
+    resident = torch.empty(5000, 1000)  # alive before: not counted
+    assert meter.peak_extra_bytes(step, CPU) == pytest.approx(expected, rel=0.01)
+    assert meter.tensor_bytes(resident, None) == 20_000_000
+
+
+def test_memory_meter_sees_backward():
+    x = torch.randn(1000, 1000, requires_grad=True)
+
+    def step():
+        return torch.autograd.grad(x.exp().log_softmax(-1).sum(), x)
+
+    # alive in backward: exp and log_softmax for their gradients, then theirs in turn, with one temporary
+    assert meter.peak_extra_bytes(step, CPU) == pytest.approx(16_000_000, rel=0.01)
+
+
+def test_memory_of_eager_grows_with_tokens():
+    peaks = []
+    for tokens in (8, 16):
+        one = problem(tokens=tokens, student_rows=20000, teacher_rows=20000)
+        peaks.append(meter.peak_extra_bytes(bench_layer_kl.eager_case(one, one.matched).step, CPU))
+    assert 1.9 < peaks[1] / peaks[0] < 2.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_hold_the_three_regimes(dtype):
+    one = problem(dtype, student_width=64, teacher_width=96, student_layers=3, teacher_layers=4, tokens=40)
+    truth = one.truth().mean(-1)  # [S, L]
+    near, large, far = (truth[pair].item() for pair in one.matched)
+    assert 0.003 < near < 0.03 and 0.0005 < large < 0.03 and far > 1.0
+    logits = one.student[1].double() @ one.student_head.double().T
+    assert 25 < logits.abs().max() < 70
+    assert one.teacher_weight[one.vocab :].isnan().all() and one.teacher_head.isfinite().all()
+    assert len(one.candidates) == 6 and set(one.matched) <= set(one.candidates)
+
+
+def test_cpu_shape_scores_thirty_pairs():
+    cpu = shapes.shape("cpu")
+    one = problem(student_layers=cpu.student_layers, teacher_layers=cpu.teacher_layers)
+    assert len(one.candidates) == 30 and len(one.matched) == 5
+    assert (cpu.tokens, cpu.vocab, cpu.teacher_width, cpu.student_width) == (512, 151936, 512, 256)
+
+
+def test_sure_answers_are_sure():
+    one = inputs.HeadProblem(replace(shapes.shape("tiny"), teacher_width=256, tokens=64), CPU, torch.float32)
+    probability = (one.hidden[0] @ one.weight[: one.vocab].T).softmax(-1)[torch.arange(64), one.labels]
+    assert 0.85 < probability.mean() < 0.99
+
+
+def test_shapes_agree_with_transformers():
+    from transformers import Qwen2VLConfig
+
+    config, large, vision = Qwen2VLConfig(), shapes.BACKBONES["72b"], shapes.VISION
+    text, tower = config.get_text_config(), config.vision_config
+    assert (large.width, large.ffn, large.depth) == (text.hidden_size, text.intermediate_size, text.num_hidden_layers)
+    assert (large.heads, large.kv_heads) == (text.num_attention_heads, text.num_key_value_heads)
+    assert large.vocab == text.vocab_size
+    assert (vision.width, vision.depth, vision.heads) == (tower.embed_dim, tower.depth, tower.num_heads)
+    assert (vision.mlp_ratio, vision.patch, vision.merge) == (
+        tower.mlp_ratio, tower.patch_size, tower.spatial_merge_size,
+    )  # fmt: skip
+
+
+def test_shapes_by_name():
+    one = shapes.shape("72b-to-7b:1531")
+    assert (one.tokens, one.student_layers, one.teacher_layers) == (1531, 7, 20)
+    assert (one.student_rows, one.vocab) == (152064, 152064) and shapes.shape("7b-to-2b").vocab == 151936
+    for name in ("7b", "2b-to-7b", "7b-to-2b:x", "cpu:0"):
+        with pytest.raises(ValueError, match="shape"):
+            shapes.shape(name)
+    for script in CASES:
+        assert [shapes.shape(name) for name in importlib.import_module(script).SHAPES["cuda"]]
+
+
+def test_model_operations_are_those_of_the_model():
+    """The formula against torch's own count of the linear layers of one forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    setting = profile_throughput.SETTINGS["cpu"]
+    model = training_steps.build_model(setting, setting.student, CPU, torch.float32)
+    batch = training_steps.make_batch(setting, CPU)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model(**batch["inputs"], use_cache=False)
+    counts = counter.get_flop_counts()
+    linear = sum(n for op, n in counts["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
+    convolution = sum(n for op, n in counts["Global"].items() if "conv" in str(op))
+    attention = 4.0 * setting.rows * setting.side**4 * setting.vision.width * setting.vision.depth
+    expected = profile_throughput.language_operations(setting, setting.student)[0]
+    expected += profile_throughput.vision_operations(setting, setting.student) - attention
+    assert linear + convolution == pytest.approx(expected, rel=1e-3)
+
+
+def test_parts_are_exclusive(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 6.0])
+    monkeypatch.setattr(training_steps.time, "perf_counter", lambda: next(now))
+    parts = training_steps.Parts(CPU)
+    with parts("outer"):
+        with parts("inner"):
+            pass
+    assert parts.seconds() == {"outer": 4.0, "inner": 2.0}
+    assert parts.seconds() == {}
+
+
+# ---- the suite ----
+
+
+def test_suite_runs_every_step_and_tells_failures(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(
+        f'#!/bin/sh\necho "$PYTHONPATH $*" >> {tmp_path}/calls\ncase "$*" in *bench_divergence*) exit 3;; esac\n'
+    )
+    stub.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(stub), "OUT": str(tmp_path / "out")}
+    suite = [str(BENCHMARKS / "gpu_suite.sh")]
+    done = subprocess.run(suite, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 1
+    calls = (tmp_path / "calls").read_text().splitlines()
+    root = BENCHMARKS.parent
+    assert all(call.startswith(f"{root}:{root}/kernels") for call in calls)
+    started = {path.stem for path in BENCHMARKS.glob("*.py") if any(f"/{path.name} " in call for call in calls)}
+    assert started == {"resources", *CASES, "profile_memory", "profile_throughput"}
+    assert "test_kernels_layer_kl.py" in calls[1] and len(calls) == 8
+    assert done.stdout.count("\nok ") == 7 and "FAILED   divergence" in done.stdout
+    (tmp_path / "out" / "picture.png").write_text("x")
+    subprocess.run([*suite, "--pack"], env=environment, capture_output=True, timeout=60)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["pack.tar.gz"]
+    late = subprocess.run(suite, env=environment | {"LIMIT": "1"}, capture_output=True, text=True, timeout=60)
+    assert late.returncode == 1 and late.stdout.count("SKIPPED") == 8
+    assert subprocess.run([*suite, "--what"], env=environment, capture_output=True).returncode == 2
