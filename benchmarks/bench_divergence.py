@@ -37,7 +37,7 @@ def case_of(problem: PairProblem, beta: float, loss: PairLoss, flops: float | No
 def flops(problem: PairProblem, beta: float) -> float:
     """What our algorithm multiplies."""
     shape = problem.shape
-    widths = (1, 3) if beta == 0 else (2, 4)
+    widths = (1, 3) if beta in (0, 1) else (2, 4)
     return pass_flops(shape.tokens, shape.vocab, widths[0] * shape.teacher_width, widths[1] * shape.student_width)
 
 
@@ -85,10 +85,10 @@ def eager_case(problem: PairProblem, beta: float, accurate: bool) -> Case:
 
 
 def roofline_case(problem: PairProblem, beta: float, unchunked: bool) -> Case:
-    """The products of our passes; away from beta 0 both heads' logits are formed twice."""
+    """The products of our passes; between the ends both heads' logits are formed twice."""
     teacher, student, head = (problem.teacher, problem.teacher_head), problem.student, problem.student_head
     needed = [(*teacher, head), (student, head, head)]
-    if beta != 0:
+    if beta not in (0, 1):
         needed = [(*teacher, None), (student, head, None), *needed]
     return Case(passes(needed, problem.vocab, unchunked), flops=flops(problem, beta))
 

@@ -24,7 +24,7 @@ from shapes import Shape, shape
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KL_BAR = 1e-4
-"""Error of a loss, per token: absolute, or relative where the loss is above 1 nat. What the operators promise, see kernels/README.md."""
+"""Error of a loss, per token: absolute, or relative where the loss is above 1 nat; see kernels/README.md."""
 GRADIENT_BAR = 5e-3
 """Relative error of a gradient."""
 

@@ -6,7 +6,7 @@ Dimension letters used throughout the package:
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -204,6 +204,11 @@ def spans(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
+def launch_on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @contextmanager
 def exact_matmul(device: torch.device) -> Iterator[None]:
     """Runs matrix products as written: no autocast, and no TF32 or bfloat16 shortcut for float32 operands.
@@ -216,7 +221,7 @@ def exact_matmul(device: torch.device) -> Iterator[None]:
     for backend, _ in lowered:
         backend.fp32_precision = "ieee"
     try:
-        with torch.autocast(device_type=device.type, enabled=False):
+        with torch.autocast(device_type=device.type, enabled=False), launch_on(device):
             yield
     finally:
         for backend, precision in lowered:

@@ -28,6 +28,7 @@ from ._common import (
     check_width,
     compute_dtype,
     exact_matmul,
+    launch_on,
     make_options,
     spans,
 )
@@ -207,10 +208,11 @@ def _pair_gradient_triton(
     students, tokens, width = student.shape
     out = torch.empty(students, tokens, width, dtype=dtype, device=student.device)
     if out.numel():
-        pair_gradient_kernel[(tokens, students)](
-            student, teacher.contiguous(), share.contiguous(), grad.contiguous(), out, tokens, teacher.shape[0], width,
-            BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
-        )  # fmt: skip
+        with launch_on(student.device):
+            pair_gradient_kernel[(tokens, students)](
+                student, teacher.contiguous(), share.contiguous(), grad.contiguous(), out, tokens, teacher.shape[0],
+                width, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+            )  # fmt: skip
     return out
 
 

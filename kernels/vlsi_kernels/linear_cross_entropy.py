@@ -24,6 +24,7 @@ from ._common import (
     check_width,
     compute_dtype,
     exact_matmul,
+    launch_on,
     logits_chunk,
     make_options,
     plan_chunks,
@@ -178,11 +179,12 @@ def _subtract_label(
         direction = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device) if grad else None
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        subtract_label_kernel[(rows,)](
-            hidden, weight, label_columns, expectation if grad else logit, direction if grad else logit, logit,
-            hidden.stride(0), weight.stride(0), expectation.stride(0) if grad else 0,
-            direction.stride(0) if grad else 0, width, GRAD=grad, BLOCK=LABEL_BLOCK, num_warps=LABEL_WARPS,
-        )  # fmt: skip
+        with launch_on(hidden.device):
+            subtract_label_kernel[(rows,)](
+                hidden, weight, label_columns, expectation if grad else logit, direction if grad else logit, logit,
+                hidden.stride(0), weight.stride(0), expectation.stride(0) if grad else 0,
+                direction.stride(0) if grad else 0, width, GRAD=grad, BLOCK=LABEL_BLOCK, num_warps=LABEL_WARPS,
+            )  # fmt: skip
         return logit / options.temperature, direction
     dtype = compute_dtype(hidden, weight)
     picked = weight[label_columns.clamp(min=0)].to(dtype)  # [R, D]

@@ -24,7 +24,6 @@ A frozen student head costs no pass in backward, a trained one a further pass, i
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,6 +41,7 @@ from ._common import (
     check_width,
     compute_dtype,
     exact_matmul,
+    launch_on,
     logits_chunk,
     make_options,
     plan_chunks,
@@ -638,8 +638,7 @@ class _LinearDivergence(torch.autograd.Function):
 def _apply(heads: HeadPair, options: DivergenceOptions) -> Tensor:
     if not torch.is_grad_enabled():  # a Function cannot see this itself, and would compute what backward needs
         heads = HeadPair(*(t.detach() for t in heads))
-    device = heads.student_weight.device  # Triton launches on the current one
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with launch_on(heads.student_weight.device):
         return _LinearDivergence.apply(*heads, options)
 
 

@@ -15,14 +15,13 @@ them. The other products have nothing to fuse with and stay with the library.
 
 import functools
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._common import check_same_device, check_tensor, resolve_impl
+from ._common import check_same_device, check_tensor, launch_on, resolve_impl
 from ._triton import Build, constant, interpreted, jit, tl, triton
 
 # ---- reference ----
@@ -297,9 +296,9 @@ def _tiles(launch: _Launch, layers: int, rows: int, hidden: int) -> int:
 
 
 def _launch(kernel, grid: tuple[int, ...], arguments: tuple, launch: _Launch, device: torch.device) -> None:
-    """Launches on the tensors' device, which need not be the current one; an empty grid is nothing to do."""
+    """An empty grid is nothing to do."""
     if math.prod(grid):
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with launch_on(device):
             kernel[grid](*arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
 
 
