@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlsi_fast.data.jsonfile import JsonFile
+from vlsi_fast.data.manifest import require_whole
 from vlsi_fast.data.mixfile import split_sample
 from vlsi_fast.data.skipped import UnusableRow
 
@@ -116,6 +117,8 @@ def _open_hf(path: Path, files: list[str], config: SourceConfig, field: str):
     """The dataset of one split, from a saved folder, a folder of parquet files, or the files themselves."""
     datasets = import_package("datasets", "datasets", field)
     try:
+        if path.is_dir():
+            require_whole(path)
         if path.is_dir() and (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
             if config.split not in saved:
