@@ -117,6 +117,7 @@ def test_an_interrupted_build_goes_on(data, tmp_path, monkeypatch, step, place):
         verify(tmp_path / "out")
     with pytest.raises(BuildError, match="unfinished build of other sources"):
         build(data, tmp_path / "out", shard_bytes=2000)
+    (tmp_path / "out" / "pictures" / "train-00099.parquet").write_bytes(b"of a start that had other rows")
     build(data, tmp_path / "out", shard_bytes=1000)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert len((tmp_path / "out" / "skipped_rows.jsonl").read_text().splitlines()) == 4

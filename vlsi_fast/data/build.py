@@ -40,7 +40,7 @@ BLOCK_ROWS = 64
 
 
 NO_PLACEHOLDER = "<|no placeholder|>"
-"""Images stand in the messages of a built row; an `<image>` in its text is text (of a source with another placeholder)."""
+"""Images stand in a built row's messages; an `<image>` in its text is text, of a source with another placeholder."""
 
 
 class BuildError(ValueError):
