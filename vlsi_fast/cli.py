@@ -1,4 +1,4 @@
-"""Command lines: `train.py` / `vlsi-fast train`, and `vlsi-fast demo`."""
+"""Command lines: `train.py` / `vlsi-fast train`, `vlsi-fast data` and `vlsi-fast demo`."""
 
 from __future__ import annotations
 
@@ -91,9 +91,18 @@ def main(argv: list[str] | None = None) -> int:
     from .demo.run import add_arguments
 
     add_arguments(demo)
+    data = commands.add_parser("data", help="convert, check and count the rows of a config", allow_abbrev=False)
+    from .data.command import add_arguments as add_data_arguments
+
+    add_data_arguments(data)
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.command == "train":
         return _train(arguments, overrides)
+    if arguments.command == "data":
+        from .data.command import main as data_main
+
+        if arguments.data_command != "verify" or not overrides:
+            return data_main(arguments, overrides)
     if overrides:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     from .demo.run import main as demo_main

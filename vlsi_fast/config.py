@@ -312,7 +312,7 @@ class RunConfig(Section):
         try:
             return TrainingConfig(**merged)
         except ValidationError as error:
-            raise ConfigError(_explain(error, TrainingConfig, f"{stage}.training.")) from None
+            raise ConfigError(explain(error, TrainingConfig, f"{stage}.training.")) from None
 
     def stage_dir(self, stage: str) -> Path:
         """Folder of one stage's results."""
@@ -364,7 +364,7 @@ def _hint(location: tuple, section: type[BaseModel], prefix: str) -> str:
     return f"; known: {', '.join(prefix + dotted for dotted in beside.values())}"
 
 
-def _explain(error: ValidationError, section: type[BaseModel], prefix: str = "") -> str:
+def explain(error: ValidationError, section: type[BaseModel], prefix: str = "") -> str:
     """Pydantic's findings as lines that name the field, what was found and the nearest valid key."""
     lines = []
     for item in error.errors():
@@ -448,4 +448,4 @@ def load_config(path: str | Path, overrides: list[str] | dict[str, Any] = ()) ->
     try:
         return RunConfig(**tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}:\n{_explain(error, RunConfig)}") from None
+        raise ConfigError(f"{path}:\n{explain(error, RunConfig)}") from None

@@ -1,7 +1,8 @@
 """Data: sources of rows, their encoding for student and teacher, batches, and the log of rows that cannot be used.
 
-Reading order: sources.py (config), readers.py, messages.py, images.py (rows); encoding.py, dataset.py, collate.py
-(model inputs); skipped.py (rows that cannot be used); processors.py (loading processors).
+Reading order: sources.py, mixfile.py (config), readers.py, messages.py, images.py (rows), tables.py, jsonfile.py (rows
+by number), mixing.py (their order); encoding.py, dataset.py, collate.py (model inputs); skipped.py (rows that cannot be
+used); processors.py (loading processors); build.py, manifest.py, command.py (`vlsi-fast data`).
 """
 
 import importlib

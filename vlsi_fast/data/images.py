@@ -82,6 +82,20 @@ def load_image(ref: ImageRef, max_image_pixels: int = PILLOW_MAX_IMAGE_PIXELS) -
             raise _damaged(ref, error) from error
 
 
+def image_bytes(ref: ImageRef) -> bytes:
+    """The image file itself, as it is.
+
+    Raises:
+        UnusableRow: causes missing_image, path_outside_image_root.
+    """
+    if ref.data is not None:
+        return ref.data
+    try:
+        return Path(_safe_path(ref)).read_bytes()
+    except OSError as error:
+        raise UnusableRow("missing_image", f"{ref.name}: {error}") from error
+
+
 def _safe_path(ref: ImageRef) -> str:
     """The resolved path of an image that exists and lies under its root."""
     root = Path(os.path.realpath(ref.root if ref.root is not None else "."))

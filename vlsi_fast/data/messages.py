@@ -3,8 +3,9 @@
 A `Sample` holds Hugging Face chat messages whose content is always a list of parts, `{"type": "image"}` or
 `{"type": "text", "text": ...}`, and the images in the order in which the image parts appear.
 
-Placeholders: an `<image>` in a user's text becomes an image part, and the line break that data sets put between it and
-the text is dropped. Images without any placeholder go first in the first user turn.
+Placeholders: an `<image>` (or what a source's `placeholder` says) in a user's text becomes an image part, and the line
+break that data sets put between it and the text is dropped. Images without any placeholder go first in the first user
+turn.
 """
 
 from __future__ import annotations
@@ -39,8 +40,14 @@ class Sample:
     images: list[ImageRef] = field(default_factory=list)
 
 
-def from_llava(row: dict, sample_id: str, image_root: str) -> Sample:
+def from_llava(row: dict, sample_id: str, image_root: str, placeholder: str = PLACEHOLDER) -> Sample:
     """Reads a LLaVA-style row: `conversations` with from / value, and an optional `image` (a path or a list).
+
+    Args:
+        row: the row.
+        sample_id: the sample's id.
+        image_root: folder that image paths start from and must stay under.
+        placeholder: what stands for an image in the text.
 
     Raises:
         UnusableRow: cause bad_row, where the row is malformed or placeholders and images differ in number.
@@ -55,10 +62,17 @@ def from_llava(row: dict, sample_id: str, image_root: str) -> Sample:
         if not isinstance(value, str):
             raise UnusableRow("bad_row", f"the value of a {turn['from']!r} turn is {type(value).__name__}, not text")
         messages.append({"role": role, "content": [_text(value)]})
-    return _placed(Sample(sample_id, messages, images))
+    return _placed(Sample(sample_id, messages, images), placeholder)
 
 
-def from_messages(row: dict, sample_id: str, image_root: str, messages_key="messages", images: Any = None) -> Sample:
+def from_messages(
+    row: dict,
+    sample_id: str,
+    image_root: str,
+    messages_key: str = "messages",
+    images: Any = None,
+    placeholder: str = PLACEHOLDER,
+) -> Sample:
     """Reads a chat row: `messages` with role / content, content being text or a list of text and image parts.
 
     An image part may carry its own path (`image`, `url`, `path`, or OpenAI's `image_url`); the parts that do not are
@@ -70,6 +84,7 @@ def from_messages(row: dict, sample_id: str, image_root: str, messages_key="mess
         image_root: folder that image paths start from and must stay under.
         messages_key: column of the messages.
         images: the row's separate images: None, a path, bytes, `{"bytes", "path"}`, or a list of those.
+        placeholder: what stands for an image in text.
 
     Raises:
         UnusableRow: cause bad_row.
@@ -86,11 +101,56 @@ def from_messages(row: dict, sample_id: str, image_root: str, messages_key="mess
         found += refs
         own += sum(ref is not None for ref in refs)
     if not found:
-        return _placed(Sample(sample_id, messages, loose))
+        return _placed(Sample(sample_id, messages, loose), placeholder)
     if len(found) - own != len(loose):
         raise UnusableRow("bad_row", f"{len(found) - own} image parts without a path, but {len(loose)} images")
     rest = iter(loose)
     return Sample(sample_id, messages, [ref if ref is not None else next(rest) for ref in found])
+
+
+def from_question(
+    row: dict,
+    sample_id: str,
+    image_root: str,
+    question: str,
+    answer: str,
+    options: str | None = None,
+    images: Any = None,
+) -> Sample:
+    """Reads a row with a question and its answer in columns of their own.
+
+    Args:
+        row: the row.
+        sample_id: the sample's id.
+        image_root: folder that image paths start from and must stay under.
+        question: column of the question. In it `<image>`, and `<image1>`, `<image2>`, .. as MathVision has them, stand
+            for images; where one image goes by several of these names, the first place counts.
+        answer: column of the answer.
+        options: column of the choices, a list that may be empty; they are lettered (A), (B), .. behind the question,
+            save where they are no more than their letters.
+        images: the row's images.
+
+    Raises:
+        UnusableRow: cause bad_row.
+    """
+    if not isinstance(row, dict):
+        raise UnusableRow("bad_row", f"the row is {type(row).__name__}, not an object")
+    missing = [name for name in (question, answer) if name not in row]
+    if missing or not isinstance(row[question], str):
+        what = f"no column {missing[0]!r}" if missing else f"{question!r} is {type(row[question]).__name__}, not text"
+        raise UnusableRow("bad_row", f"{what}; columns: {', '.join(row)}")
+    refs = as_images(images, image_root)
+    text = re.sub(r"<image\d+>", PLACEHOLDER, row[question])
+    if len(refs) == 1 and PLACEHOLDER in text:
+        first, rest = text.split(PLACEHOLDER, 1)
+        text = first + PLACEHOLDER + rest.replace(PLACEHOLDER, "")
+    choices = (row.get(options) or []) if options is not None else []
+    letters = [chr(ord("A") + i) for i in range(len(choices))]
+    if [str(choice).strip() for choice in choices] != letters:
+        text += "".join(f"\n({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
+    reply = "" if row[answer] is None else str(row[answer])
+    turns = [{"role": "user", "content": [_text(text)]}, {"role": "assistant", "content": [_text(reply)]}]
+    return _placed(Sample(sample_id, turns, refs), PLACEHOLDER)
 
 
 def as_images(value: Any, image_root: str) -> list[ImageRef]:
@@ -142,27 +202,27 @@ def _parts(content: Any, role: str, image_root: str) -> tuple[list[dict], list[I
     return parts, refs
 
 
-def _placed(sample: Sample) -> Sample:
+def _placed(sample: Sample, placeholder: str) -> Sample:
     """Turns placeholders in user text into image parts, or puts the images first where there are none."""
     users = [message for message in sample.messages if message["role"] == "user"]
-    count = sum(part["text"].count(PLACEHOLDER) for message in users for part in message["content"])
+    count = sum(part["text"].count(placeholder) for message in users for part in message["content"])
     if count == 0 and sample.images:
         if not users:
             raise UnusableRow("bad_row", f"{len(sample.images)} images, but no user turn to put them in")
         users[0]["content"] = [{"type": "image"} for _ in sample.images] + users[0]["content"]
         return sample
     if count != len(sample.images):
-        raise UnusableRow("bad_row", f"{count} {PLACEHOLDER} placeholders, but {len(sample.images)} images")
+        raise UnusableRow("bad_row", f"{count} {placeholder} placeholders, but {len(sample.images)} images")
     for message in users if count else ():
-        message["content"] = [new for part in message["content"] for new in _split(part["text"])]
+        message["content"] = [new for part in message["content"] for new in _split(part["text"], placeholder)]
     return sample
 
 
-def _split(text: str) -> list[dict]:
-    pieces = re.split(f"({re.escape(PLACEHOLDER)})", text)
+def _split(text: str, placeholder: str) -> list[dict]:
+    pieces = re.split(f"({re.escape(placeholder)})", text)
     parts = []
     for i, piece in enumerate(pieces):
-        if piece == PLACEHOLDER:
+        if piece == placeholder:
             parts.append({"type": "image"})
             continue
         piece = piece.removeprefix("\n") if i > 0 else piece

@@ -1,12 +1,15 @@
 """Where rows come from: the config's `data` section, and its sources as one list of samples.
 
-Sources are concatenated in the order of the config. What is wrong with a file or a field is an error at load; what is
-wrong with one row is an `UnusableRow` when that row is read.
+Sources are concatenated in the order of the config; how often and in which order their rows are read says mixing.py.
+What is wrong with a file or a field is an error at load; what is wrong with one row is an `UnusableRow` when that row
+is read.
 """
 
 from __future__ import annotations
 
 import bisect
+import os
+import sys
 from itertools import accumulate
 from typing import Literal
 
@@ -14,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vlsi_fast.data.images import PILLOW_MAX_IMAGE_PIXELS
 from vlsi_fast.data.messages import Sample
+from vlsi_fast.data.mixfile import expand, split_sample
 from vlsi_fast.data.readers import READERS, Reader
 
 
@@ -22,20 +26,40 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    reader: Literal["llava", "messages", "hf", "easy_vqa"]
-    """Format: llava or messages (JSON or JSONL file), hf (saved dataset or parquet), easy_vqa (PyPI's easy-vqa)."""
-    path: str | None = None
-    """The data: a file for llava and messages; for hf a folder, a parquet file or a glob of them; none for easy_vqa."""
+    reader: Literal["qa", "llava", "messages", "hf", "easy_vqa"]
+    """Format: llava, messages (JSON or JSONL), hf (saved dataset or parquet), qa (question and answer columns)."""
+    path: str | list[str] | None = None
+    """File, or several; for hf and qa also a folder or a glob. `path#N`: N rows, taken from all parts of the file."""
+    name: str | None = None
+    """What to call the source in row ids and messages; default: the file's name."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of an epoch's rows, in any unit; give every source one or none (none: each row once)."""
+    count: int | None = Field(default=None, ge=1)
+    """Rows that the source should have, before `#N` and limit; another number is an error, see count_tolerance."""
+    count_tolerance: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of `count` by which the rows found may differ; within it there is a notice only."""
     image_root: str | None = None
     """Folder that image paths start from and must stay under; default: the folder of `path`."""
+    images_under: list[str] = []
+    """Keep only rows whose images lie in one of these folders (of the paths as written in a JSON file)."""
+    images_not_under: list[str] = []
+    """Leave out rows with an image in one of these folders (of the paths as written in a JSON file)."""
     split: str = "train"
-    """Name of the split, for hf and easy_vqa (train or test)."""
+    """Name of the split, for hf, qa and easy_vqa (train or test)."""
     limit: int | None = Field(default=None, ge=1)
     """Rows to use, counted from the first; default: all."""
+    placeholder: str = Field(default="<image>", min_length=1)
+    """What stands for an image in the users' text, for llava, messages and hf."""
     images_column: str = "images"
-    """Column of the images, for hf; a list, or a single image. Where it is absent, a column `image` is used."""
+    """Column of the images, for hf and qa; a list, or a single image. Where it is absent, a column `image` is used."""
     messages_column: str = "messages"
     """Column of the messages, for hf; role / content or from / value."""
+    question_column: str = "instruction"
+    """Column of the question, for qa."""
+    answer_column: str = "output"
+    """Column of the answer, for qa."""
+    options_column: str | None = None
+    """Column of the choices of a question, for qa; they are lettered behind it."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -48,13 +72,30 @@ class SourceConfig(BaseModel):
             what = "a saved dataset's folder, parquet or a glob" if self.reader == "hf" else "a JSON or JSONL file"
             raise ValueError(f"reader {self.reader} needs path: {what}")
         fields = type(self).model_fields
+        readers_of = {
+            "images_column": ("hf", "qa"), "messages_column": ("hf",), "placeholder": ("llava", "messages", "hf"),
+            "question_column": ("qa",), "answer_column": ("qa",), "options_column": ("qa",),
+            "images_under": ("llava", "messages"), "images_not_under": ("llava", "messages"),
+        }  # fmt: skip
         for name in ("split",) if self.reader in ("llava", "messages") else ():
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} has no meaning for reader {self.reader}; name the file of that split in path")
-        for name in ("images_column", "messages_column") if self.reader != "hf" else ():
-            if getattr(self, name) != fields[name].default:
-                raise ValueError(f"{name} is for reader hf; remove it here, where the reader is {self.reader}")
+        for name, readers in readers_of.items():
+            if self.reader not in readers and getattr(self, name) != fields[name].default:
+                known = " and ".join(readers)
+                raise ValueError(f"{name} is for reader {known}; remove it here, where the reader is {self.reader}")
+        self._check_sample()
         return self
+
+    def _check_sample(self) -> None:
+        """`path#N` stands alone."""
+        paths = self.path if isinstance(self.path, list) else [self.path or ""]
+        samples = [split_sample(path)[1] for path in paths]
+        if any(sample is not None for sample in samples):
+            if len(paths) > 1:
+                raise ValueError("`#N` is for a source of one path; make each path with `#N` a source of its own")
+            if self.limit is not None or samples[0] == 0:
+                raise ValueError(f"{paths[0]}: use either limit (the first rows) or `#N` (rows from all parts), N >= 1")
 
 
 class DataConfig(BaseModel):
@@ -63,9 +104,13 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     train: list[SourceConfig]
-    """Sources to train on, one after another."""
+    """Sources to train on: a list of them, a mix file (configs/data/vlsi_mix.yaml is one), or a list with mix files."""
     eval: list[SourceConfig] = []
     """Sources to measure on, by `vlsi_fast.scoring` and the demo; training does not read them."""
+    root: str | None = None
+    """Folder that sources' relative paths start from; default: the working directory. Joined to them at load."""
+    stopping_strategy: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
+    """With weights, an epoch has every row of every source at least once, or (first_exhausted) no row twice."""
     min_pixels: int | None = Field(default=None, ge=1)
     """Pixels that a smaller image is enlarged to; default: the processor's own."""
     max_pixels: int | None = Field(default=None, ge=1)
@@ -79,10 +124,24 @@ class DataConfig(BaseModel):
     num_workers: int = Field(default=0, ge=0)
     """Processes that load data beside the training process, on each rank."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_mix_files(cls, values):
+        if not isinstance(values, dict) or not isinstance(values.get("root"), str | None):
+            return values  # for the checks of the fields to name
+        values = dict(values)
+        root = values.pop("root", None)  # joined to the paths here and once, so that a config read back stays the same
+        return {k: expand(value, root) if k in ("train", "eval") else value for k, value in values.items()}
+
     @model_validator(mode="after")
     def _check(self):
         if not self.train:
             raise ValueError("train is empty; add at least one source, e.g. {reader: easy_vqa}")
+        if 0 < sum(source.weight is not None for source in self.train) < len(self.train):
+            first = next(i for i, source in enumerate(self.train) if source.weight is None)
+            raise ValueError(f"train.{first} has no weight, others have one; give every source a weight, or none")
+        if any(source.weight is not None for source in self.eval):
+            raise ValueError("weight is for sources in train; rows of eval are read once each, so remove it there")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} > max_pixels {self.max_pixels}; swap or widen them")
         if self.max_image_pixels > PILLOW_MAX_IMAGE_PIXELS:
@@ -94,10 +153,15 @@ class DataConfig(BaseModel):
 
 
 class ConcatSource:
-    """Sources one after another, as one list of samples."""
+    """Sources one after another, as one list of samples.
 
-    def __init__(self, parts: list[Reader]):
-        self.parts = parts
+    Attributes:
+        parts: the sources.
+        weights: each one's share of an epoch, or None: every row once.
+    """
+
+    def __init__(self, parts: list[Reader], weights: list[float] | None = None):
+        self.parts, self.weights = parts, weights
         self._ends = list(accumulate(len(part) for part in parts))
         names = [part.name for part in parts]
         self._prefix = [f"{i}:" if names.count(name) > 1 else "" for i, name in enumerate(names)]
@@ -105,10 +169,15 @@ class ConcatSource:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each source."""
+        return [len(part) for part in self.parts]
+
     def row_id(self, index: int) -> str:
         """Id of row `index`: the source's name and the row's number there, unique among all rows."""
         part, row = self._locate(index)
-        return f"{self._prefix[part]}{self.parts[part].name}#{row}"
+        return f"{self._prefix[part]}{self.parts[part].name}#{self.parts[part].number(row)}"
 
     def __getitem__(self, index: int) -> Sample:
         """Row `index`.
@@ -146,5 +215,22 @@ def build_source(configs: list[SourceConfig], field: str = "data.train") -> Conc
         part = READERS[config.reader](config, f"{field}[{i}]")
         if len(part) == 0:
             raise ValueError(f"{field}[{i}] ({part.name}) has no rows")
+        _check_count(config, part, f"{field}[{i}]")
         parts.append(part)
-    return ConcatSource(parts)
+    weights = [config.weight for config in configs]
+    return ConcatSource(parts, weights if None not in weights else None)
+
+
+def _check_count(config: SourceConfig, part: Reader, field: str) -> None:
+    """Compares the rows found with those expected. Raises ValueError where they differ by more than the tolerance."""
+    found, expected = part.rows, config.count
+    if expected is None or found == expected:
+        return
+    message = f"{field} ({part.name}): {found} rows found, {expected} expected ({found / expected - 1:+.2%})"
+    if abs(found - expected) > config.count_tolerance * expected:
+        raise ValueError(
+            f"{message}. Complete the download or correct path and images_under; if these are the rows you want, set "
+            f"{field}.count to {found}, or raise count_tolerance (now {config.count_tolerance:g})"
+        )
+    if os.environ.get("RANK", "0") == "0":
+        print(f"vlsi-fast: {message}; within count_tolerance {config.count_tolerance:g}", file=sys.stderr)

@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from ..config import ConfigError, RunConfig
+from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
 from ..matching import draw_generator
 from ..sharding import barrier, rank, world_size
@@ -165,21 +166,16 @@ class ContinuingSampler(torch.utils.data.Sampler):
     rows that follow, so that three stages read what one of their total length would.
     """
 
-    def __init__(self, rows: int, seed: int, start: int):
-        self.rows, self.seed, self.start, self.epoch = rows, seed, start, 0
+    def __init__(self, rows: int | EpochOrder, seed: int = 0, start: int = 0):
+        """`rows`: how many there are, each once an epoch; or the order of a weighted mix, which has its own seed."""
+        self.order = EpochOrder([rows], seed) if isinstance(rows, int) else rows
+        self.start, self.epoch = start, 0
 
     def __len__(self) -> int:
-        return self.rows
+        return len(self.order)
 
     def __iter__(self):
-        first = self.start + self.epoch * self.rows
-        orders = {}
-        for position in range(first, first + self.rows):
-            epoch, at = divmod(position, self.rows)
-            if epoch not in orders:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                orders[epoch] = torch.randperm(self.rows, generator=generator).tolist()
-            yield orders[epoch][at]
+        return self.order.rows(self.start + self.epoch * len(self), len(self))
 
 
 class _TellSampler(TrainerCallback):
@@ -211,7 +207,9 @@ class StageTrainer(Trainer):
         collator = StageCollator(collator, module.roles)
         super().__init__(model=module, args=args, train_dataset=dataset, data_collator=collator)
         del os.environ["TENSORBOARD_LOGGING_DIR"]
-        self.sampler = ContinuingSampler(len(dataset), config.seed, data_start)
+        rows = dataset.sources
+        order = EpochOrder(rows.sizes, config.seed, rows.weights, config.data.stopping_strategy)
+        self.sampler = ContinuingSampler(order, start=data_start)
         self.add_callback(_TellSampler(self.sampler))
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
