@@ -237,6 +237,9 @@ class Stage:
             # the newer name of the same method, without the older one's warning
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+            # It also makes the outputs of both embeddings require a gradient, which only re-entrant checkpoints need:
+            # the frozen vision tower would be computed again and run backwards for nothing.
+            model.disable_input_require_grads()
 
     def save_student(self, model: nn.Module, source: Path, adapter: nn.Module | None) -> None:
         """Write the trained student as a stock checkpoint with its processor to `<stage>/student`.
