@@ -167,8 +167,11 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
                 columns["parameters"] += e * sum(n for n in trained)
         else:
             _add_sharded(columns, role, trained, frozen, setup)
-    sources = batch if setup.device == "cuda" else dict(list(batch.items())[:1])  # moved per role; on the CPU shared
-    columns["inputs"] += setup.accumulation * sum(
+    # The Trainer takes all micro-batches of a step at once. Each role's are moved to a GPU on their own; on the CPU roles
+    # share them, and accelerate's loader has read one more ahead.
+    on_gpu = setup.device == "cuda"
+    sources = batch if on_gpu else dict(list(batch.items())[:1])
+    columns["inputs"] += (setup.accumulation + (not on_gpu)) * sum(
         4 * b.patches * student_and_teacher[role].shape.patch_values + 8 * 3 * b.positions
         for role, b in sources.items()
     )

@@ -55,7 +55,7 @@ def _frozen_forward(curve: Curve, step: Step, role: str) -> None:
     """A backbone without gradient; holds on to its answer positions, (L + 1) N d, at the end."""
     spoken, batch, setup = step.roles[role], step.batches[role], step.setup
     e, d, shape = setup.compute_bytes, spoken.shape.width, spoken.shape
-    around = _mask_and_positions(spoken, batch, setup)
+    around = _mask_and_positions(spoken, batch, setup) + _model_inputs(spoken, batch, setup)
     _vision(curve, step, role)
     recorded = spoken.layers * batch.positions * d * e
     gathered = gathered_for(spoken, setup, backward=False)
@@ -78,6 +78,7 @@ def _trained_forward(curve: Curve, step: Step, role: str) -> int:
     each = e * batch.positions * d if setup.checkpointing else saved
     curve.hold("activations", each * shape.depth)
     inside = layer_forward(shape, batch, setup) if setup.checkpointing else 0
+    inside += _model_inputs(spoken, batch, setup)
     if e < 4 and not setup.checkpointing:  # a norm keeps a float32 copy, so the hooks hold a tensor of their own
         inside += spoken.layers * batch.positions * d * e
     curve.moment(f"{role} forward", activations=inside, gathered=gathered_for(spoken, setup, backward=False))
@@ -100,6 +101,14 @@ def _mask_and_positions(spoken: Spoken, batch: Batch, setup: Setup) -> int:
     """One byte for each pair of positions, and cos and sin of the rotary embedding."""
     head_dim = spoken.shape.queries // spoken.shape.heads
     return (batch.rows * batch.tokens**2 if batch.masked else 0) + 2 * setup.compute_bytes * batch.positions * head_dim
+
+
+def _model_inputs(spoken: Spoken, batch: Batch, setup: Setup) -> int:
+    """What the stock forward's frame holds while the language model runs: its input embeddings, the vision tower's last
+    hidden state, and the image embeddings twice (by image, and joined)."""
+    shape = spoken.shape
+    images = batch.patches * shape.vision_width + 2 * batch.patches // shape.merge * shape.width
+    return setup.compute_bytes * (batch.positions * shape.width + images)
 
 
 def _speak(curve: Curve, step: Step, role: str, grad: bool) -> None:
