@@ -17,18 +17,26 @@ from .walk import Step
 class Models:
     """Both models of a run, built once without weights."""
 
-    def __init__(self, config: RunConfig, paths: dict[str, str | None] | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        paths: dict[str, str | None] | None = None,
+        configs: dict[str, Any] | None = None,
+    ):
+        """`paths`: role -> a config.json to read in place of the checkpoint's. `configs`: those read already; then only
+        these roles are built."""
         self.config = config
         self.configs, self.shapes, self.layers = {}, {}, {}
-        for role in ("student", "teacher"):
+        for role in configs or ("student", "teacher"):
             settings = getattr(config, role)
-            self.configs[role] = read_config(settings, role, (paths or {}).get(role))
-            self.shapes[role] = model_shape(self.configs[role], role, config.lora)
-            self.layers[role] = target_layers(settings, self.configs[role], role)
+            found = configs[role] if configs else read_config(settings, role, (paths or {}).get(role))
+            self.configs[role] = found
+            self.shapes[role] = model_shape(found, role, config.lora)
+            self.layers[role] = target_layers(settings, found, role)
 
     def image_tokens(self, pixels: int) -> int:
         """Tokens of the student's language model for an image of so many pixels."""
-        shape: ModelShape = self.shapes["student"]
+        shape: ModelShape = self.shapes.get("student") or next(iter(self.shapes.values()))
         return pixels // (shape.image_size**2 * shape.merge)
 
 

@@ -1,7 +1,7 @@
 """Memory of one GPU through a training step, stage by stage: what is held all the time, and the curve of the rest.
 
-    R  positions of a micro-batch (rows x padded length T)       N  answer tokens of it        e  bytes of a compute number
-    d  width        f  inner width        q, k  widths of queries, and of keys or values        W  ranks        P  patches
+    R  positions of a micro-batch (rows x padded length T)      N  answer tokens of it      e  bytes of a compute number
+    d  width      f  inner width      q, k  widths of queries, and of keys or values      W  ranks      P  patches
 
 **Held.** Under ZeRO-3 (DeepSpeed's stage3.py), every tensor of n elements leaves ceil(n / W) of them on a rank:
 
@@ -13,14 +13,14 @@
 Without DeepSpeed: frozen e, trained 4 + 4 + 8 a parameter (`_keep_master_weights`).
 
 **A decoder layer keeps for backward**, bytes a position, read off the stock code (RMSNorm computes in float32; rotary
-embedding keeps only cos and sin; SwiGLU keeps gate, silu(gate), up and their product; SDPA keeps q, k, v, its output and a
-logsumexp; LoRA keeps its bottleneck):
+embedding keeps only cos and sin; SwiGLU keeps gate, silu(gate), up and their product; SDPA keeps q, k, v, its output
+and a logsumexp; LoRA keeps its bottleneck):
 
-    norms 2 (4 d + e d) [+ 2 e d where the norm is trained]; attention e (2 q + 2 k) + 4 heads; FFN 4 e f; LoRA e ranks
+    norms 2 (4 d + e d) [+ 2 e d where trained]; attention e (2 q + 2 k) + 4 heads; FFN 4 e f; LoRA e ranks
 
-A mask makes SDPA repeat keys and values to the queries' width (2 q in place of 2 k), and each layer keeps its own mask in
-numbers, e T^2 a row: a batch of rows of unequal length has one. With gradient checkpointing a layer keeps e d, and one
-layer at a time is computed again. Its backward adds d + 2 f numbers at its peak: the FFN's product is released when
+A mask makes SDPA repeat keys and values to the queries' width (2 q in place of 2 k), and each layer keeps its own mask
+in numbers, e T^2 a row: a batch of rows of unequal length has one. With gradient checkpointing a layer keeps e d, and
+one layer at a time is computed again. Its backward adds d + 2 f numbers at its peak: the FFN's product is released when
 its own gradient exists, and with it stand the gradients of silu(gate) and up.
 
 **A forward without gradient** holds d of the residual, d of the norm's output and the largest of 3 f (FFN) and
@@ -34,7 +34,6 @@ allocator cannot use (fragments), CUDA's context and NCCL's buffers come on top:
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,6 +138,7 @@ class Curve:
         self.held: Counter[str] = Counter(held)
         self.peak: Peak | None = None
         self.moments: list[tuple[str, int]] = []
+        self.largest: dict[str, int] = {}  # of each column, at whatever moment
 
     def hold(self, column: str, size: float) -> None:
         self.held[column] += int(size)
@@ -149,6 +149,8 @@ class Curve:
             columns[column] += int(size)
         total = sum(columns.values())
         self.moments.append((name, total))
+        for column, size in columns.items():
+            self.largest[column] = max(size, self.largest.get(column, 0))
         if self.peak is None or total > self.peak.total:
             self.peak = Peak(name, dict(columns))
 
@@ -167,8 +169,8 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
                 columns["parameters"] += e * sum(n for n in trained)
         else:
             _add_sharded(columns, role, trained, frozen, setup)
-    # The Trainer takes all micro-batches of a step at once. Each role's are moved to a GPU on their own; on the CPU roles
-    # share them, and accelerate's loader has read one more ahead.
+    # The Trainer takes all micro-batches of a step at once. Each role's are moved to a GPU on their own; on the CPU
+    # roles share them, and accelerate's loader has read one more ahead.
     on_gpu = setup.device == "cuda"
     sources = batch if on_gpu else dict(list(batch.items())[:1])
     columns["inputs"] += (setup.accumulation + (not on_gpu)) * sum(
@@ -228,8 +230,9 @@ def vision_forward(shape: ModelShape, patches: int, setup: Setup) -> int:
 
 
 def statistics_scratch(rows: int, key: int, value: int, vocab: int, buffers: int, setup: Setup) -> int:
-    """Scratch of one `stream_head_statistics` (buffers: 1, or 2 with the mean logit), by the operators' own planning."""
+    """Scratch of one `stream_head_statistics` (buffers: 1, or 2 with the mean logit), as the operators plan it."""
     import torch
+
     from vlsi_kernels import _common as common
 
     budget = setup.workspace or common.DEFAULT_WORKSPACE_BYTES.get(setup.device, common.DEFAULT_WORKSPACE_BYTES["cuda"])
@@ -283,7 +286,7 @@ def kept_for_backward(spoken: Spoken, setup: Setup, between: int) -> int:
     return setup.compute_bytes * kept
 
 
-def total_gradient_scratch(spoken: Spoken, setup: Setup, largest: int) -> int:
+def gradient_scratch(spoken: Spoken, setup: Setup, largest: int) -> int:
     """Gradients on their way: DeepSpeed keeps one too large for its bucket, a copy to reduce, and the next one."""
     trained, _ = spoken.split()
     if not trained:
@@ -327,8 +330,3 @@ def optimizer_moment(curve: Curve, roles: dict[str, Spoken], setup: Setup) -> No
 def compute_bytes(config: RunConfig) -> int:
     """Bytes of one activation number."""
     return {"float32": 4, "bfloat16": 2}[config.dtype]
-
-
-def ceil_div(a: float, b: float) -> int:
-    """Rounded-up quotient."""
-    return math.ceil(a / b)

@@ -13,13 +13,13 @@ from .memory import (
     Setup,
     Spoken,
     gathered_for,
+    gradient_scratch,
     held,
     kept_for_backward,
     layer_forward,
     layer_saved,
     optimizer_moment,
     statistics_scratch,
-    total_gradient_scratch,
     verbalizer_saved,
     vision_forward,
 )
@@ -150,7 +150,7 @@ def _answer_loss(curve: Curve, step: Step, role: str, layers: int, trained_head:
 
 
 def _kl(curve: Curve, step: Step, students: int, teachers: int) -> None:
-    """KL matrix of `students` x `teachers` layers: holds both expectations in float32 (L N (d_s + 1) for the teacher)."""
+    """KL matrix of `students` x `teachers` layers: holds both expectations, float32 (teacher: L N (d_s + 1))."""
     student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
     e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
     heads = e * (student.head + teacher.head) if setup.zero is not None else 0
@@ -162,7 +162,8 @@ def _kl(curve: Curve, step: Step, students: int, teachers: int) -> None:
     curve.hold("targets", 4 * students * n * d)
     scratch = statistics_scratch(students * n, d, d, step.vocab, 1, setup)
     curve.moment("student statistics", workspace=scratch, gathered=heads)
-    curve.moment("KL of pairs", workspace=3 * 8 * students * teachers * n + _pair_block(students, teachers, n, d, setup))
+    pairs = 3 * 8 * students * teachers * n  # float64: the KLs, masked, and weighted
+    curve.moment("KL of pairs", workspace=pairs + _pair_block(students, teachers, n, d, setup))
     curve.hold("activations", -joined)
     curve.moment("KL backward", workspace=students * n * d * (2 * 4 + e))
 
@@ -191,7 +192,7 @@ def _student_backward(curve: Curve, step: Step, each: int, between: int) -> None
     recomputed = layer_saved(spoken, batch, setup) if setup.checkpointing else 0
     inside = recomputed + e * batch.positions * (shape.width + 2 * shape.inner)
     trained = shape.layers[0] if spoken.mode == "full" else shape.lora[0]
-    scratch = total_gradient_scratch(spoken, setup, max(trained, default=0))
+    scratch = gradient_scratch(spoken, setup, max(trained, default=0))
     gathered = gathered_for(spoken, setup, backward=True)
     kept = kept_for_backward(spoken, setup, between)
     for i in reversed(range(shape.depth)):
@@ -208,7 +209,7 @@ def _student_backward(curve: Curve, step: Step, each: int, between: int) -> None
         waiting = waiting * i // shape.depth
         kept = max(0, kept - e * sum(shape.layers[i]))
     if spoken.mode == "full":
-        scratch = total_gradient_scratch(spoken, setup, shape.head)
+        scratch = gradient_scratch(spoken, setup, shape.head)
         curve.moment("embedding backward", activations=hidden, gradients=scratch)
 
 
@@ -219,7 +220,7 @@ def _verbalizers_backward(curve: Curve, step: Step, role: str) -> None:
     saved = verbalizer_saved(spoken, batch, setup)
     incoming = (4 + setup.compute_bytes) * spoken.layers * rows * (spoken.output or spoken.shape.width)
     for sizes in reversed(spoken.verbalizers):
-        scratch = total_gradient_scratch(spoken, setup, max(sizes)) if spoken.verbalizers_trained else 0
+        scratch = gradient_scratch(spoken, setup, max(sizes)) if spoken.verbalizers_trained else 0
         inside = incoming + 8 * 4 * rows * spoken.inner
         curve.moment(f"{role} verbalizers backward", activations=inside, gradients=scratch)
         curve.hold("activations", -saved / max(1, spoken.layers))

@@ -30,6 +30,7 @@ from ..loading import (
     tokenizer_digest,
 )
 from ..losses import OperatorOptions
+from ..preflight import require_ready
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .base import StageModule, StageTrainer, training_arguments
@@ -137,6 +138,8 @@ class Stage:
         barrier()  # every rank has looked before rank 0 writes
         if found is not None and found["state"] == "finished":
             return found
+        if self.config.preflight:
+            require_ready(self.config, self.name, self.roles, world_size())
         if rank() == 0:
             write_record(self.folder, record)
         set_seed(self.config.seed)
