@@ -6,15 +6,15 @@
 **Held.** Under ZeRO-3 (DeepSpeed's stage3.py), every tensor of n elements leaves ceil(n / W) of them on a rank:
 
     frozen    e a shard element
-    trained   e (compute copy) + 4 (master) + 8 (Adam) + 4 (`grad_accum_dtype` fp32: grad_partitions_flat_buffer)
-              with float32 compute the compute copy is the master
+    trained   e (compute copy; LoRA 4) + 4 (master) + 8 (Adam) + 4 (`grad_accum_dtype` fp32: the flat gradients)
     also      e x `reduce_bucket_size` (ipg buffer), and whole tensors up to `stage3_param_persistence_threshold`
 
 Without DeepSpeed: frozen e, trained 4 + 4 + 8 a parameter (`_keep_master_weights`).
 
 **A decoder layer keeps for backward**, bytes a position, read off the stock code (RMSNorm computes in float32; rotary
 embedding keeps only cos and sin; SwiGLU keeps gate, silu(gate), up and their product; SDPA keeps q, k, v, its output
-and a logsumexp; LoRA keeps its bottleneck):
+and a logsumexp; LoRA keeps its bottleneck, and since peft holds it in float32, under bfloat16 a float32 copy of each
+adapted layer's input as well):
 
     norms 2 (4 d + e d) [+ 2 e d where trained]; attention e (2 q + 2 k) + 4 heads; FFN 4 e f; LoRA e ranks
 
@@ -168,7 +168,8 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
             if e < 4:  # autocast keeps converted copies of the trained weights until the step ends
                 columns["parameters"] += e * sum(n for n in trained)
         else:
-            _add_sharded(columns, role, trained, frozen, setup)
+            lora = [n for layer in spoken.shape.lora for n in layer] if spoken.mode == "lora" else []
+            _add_sharded(columns, role, trained, frozen, setup, shards(lora, setup.ranks))
     # The Trainer takes all micro-batches of a step at once. Each role's are moved to a GPU on their own; on the CPU
     # roles share them, and accelerate's loader has read one more ahead.
     on_gpu = setup.device == "cuda"
@@ -180,11 +181,12 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
     return dict(columns)
 
 
-def _add_sharded(columns: Counter, role: str, trained: list[int], frozen: list[int], setup: Setup) -> None:
+def _add_sharded(
+    columns: Counter, role: str, trained: list[int], frozen: list[int], setup: Setup, adapters: int
+) -> None:
     e, mine = setup.compute_bytes, shards(trained, setup.ranks)
-    master = 4 if e < 4 else 0
     if not setup.offloads("optimizer"):
-        columns["optimizer"] += (master + 8) * mine
+        columns["optimizer"] += 12 * mine
         columns["gradients"] += setup.accumulate_bytes * mine
     if trained and "bucket" not in columns:
         columns["gradients"] += e * int(setup.number("reduce_bucket_size", 5e8))
@@ -192,7 +194,7 @@ def _add_sharded(columns: Counter, role: str, trained: list[int], frozen: list[i
     limit = setup.number("stage3_param_persistence_threshold", 1e5)
     whole = e * sum(n for n in (*trained, *frozen) if n <= limit)
     if not setup.offloads("param"):
-        columns["parameters"] += e * mine
+        columns["parameters"] += e * mine + (4 - e) * adapters  # peft makes LoRA float32
         columns["teacher" if role == "teacher" else "parameters"] += e * shards(frozen, setup.ranks)
     columns["gathered"] += whole
 
@@ -206,7 +208,12 @@ def layer_saved(spoken: Spoken, batch: Batch, setup: Setup) -> int:
     repeated = batch.masked and s.heads > 1 and s.keys < s.queries
     numbers = 2 * s.width + 2 * s.queries + 2 * (s.queries if repeated else s.keys) + 4 * s.inner
     numbers += 2 * s.width if spoken.mode == "full" else 0
-    numbers += s.lora_ranks if spoken.mode == "lora" else 0
+    if spoken.mode == "lora" and e < 4:
+        numbers += 4 * (s.lora_inputs + s.lora_ranks) // e
+        if setup.zero is None:  # DeepSpeed's linear keeps its input even where its weight is frozen; torch's does not
+            numbers -= 2 * s.width + s.inner
+    elif spoken.mode == "lora":
+        numbers += s.lora_ranks
     mask = e * batch.rows * batch.tokens**2 if batch.masked else 0
     return batch.positions * (e * numbers + 4 * (2 * s.width + s.heads + 2)) + mask
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..backbones import family_of
 from ..config import BackboneConfig, ConfigError, LoraSettings, VerbalizerConfig
+from ..sharding import unsharded
 from ..verbalizer import Verbalizers, VerbalizerSpec
 
 
@@ -44,6 +45,8 @@ class ModelShape:
     """LoRA's parameters in each decoder layer, for the ranks and modules of the run."""
     lora_ranks: int
     """Width of all LoRA bottlenecks of a layer together."""
+    lora_inputs: int
+    """Width of the inputs of all linear layers of a decoder layer that LoRA adapts, together."""
     vision_width: int
     vision_inner: int
     vision_depth: int
@@ -112,7 +115,7 @@ def build_on_meta(config) -> nn.Module:
     """The stock model without weights."""
     from transformers import AutoModelForImageTextToText
 
-    with torch.device("meta"):
+    with unsharded(), torch.device("meta"):  # at the start of a stage ZeRO-3 is on, and would partition it
         return AutoModelForImageTextToText.from_config(config)
 
 
@@ -125,12 +128,13 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
     inside = {id(p) for module in (layers, tower) for p in module.parameters()}
     pattern = lora.target_modules or family.lora_targets
     adapted: list[list[int]] = [[] for _ in layers]
-    ranks = 0
+    ranks = inputs = 0
     for name_, module in model.named_modules():
         if isinstance(module, nn.Linear) and re.fullmatch(pattern, name_):
             at = next((i for i, layer in enumerate(layers) if any(m is module for m in layer.modules())), 0)
             adapted[at] += [lora.rank * module.in_features, lora.rank * module.out_features]
-            ranks += lora.rank if at == 0 else 0
+            if at == 0:
+                ranks, inputs = ranks + lora.rank, inputs + module.in_features
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
     inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
@@ -151,6 +155,7 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         vision=[p.numel() for p in tower.parameters()],
         lora=adapted,
         lora_ranks=ranks,
+        lora_inputs=inputs,
         vision_width=width,
         vision_inner=inner,
         vision_depth=depth,
@@ -177,7 +182,7 @@ def _vision_flops(tower: nn.Module, width: int, depth: int, merge: int) -> tuple
 def verbalizer_sizes(config, layers: list[int], settings: VerbalizerConfig, output: int | None) -> list[list[int]]:
     """Parameters of the verbalizer of each target layer."""
     spec = VerbalizerSpec.of(config, layers, settings, output)
-    with torch.device("meta"):
+    with unsharded(), torch.device("meta"):
         module = Verbalizers(spec)
     return [[p.numel() for p in module.layers[str(k)].parameters()] for k in layers]
 

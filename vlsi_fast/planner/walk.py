@@ -191,6 +191,8 @@ def _student_backward(curve: Curve, step: Step, each: int, between: int) -> None
     waiting = spoken.layers
     recomputed = layer_saved(spoken, batch, setup) if setup.checkpointing else 0
     inside = recomputed + e * batch.positions * (shape.width + 2 * shape.inner)
+    if spoken.mode == "lora" and e < 4:  # the float32 gradient of the adapted input beside the frozen layer's
+        inside = recomputed + batch.positions * ((e + 4) * shape.width + (e + 4) * shape.inner)
     trained = shape.layers[0] if spoken.mode == "full" else shape.lora[0]
     scratch = gradient_scratch(spoken, setup, max(trained, default=0))
     gathered = gathered_for(spoken, setup, backward=True)
