@@ -1,4 +1,4 @@
-"""Command lines: `train.py` / `vlsi-fast train`, `vlsi-fast data` and `vlsi-fast demo`."""
+"""Command lines: `train.py` / `vlsi-fast train`, `vlsi-fast demo`, `plan`, `check` and `data`."""
 
 from __future__ import annotations
 
@@ -72,6 +72,19 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _look_ahead(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """`plan` and `check`: 0 all well, 1 something will not work, 2 bad input."""
+    from .config import ConfigError, load_config
+    from .planner.report import main as plan
+    from .preflight import main as check
+
+    try:
+        config = load_config(arguments.config, overrides)
+        return (plan if arguments.command == "plan" else check)(config, arguments)
+    except (ConfigError, FileNotFoundError) as error:
+        return _report(error, 2)
+
+
 def _report(error: Exception, code: int) -> int:
     """Errors whose message is the whole story: no traceback, and once a machine."""
     # What every rank finds is said once a machine; what one rank's rows did, by that rank.
@@ -93,11 +106,16 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(demo)
     data = commands.add_parser("data", help="convert, check and count the rows of a config", allow_abbrev=False)
     from .data.command import add_arguments as add_data_arguments
+    from .planner.arguments import add_check_arguments, add_plan_arguments
 
     add_data_arguments(data)
+    add_plan_arguments(commands.add_parser("plan", help="memory, time and communication of a run, on paper"))
+    add_check_arguments(commands.add_parser("check", help="look at everything that a run needs, before it starts"))
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.command == "train":
         return _train(arguments, overrides)
+    if arguments.command in ("plan", "check"):
+        return _look_ahead(arguments, overrides)
     if arguments.command == "data":
         from .data.command import main as data_main
 

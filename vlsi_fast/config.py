@@ -268,6 +268,8 @@ class RunConfig(Section):
     """Precision of backbones and compute; trained weights keep a float32 master copy."""
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"
     """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed, else torch."""
+    preflight: bool = True
+    """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more)."""
     teacher: BackboneConfig
     """The large model."""
     student: BackboneConfig

@@ -30,6 +30,7 @@ from ..loading import (
     tokenizer_digest,
 )
 from ..losses import OperatorOptions
+from ..preflight import require_ready
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .base import StageModule, StageTrainer, training_arguments
@@ -137,6 +138,8 @@ class Stage:
         barrier()  # every rank has looked before rank 0 writes
         if found is not None and found["state"] == "finished":
             return found
+        if self.config.preflight:
+            require_ready(self.config, self.name, self.roles, world_size())
         if rank() == 0:
             write_record(self.folder, record)
         set_seed(self.config.seed)
@@ -237,6 +240,9 @@ class Stage:
             # the newer name of the same method, without the older one's warning
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+            # It also makes the outputs of both embeddings require a gradient, which only re-entrant checkpoints need:
+            # the frozen vision tower would be computed again and run backwards for nothing.
+            model.disable_input_require_grads()
 
     def save_student(self, model: nn.Module, source: Path, adapter: nn.Module | None) -> None:
         """Write the trained student as a stock checkpoint with its processor to `<stage>/student`.

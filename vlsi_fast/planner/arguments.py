@@ -1,0 +1,69 @@
+"""Options of `vlsi-fast plan` and `check`, and the machine they speak of. Imports nothing heavy: `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+         "TIB": 2**40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for. Defaults: A100 80GB SXM, NVLink 3, eight 200 Gb/s InfiniBand cards a node."""
+
+    gpus: int = 8
+    """GPUs of a node."""
+    nodes: int = 1
+    memory_bytes: int = 80 * 2**30
+    peak_flops: float = 312e12
+    """Dense bf16, of the datasheet."""
+    utilisation: float = 0.45
+    """Share of the peak that training reaches: an assumption."""
+    link_bytes: float = 300e9
+    """NVLink of one GPU, one direction, bytes a second (datasheet: 600 GB/s both ways)."""
+    network_bytes: float = 200e9
+    """Network of one node, one direction, bytes a second (8 x 200 Gb/s)."""
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus * self.nodes
+
+
+def parse_size(text: str) -> int:
+    """`80GiB` -> bytes."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 80GiB, 40GB, ..")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the `plan` command."""
+    m = Machine()
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--gpus", type=int, default=m.gpus, help="GPUs of a node (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=m.nodes, help="nodes (default: %(default)s)")
+    parser.add_argument("--gpu-memory", type=parse_size, default=m.memory_bytes, help="of one GPU (default: 80GiB)")
+    parser.add_argument("--teacher-config", help="config.json of the teacher, where teacher.path is not at hand")
+    parser.add_argument("--student-config", help="config.json of the student, where student.path is not at hand")
+    parser.add_argument("--tokens", type=int, help="longest row, for memory (default: data.max_length)")
+    parser.add_argument("--answer-tokens", type=int, default=512, help="answer tokens of it (default: %(default)s)")
+    parser.add_argument("--mean-tokens", type=int, help="mean row, for time (default: its image + 256)")
+    parser.add_argument("--mean-answer-tokens", type=int, default=128, help="of the mean row (default: %(default)s)")
+    parser.add_argument("--image-tokens", type=int, help="of one image a row (default: from data.max_pixels)")
+    parser.add_argument("--samples", type=int, default=2_900_000, help="rows of a stage (default: the paper's 2.9M)")
+    parser.add_argument("--peak-tflops", type=float, default=m.peak_flops / 1e12, help="of a GPU (default: A100's 312)")
+    parser.add_argument("--utilisation", type=float, default=m.utilisation, help="share of it (default: %(default)s)")
+    parser.add_argument("--link-gbs", type=float, default=m.link_bytes / 1e9, help="GB/s of a GPU's links, one way")
+    parser.add_argument("--network-gbs", type=float, default=m.network_bytes / 1e9, help="GB/s of a node, one way")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the `check` command."""
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--rows", type=int, default=16, help="rows sampled of each source (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

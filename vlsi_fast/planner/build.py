@@ -1,0 +1,119 @@
+"""From a run's config to what the planner walks: which role is frozen, adapted or trained whole, stage by stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError, RunConfig
+from ..loading import target_layers
+from .memory import Batch, Setup, Spoken, check_zero, compute_bytes
+from .shapes import ModelShape, model_shape, read_config, verbalizer_sizes
+from .walk import Step
+
+
+class Models:
+    """Both models of a run, built once without weights."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        paths: dict[str, str | None] | None = None,
+        configs: dict[str, Any] | None = None,
+    ):
+        """`paths`: role -> a config.json to read in place of the checkpoint's. `configs`: those read already; then only
+        these roles are built."""
+        self.config = config
+        self.configs, self.shapes, self.layers = {}, {}, {}
+        for role in configs or ("student", "teacher"):
+            settings = getattr(config, role)
+            found = configs[role] if configs else read_config(settings, role, (paths or {}).get(role))
+            self.configs[role] = found
+            self.shapes[role] = model_shape(found, role, config.lora)
+            self.layers[role] = target_layers(settings, found, role)
+
+    def image_tokens(self, pixels: int) -> int:
+        """Tokens of the student's language model for an image of so many pixels."""
+        shape: ModelShape = self.shapes.get("student") or next(iter(self.shapes.values()))
+        return pixels // (shape.image_size**2 * shape.merge)
+
+
+def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda") -> Setup:
+    """How a stage of the config runs on so many ranks."""
+    training = config.stage_training(stage)
+    deepspeed: Any = training.deepspeed
+    if isinstance(deepspeed, str):
+        if not Path(deepspeed).is_file():
+            raise ConfigError(f"training.deepspeed: file {deepspeed} does not exist; configs/zero3.json is one")
+        deepspeed = json.loads(Path(deepspeed).read_text())
+    kind = ((deepspeed or {}).get("data_types") or {}).get("grad_accum_dtype")
+    width = compute_bytes(config)
+    return Setup(
+        ranks=ranks,
+        zero=check_zero(deepspeed),
+        compute_bytes=width,
+        accumulation=training.gradient_accumulation_steps,
+        checkpointing=training.gradient_checkpointing,
+        device=device,
+        accumulate_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(kind, width),
+    )
+
+
+def step_of(models: Models, stage: str, setup: Setup, batch: Callable[[ModelShape], Batch]) -> Step:
+    """What one stage of the config does; `batch` gives a micro-batch for a model."""
+    config = models.config
+    make = {"verbalize": _verbalize_roles, "interact": _interact_roles, "sft": _sft_roles}[stage]
+    roles = make(models)
+    vocab = min(models.shapes[role].vocab for role in roles)
+    extra: dict[str, Any] = {}
+    if stage == "interact":
+        s = config.interact
+        extra = {"intermediate": s.intermediate, "last": s.last, "headless": s.headless}
+    batches = {role: batch(spoken.shape) for role, spoken in roles.items()}
+    return Step(stage, roles, batches, setup, vocab, **extra)
+
+
+def _spoken(models: Models, role: str, mode: str, verbalized: bool, trained: bool, **extra: Any) -> Spoken:
+    shape, settings = models.shapes[role], models.config.verbalizer
+    output = models.shapes["teacher"].width if extra.pop("headless", False) else None
+    if not verbalized:
+        return Spoken(shape, mode, **extra)
+    layers = models.layers[role]
+    inner = shape.inner if settings.architecture.startswith(("ffn", "decoder")) else output or shape.width
+    return Spoken(
+        shape,
+        mode,
+        layers=len(layers),
+        verbalizer=settings.architecture,
+        verbalizers=verbalizer_sizes(models.configs[role], layers, settings, output),
+        verbalizers_trained=trained,
+        norm=settings.norm,
+        inner=inner,
+        output=output or shape.width,
+        **extra,
+    )
+
+
+def _verbalize_roles(models: Models) -> dict[str, Spoken]:
+    return {role: _spoken(models, role, "frozen", True, True) for role in models.config.verbalize.models}
+
+
+def _interact_roles(models: Models) -> dict[str, Spoken]:
+    s = models.config.interact
+    speaks = s.intermediate != "none"
+    trained = s.train_student_verbalizers or s.headless
+    kept = max(models.layers["student"]) if s.last == "none" else None
+    roles = {"student": _spoken(models, "student", "lora", speaks, trained, headless=s.headless, trained_layers=kept)}
+    if {s.intermediate, s.last} & {"kld", "l2"}:
+        roles["teacher"] = _spoken(
+            models, "teacher", "frozen", speaks and s.intermediate != "ce", False, headless=s.headless
+        )
+    return roles
+
+
+def _sft_roles(models: Models) -> dict[str, Spoken]:
+    s = models.config.sft
+    mode = "full" if s.method == "full" else "lora"
+    return {"student": _spoken(models, "student", mode, False, False, train_vision=s.train_vision)}

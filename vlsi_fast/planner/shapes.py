@@ -1,0 +1,192 @@
+"""What a plan needs to know of a model: exact parameter sizes, read off the stock class built without weights.
+
+    d width        f inner width of the FFN        q, kv  width of queries, and of keys or values        V vocabulary
+
+The model is built on the meta device from its `config.json` alone, so counts are those of the class that will be
+loaded, whatever its biases and ties, and nothing is downloaded but that file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..backbones import family_of
+from ..config import BackboneConfig, ConfigError, LoraSettings, VerbalizerConfig
+from ..sharding import unsharded
+from ..verbalizer import Verbalizers, VerbalizerSpec
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """One backbone, as numbers. Lists hold the number of elements of each parameter tensor."""
+
+    name: str
+    width: int
+    inner: int
+    queries: int
+    keys: int
+    heads: int
+    vocab: int
+    tied: bool
+    """The head is the embedding."""
+    layers: list[list[int]]
+    """Parameters of each decoder layer."""
+    ends: list[int]
+    """Parameters outside decoder layers and vision: embedding, final norm, head (once where tied)."""
+    vision: list[int]
+    lora: list[list[int]]
+    """LoRA's parameters in each decoder layer, for the ranks and modules of the run."""
+    lora_ranks: int
+    """Width of all LoRA bottlenecks of a layer together."""
+    lora_inputs: int
+    """Width of the inputs of all linear layers of a decoder layer that LoRA adapts, together."""
+    vision_width: int
+    vision_inner: int
+    vision_depth: int
+    patch_values: int
+    """Numbers that the processor gives for one image patch."""
+    merge: int
+    """Image patches that become one token of the language model."""
+    image_size: int
+    """Side of a patch, pixels."""
+    vision_flops: tuple[float, float]
+    """FLOPs of the vision tower's products for one patch, and the factor of patches squared (attention)."""
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    @property
+    def head(self) -> int:
+        """Elements of the language head."""
+        return self.vocab * self.width
+
+    @property
+    def parameters(self) -> list[int]:
+        """Every parameter of the stock model, without LoRA."""
+        return [*self.vision, *self.ends, *(n for layer in self.layers for n in layer)]
+
+    @property
+    def largest(self) -> int:
+        """The largest tensor of a decoder layer."""
+        return max(max(layer) for layer in self.layers)
+
+
+def read_config(settings: BackboneConfig, role: str, path: str | None = None):
+    """transformers config of a role: from `path` (a JSON file or a folder with config.json), else from its checkpoint.
+
+    Raises:
+        ConfigError: no config to be found; the message names the option that takes one.
+    """
+    from transformers import AutoConfig
+
+    source = Path(path or settings.path)
+    file = source / "config.json" if source.is_dir() else source
+    if path is not None or source.is_dir():
+        if not file.is_file():
+            raise ConfigError(f"{role}: {file} does not exist; a plan needs the model's config.json (no weights)")
+        fields = json.loads(file.read_text())
+        if "model_type" not in fields:
+            raise ConfigError(f"{role}: {file} names no model_type: is it a transformers config.json?")
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(settings.path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{role}.path: {settings.path} is no folder, and its config.json cannot be read from the Hub. A plan "
+                f"needs that file and no weights: put it somewhere and pass --{role}-config FILE\n({error})"
+            ) from None
+    try:
+        family_of(config)
+    except ValueError as error:
+        raise ConfigError(f"{role}: {error}") from None
+    return config
+
+
+def build_on_meta(config) -> nn.Module:
+    """The stock model without weights."""
+    from transformers import AutoModelForImageTextToText
+
+    with unsharded(), torch.device("meta"):  # at the start of a stage ZeRO-3 is on, and would partition it
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
+    """Numbers of a stock model; `lora` as the run would inject it."""
+    model, family = build_on_meta(config), family_of(config)
+    text, vision = config.get_text_config(), config.vision_config
+    layers = family.decoder_layers(model)
+    tower = family.vision(model)
+    inside = {id(p) for module in (layers, tower) for p in module.parameters()}
+    pattern = lora.target_modules or family.lora_targets
+    adapted: list[list[int]] = [[] for _ in layers]
+    ranks = inputs = 0
+    for name_, module in model.named_modules():
+        if isinstance(module, nn.Linear) and re.fullmatch(pattern, name_):
+            at = next((i for i, layer in enumerate(layers) if any(m is module for m in layer.modules())), 0)
+            adapted[at] += [lora.rank * module.in_features, lora.rank * module.out_features]
+            if at == 0:
+                ranks, inputs = ranks + lora.rank, inputs + module.in_features
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
+    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+    merge = getattr(vision, "spatial_merge_size", 1) ** 2
+    side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    return ModelShape(
+        name=name,
+        width=text.hidden_size,
+        inner=text.intermediate_size,
+        queries=text.num_attention_heads * head_dim,
+        keys=text.num_key_value_heads * head_dim,
+        heads=text.num_attention_heads,
+        vocab=family.head(model).weight.shape[0],
+        tied=bool(config.tie_word_embeddings),
+        layers=[[p.numel() for p in layer.parameters()] for layer in layers],
+        ends=[p.numel() for p in model.parameters() if id(p) not in inside],
+        vision=[p.numel() for p in tower.parameters()],
+        lora=adapted,
+        lora_ranks=ranks,
+        lora_inputs=inputs,
+        vision_width=width,
+        vision_inner=inner,
+        vision_depth=depth,
+        patch_values=getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * side**2,
+        merge=merge,
+        image_size=side,
+        vision_flops=_vision_flops(tower, width, depth, merge),
+    )
+
+
+def _vision_flops(tower: nn.Module, width: int, depth: int, merge: int) -> tuple[float, float]:
+    """Products of a patch: layers of the blocks run on every patch, those outside (the projector) on a `merge`-th."""
+    lists = [child for child in tower.modules() if isinstance(child, nn.ModuleList)]
+    blocks = {id(inner) for child in lists for inner in child.modules()}
+    per_patch = 0.0
+    for module in tower.modules():
+        if isinstance(module, nn.Linear):
+            per_patch += 2.0 * module.weight.numel() / (1 if id(module) in blocks else merge)
+        elif isinstance(module, nn.Conv2d | nn.Conv3d):
+            per_patch += 2.0 * module.weight.numel()
+    return per_patch, 4.0 * width * depth
+
+
+def verbalizer_sizes(config, layers: list[int], settings: VerbalizerConfig, output: int | None) -> list[list[int]]:
+    """Parameters of the verbalizer of each target layer."""
+    spec = VerbalizerSpec.of(config, layers, settings, output)
+    with unsharded(), torch.device("meta"):
+        module = Verbalizers(spec)
+    return [[p.numel() for p in module.layers[str(k)].parameters()] for k in layers]
+
+
+def shards(sizes: list[int], ranks: int) -> int:
+    """Elements that one rank keeps of these tensors under ZeRO-3: each is padded to a multiple of the ranks."""
+    return sum(math.ceil(n / ranks) for n in sizes)

@@ -1,0 +1,151 @@
+"""Time of a step on paper: operations over peak times utilisation, bytes of ZeRO-3 over bandwidth.
+
+Nothing here is measured. Operations count a multiply and an add as two; letters as in memory.py, T tokens of a row.
+
+    decoder layer forward      2 x parameters a token + 4 q T a token (all of T: a mask hides, it saves nothing)
+    backward, frozen weights   as much as forward (gradients of activations); trained weights: twice that
+    gradient checkpointing     the decoder layers' forward once more
+    verbalizer                 forward 2, backward 2 x parameters a token: of weights or of inputs, 4 where of both
+    heads                      2 N V (d_l + d_s) a teacher layer, 4 N V d_s a student layer or answer loss; a trained
+                               head 4 N V d_s more
+
+Both backbones run all their decoder layers in every stage (verbalize too, although it reads none above its last target
+layer). ZeRO-3 gathers every tensor above the persistence threshold for its forward and once more for backward (the
+recomputation's copy is kept for it), and reduce-scatters the gradients of trained tensors, each micro-batch. A ring
+brings (W - 1) / W of the bytes to each GPU over the links inside a node, and (nodes - 1) / nodes of them into each
+node.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from .arguments import Machine
+from .memory import Spoken
+from .walk import Step
+
+
+def operations(step: Step) -> dict[str, float]:
+    """FLOPs of each part of one micro-batch."""
+    parts: Counter[str] = Counter()
+    for role, spoken in step.roles.items():
+        batch, shape = step.batches[role], spoken.shape
+        per_patch, attention = shape.vision_flops
+        seen = batch.patches / max(1, batch.rows)  # an image a row: patches attend to those of their image
+        vision = batch.patches * (per_patch + attention * seen)
+        forward = _decoder_forward(spoken, batch.positions, batch.tokens)
+        parts[f"{role} vision"] += vision * (3 if spoken.train_vision else 1)
+        parts[f"{role} forward"] += forward
+        if spoken.grad:
+            weights = 2.0 * batch.positions * sum(_trained_in_layers(spoken))
+            lora = 2.0 * batch.positions * sum(_trained_in_layers(spoken)) if spoken.mode == "lora" else 0.0
+            parts[f"{role} forward"] += lora
+            parts[f"{role} backward"] += forward + lora + weights
+            if step.setup.checkpointing:
+                parts[f"{role} recomputation"] += forward + lora
+        if spoken.verbalizer:
+            tokens = batch.positions if spoken.verbalizer.startswith("decoder") else batch.answers
+            backward = 2 if spoken.verbalizers_trained or spoken.grad else 0
+            backward += 2 if spoken.verbalizers_trained and spoken.grad else 0
+            size = sum(n for layer in spoken.verbalizers for n in layer)
+            parts[f"{role} verbalizers"] += (2.0 + backward) * tokens * size
+    parts["heads"] = _heads(step)
+    return {name: value for name, value in parts.items() if value}
+
+
+def _decoder_forward(spoken: Spoken, positions: int, tokens: int) -> float:
+    shape = spoken.shape
+    products = 2.0 * sum(n for layer in shape.layers for n in layer)
+    return positions * (products + 4.0 * shape.queries * tokens * shape.depth)
+
+
+def _trained_in_layers(spoken: Spoken) -> list[int]:
+    layers = spoken.shape.lora if spoken.mode == "lora" else spoken.shape.layers
+    return [n for layer in layers for n in layer]
+
+
+def _heads(step: Step) -> float:
+    """Vocabulary passes, DESIGN's count."""
+    v, total = step.vocab, 0.0
+    if step.stage == "verbalize":
+        return sum(4.0 * s.layers * step.batches[r].answers * v * s.shape.width for r, s in step.roles.items())
+    student = step.roles["student"]
+    n, d = step.batches["student"].answers, student.shape.width
+    if step.stage == "sft":
+        return 4.0 * n * v * d * (2 if student.mode == "full" else 1)
+    layers = student.layers if step.intermediate in ("kld", "l2") and not step.headless else 0
+    last = step.last == "kld"
+    if "teacher" in step.roles and layers + last:
+        teacher = step.roles["teacher"]
+        read = (teacher.layers if layers else 0) + last
+        total += 2.0 * n * v * (teacher.shape.width + d) * read + 4.0 * n * v * d * (layers + last)
+    answers = (student.layers if step.intermediate == "ce" else 0) + (step.last == "ce")
+    return total + 4.0 * n * v * d * answers
+
+
+def traffic(step: Step) -> dict[str, float]:
+    """Bytes of whole tensors that ZeRO-3 moves for one micro-batch, before the ring's share; plain: gradients alone."""
+    setup, moved = step.setup, Counter()
+    e = setup.compute_bytes
+    limit = setup.number("stage3_param_persistence_threshold", 1e5)
+    for role, spoken in step.roles.items():
+        trained, _ = spoken.split()
+        if setup.zero is None:
+            moved["gradients"] += 2.0 * 4 * sum(trained) / setup.accumulation  # all-reduce, once a step
+            continue
+        shape = spoken.shape
+        large = [n for n in shape.parameters if n > limit]
+        verbalizers = [n for layer in spoken.verbalizers for n in layer if n > limit]
+        lora = [n for layer in shape.lora for n in layer if n > limit] if spoken.mode == "lora" else []
+        moved[f"{role} gathers"] += e * (sum(large) + sum(verbalizers) + sum(lora))
+        if spoken.grad:
+            layers = [n for layer in shape.layers for n in layer if n > limit]
+            moved[f"{role} gathers"] += e * (sum(layers) + sum(lora))  # the same once more for backward
+        if spoken.grad or spoken.verbalizers_trained:
+            moved[f"{role} gathers"] += e * sum(verbalizers)
+        moved["gradients"] += e * sum(trained)
+        if shape.tied or spoken.mode == "full":
+            moved[f"{role} gathers"] += e * shape.head  # once as embedding and once as head, or for the head's backward
+    return {name: value for name, value in moved.items() if value}
+
+
+def communication_seconds(size: float, machine: Machine) -> float:
+    """Time of a ring over all ranks for `size` bytes: the slower of the links inside nodes and those between."""
+    inside = size * (machine.ranks - 1) / machine.ranks / machine.link_bytes
+    between = size * (machine.nodes - 1) / machine.nodes / machine.network_bytes
+    return max(inside, between)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One optimizer step of all ranks."""
+
+    compute_seconds: float
+    communication_seconds: float
+    samples: int
+    """Rows that all ranks read in it."""
+
+    @property
+    def hidden(self) -> float:
+        """Seconds, communication wholly behind computation: a lower bound."""
+        return max(self.compute_seconds, self.communication_seconds)
+
+    @property
+    def exposed(self) -> float:
+        """Seconds, nothing overlapped: an upper bound."""
+        return self.compute_seconds + self.communication_seconds
+
+    def days(self, samples: int) -> tuple[float, float]:
+        """From lower to upper bound, for so many rows."""
+        steps = samples / self.samples
+        return steps * self.hidden / 86400, steps * self.exposed / 86400
+
+
+def speed(step: Step, machine: Machine) -> Speed:
+    """Predicted time of one optimizer step."""
+    times = step.setup.accumulation
+    compute = times * sum(operations(step).values()) / (machine.peak_flops * machine.utilisation)
+    moved = times * communication_seconds(sum(traffic(step).values()), machine)
+    rows = next(iter(step.batches.values())).rows
+    return Speed(compute, moved, times * rows * machine.ranks)

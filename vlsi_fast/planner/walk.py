@@ -1,0 +1,282 @@
+"""The memory curve of one micro-batch and the optimizer step behind it, in the order in which the stages do things.
+
+Letters as in memory.py; S, L target layers of student and teacher. Each function notes what it adds and why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .memory import (
+    Batch,
+    Curve,
+    Setup,
+    Spoken,
+    gathered_for,
+    gradient_scratch,
+    held,
+    kept_for_backward,
+    layer_forward,
+    layer_saved,
+    optimizer_moment,
+    statistics_scratch,
+    verbalizer_saved,
+    vision_forward,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage as the planner walks it."""
+
+    stage: str
+    roles: dict[str, Spoken]
+    batches: dict[str, Batch]
+    setup: Setup
+    vocab: int
+    intermediate: str = "none"  # interact's operations
+    last: str = "none"
+    headless: bool = False
+
+
+def walk(step: Step) -> Curve:
+    """Held bytes, forward, losses, backward, optimizer."""
+    curve = Curve(held(step.roles, step.setup, step.batches))
+    curve.moment("at rest")
+    {"verbalize": _verbalize, "interact": _interact, "sft": _sft}[step.stage](curve, step)
+    optimizer_moment(curve, step.roles, step.setup)
+    return curve
+
+
+# ---- forward ----
+
+
+def _frozen_forward(curve: Curve, step: Step, role: str) -> None:
+    """A backbone without gradient; holds on to its answer positions, (L + 1) N d, at the end."""
+    spoken, batch, setup = step.roles[role], step.batches[role], step.setup
+    e, d, shape = setup.compute_bytes, spoken.shape.width, spoken.shape
+    around = _mask_and_positions(spoken, batch, setup) + _model_inputs(spoken, batch, setup)
+    _vision(curve, step, role)
+    recorded = spoken.layers * batch.positions * d * e
+    gathered = gathered_for(spoken, setup, backward=False)
+    inside = recorded + layer_forward(shape, batch, setup)
+    curve.moment(f"{role} forward", activations=around + inside, gathered=gathered)
+    taken = (spoken.layers + 1) * batch.answers * d * e
+    # the last hidden state, its float32 norm and the norm's output beside all that is recorded
+    norm = batch.positions * d * (2 * e + (8 if e < 4 else 4))
+    curve.moment(f"{role} final norm", activations=around + recorded + norm)
+    curve.hold("activations", taken)
+
+
+def _trained_forward(curve: Curve, step: Step, role: str) -> int:
+    """The student's backbone with gradient. Returns bytes kept for each decoder layer; its final norm's are held."""
+    spoken, batch, setup = step.roles[role], step.batches[role], step.setup
+    e, d, shape = setup.compute_bytes, spoken.shape.width, spoken.shape
+    _vision(curve, step, role)
+    curve.hold("activations", _mask_and_positions(spoken, batch, setup))
+    saved = layer_saved(spoken, batch, setup)
+    each = e * batch.positions * d if setup.checkpointing else saved
+    curve.hold("activations", each * shape.depth)
+    inside = layer_forward(shape, batch, setup) if setup.checkpointing else 0
+    inside += _model_inputs(spoken, batch, setup)
+    if e < 4 and not setup.checkpointing:  # a norm keeps a float32 copy, so the hooks hold a tensor of their own
+        inside += spoken.layers * batch.positions * d * e
+    curve.moment(f"{role} forward", activations=inside, gathered=gathered_for(spoken, setup, backward=False))
+    curve.hold("activations", 4 * batch.positions * d)  # the final norm's input in float32
+    curve.moment(f"{role} final norm", activations=batch.positions * d * (4 + 2 * e))
+    curve.hold("activations", (spoken.layers + 1) * batch.answers * d * e)
+    return each
+
+
+def _vision(curve: Curve, step: Step, role: str) -> None:
+    spoken, batch, setup = step.roles[role], step.batches[role], step.setup
+    if not batch.patches:
+        return
+    gathered = 2 * setup.compute_bytes * max(spoken.shape.vision) if setup.zero is not None else 0
+    inside = vision_forward(spoken.shape, batch.patches, setup)
+    curve.moment(f"{role} vision", activations=inside, gathered=gathered)
+
+
+def _mask_and_positions(spoken: Spoken, batch: Batch, setup: Setup) -> int:
+    """One byte for each pair of positions, and cos and sin of the rotary embedding."""
+    head_dim = spoken.shape.queries // spoken.shape.heads
+    return (batch.rows * batch.tokens**2 if batch.masked else 0) + 2 * setup.compute_bytes * batch.positions * head_dim
+
+
+def _model_inputs(spoken: Spoken, batch: Batch, setup: Setup) -> int:
+    """What the stock forward's frame holds while the language model runs: its input embeddings, the vision tower's last
+    hidden state, and the image embeddings twice (by image, and joined)."""
+    shape = spoken.shape
+    images = batch.patches * shape.vision_width + 2 * batch.patches // shape.merge * shape.width
+    return setup.compute_bytes * (batch.positions * shape.width + images)
+
+
+def _speak(curve: Curve, step: Step, role: str, grad: bool) -> None:
+    """Verbalizers and final norm: holds what backward needs, and the result [layers, N, width]."""
+    spoken, batch, setup = step.roles[role], step.batches[role], step.setup
+    e, rows = setup.compute_bytes, spoken.layers * batch.answers
+    out = spoken.output or spoken.shape.width
+    gathered = setup.compute_bytes * max((sum(v) for v in spoken.verbalizers), default=0) if setup.zero else 0
+    saved = verbalizer_saved(spoken, batch, setup) if grad else 0
+    # the layers' outputs, and their stack
+    curve.moment(f"{role} verbalizers", activations=saved + 2 * e * rows * out, gathered=gathered)
+    # the final norm: a float32 copy that backward needs (in float32: the stack itself), and its output
+    curve.moment(f"{role} verbalized norm", activations=saved + rows * out * (e + (8 if e < 4 else 4) + 2 * e))
+    curve.hold("activations", saved + (4 * rows * out if grad and not step.headless else 0) + e * rows * out)
+    if not grad:
+        curve.hold("activations", -e * rows * spoken.shape.width)  # their inputs are free
+
+
+# ---- losses ----
+
+
+def _answer_loss(curve: Curve, step: Step, role: str, layers: int, trained_head: bool) -> None:
+    """Cross-entropy of `layers` N rows: holds the gradient's direction in the inputs' dtype."""
+    shape, batch, setup = step.roles[role].shape, step.batches[role], step.setup
+    e, d, rows = setup.compute_bytes, shape.width, layers * batch.answers
+    scratch = statistics_scratch(rows, d, d, step.vocab, 1, setup)
+    # float32 expectation of a block, the labels' rows of the head, and their product with the hidden states
+    block = min(rows, 2048) * d * 4 * (3 if setup.device == "cpu" else 1)
+    curve.hold("activations", e * rows * d)
+    head = e * shape.head if setup.zero is not None else 0
+    curve.moment(f"{role} answer loss", workspace=scratch + block, gathered=head)
+    if trained_head:
+        scratch = statistics_scratch(rows, d, 0, step.vocab, 1, setup) + 4 * d * min(step.vocab, 8192)
+        size = e if setup.zero is not None or e < 4 else 4
+        gradients = size * shape.head + (size * shape.head if setup.zero is not None else 0)
+        curve.moment("head backward", workspace=scratch, gradients=gradients, gathered=head)
+        if setup.zero is None and setup.accumulation == 1:
+            curve.hold("gradients", size * shape.head)
+
+
+def _kl(curve: Curve, step: Step, students: int, teachers: int) -> None:
+    """KL matrix of `students` x `teachers` layers: holds both expectations, float32 (teacher: L N (d_s + 1))."""
+    student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
+    e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
+    heads = e * (student.head + teacher.head) if setup.zero is not None else 0
+    joined = e * n * (students * d + teachers * teacher.width)  # torch.cat of the layers and the last one
+    curve.hold("activations", joined)
+    curve.hold("targets", 4 * teachers * n * (d + 1))
+    scratch = statistics_scratch(teachers * n, teacher.width, d, step.vocab, 2, setup)
+    curve.moment("teacher statistics", workspace=scratch, gathered=heads)
+    curve.hold("targets", 4 * students * n * d)
+    scratch = statistics_scratch(students * n, d, d, step.vocab, 1, setup)
+    curve.moment("student statistics", workspace=scratch, gathered=heads)
+    pairs = 3 * 8 * students * teachers * n  # float64: the KLs, masked, and weighted
+    curve.moment("KL of pairs", workspace=pairs + _pair_block(students, teachers, n, d, setup))
+    curve.hold("activations", -joined)
+    curve.moment("KL backward", workspace=students * n * d * (2 * 4 + e))
+
+
+def _pair_block(students: int, teachers: int, n: int, d: int, setup: Setup) -> int:
+    """float64 copies of a block of tokens, on the CPU's path only; as many tokens as the workspace takes."""
+    if setup.device != "cpu":
+        return 0
+    from vlsi_kernels._common import DEFAULT_WORKSPACE_BYTES
+
+    budget = setup.workspace or DEFAULT_WORKSPACE_BYTES["cpu"]
+    token = 8 * d * (students + teachers)
+    return token * min(n, max(1, budget // token))
+
+
+# ---- backward ----
+
+
+def _student_backward(curve: Curve, step: Step, each: int, between: int) -> None:
+    """From the deepest decoder layer to the first; `each` bytes a layer are given back on the way."""
+    spoken, batch, setup = step.roles["student"], step.batches["student"], step.setup
+    e, shape = setup.compute_bytes, spoken.shape
+    hidden = e * batch.positions * shape.width
+    # index_select's gradient is a full [R, d] for each target layer and the last, made before the first layer's turn
+    waiting = spoken.layers
+    recomputed = layer_saved(spoken, batch, setup) if setup.checkpointing else 0
+    inside = recomputed + e * batch.positions * (shape.width + 2 * shape.inner)
+    if spoken.mode == "lora" and e < 4:  # the float32 gradient of the adapted input beside the frozen layer's
+        inside = recomputed + batch.positions * ((e + 4) * shape.width + (e + 4) * shape.inner)
+    trained = shape.layers[0] if spoken.mode == "full" else shape.lora[0]
+    scratch = gradient_scratch(spoken, setup, max(trained, default=0))
+    gathered = gathered_for(spoken, setup, backward=True)
+    kept = kept_for_backward(spoken, setup, between)
+    for i in reversed(range(shape.depth)):
+        curve.moment(
+            f"student backward, layer {i + 1}",
+            activations=inside + (waiting + 1) * hidden,
+            gradients=scratch,
+            gathered=max(gathered, kept),
+        )
+        curve.hold("activations", -each)
+        if setup.zero is None and setup.accumulation == 1:
+            layer = shape.layers[i] if spoken.mode == "full" else shape.lora[i]
+            curve.hold("gradients", 4 * sum(layer))
+        waiting = waiting * i // shape.depth
+        kept = max(0, kept - e * sum(shape.layers[i]))
+    if spoken.mode == "full":
+        scratch = gradient_scratch(spoken, setup, shape.head)
+        curve.moment("embedding backward", activations=hidden, gradients=scratch)
+
+
+def _verbalizers_backward(curve: Curve, step: Step, role: str) -> None:
+    """One verbalizer after another; its SwiGLU's backward holds eight float32 numbers of its inner width a token."""
+    spoken, batch, setup = step.roles[role], step.batches[role], step.setup
+    rows = batch.answers
+    saved = verbalizer_saved(spoken, batch, setup)
+    incoming = (4 + setup.compute_bytes) * spoken.layers * rows * (spoken.output or spoken.shape.width)
+    for sizes in reversed(spoken.verbalizers):
+        scratch = gradient_scratch(spoken, setup, max(sizes)) if spoken.verbalizers_trained else 0
+        inside = incoming + 8 * 4 * rows * spoken.inner
+        curve.moment(f"{role} verbalizers backward", activations=inside, gradients=scratch)
+        curve.hold("activations", -saved / max(1, spoken.layers))
+        if spoken.verbalizers_trained and setup.zero is None and setup.accumulation == 1:
+            curve.hold("gradients", 4 * sum(sizes))
+
+
+# ---- stages ----
+
+
+def _verbalize(curve: Curve, step: Step) -> None:
+    for role, spoken in step.roles.items():
+        _frozen_forward(curve, step, role)
+        _speak(curve, step, role, grad=True)
+        _answer_loss(curve, step, role, spoken.layers, trained_head=False)
+    for role in reversed(step.roles):
+        _verbalizers_backward(curve, step, role)
+
+
+def _interact(curve: Curve, step: Step) -> None:
+    student, taught = step.roles["student"], "teacher" in step.roles
+    each = _trained_forward(curve, step, "student")
+    if student.verbalizer:
+        _speak(curve, step, "student", grad=True)
+    if taught:
+        before = curve.held["activations"]
+        _frozen_forward(curve, step, "teacher")
+        if step.roles["teacher"].verbalizer:
+            _speak(curve, step, "teacher", grad=False)
+    n, width = step.batches["student"].answers, student.shape.width
+    students = student.layers if step.intermediate in ("kld", "l2") and not step.headless else 0
+    last = step.last == "kld"
+    if taught and (students or last):
+        teachers = step.roles["teacher"].layers if students else 0
+        _kl(curve, step, students + last, teachers + last)
+    if step.headless:  # the differences of all pairs, kept by square()
+        teacher = step.roles["teacher"]
+        curve.hold("activations", 4 * student.layers * teacher.layers * n * teacher.shape.width)
+        curve.moment("hidden L2")
+    if "l2" in (step.intermediate, step.last) and not step.headless:
+        other = step.roles["teacher"].shape.width
+        curve.hold("workspace", 4 * (width**2 + width * other + other**2))  # Gram matrices
+    if "ce" in (step.intermediate, step.last):
+        _answer_loss(curve, step, "student", student.layers if step.intermediate == "ce" else 1, trained_head=False)
+    if taught:
+        curve.hold("activations", before - curve.held["activations"])  # the teacher's part and the losses' are free
+    curve.hold("targets", -curve.held["targets"])
+    if student.verbalizer:
+        _verbalizers_backward(curve, step, "student")
+    between = 2 * sum(step.roles["teacher"].shape.parameters) if taught else 0
+    _student_backward(curve, step, each, between)
+
+
+def _sft(curve: Curve, step: Step) -> None:
+    each = _trained_forward(curve, step, "student")
+    _answer_loss(curve, step, "student", 1, trained_head=step.roles["student"].mode == "full")
+    _student_backward(curve, step, each, 0)
