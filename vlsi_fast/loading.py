@@ -10,6 +10,7 @@ import torch
 
 from .backbones import default_layers, family_of
 from .config import BackboneConfig, ConfigError
+from .data.tokens import SharedTokens, shared_tokens
 
 
 def resolve_folder(path: str, field: str) -> Path:
@@ -70,25 +71,31 @@ def load_backbone(folder: str | Path, dtype: str, attn_implementation: str = "sd
     return model.requires_grad_(False).eval()
 
 
-def require_same_tokens(student, teacher, student_name: str, teacher_name: str) -> None:
+def require_same_tokens(student, teacher, student_name: str, teacher_name: str) -> SharedTokens:
     """Both tokenizers must give every token the same id (section 4.4: equal sizes are not enough).
+
+    Only special tokens that no answer holds may differ, such as `<image>` of LLaVA-OneVision.
+
+    Returns:
+        What differs, and the first id that does.
 
     Raises:
         ConfigError: names both sides and the first differences.
     """
-    s, t = student.get_vocab(), teacher.get_vocab()
-    if s == t:
-        return
-    differing = sorted(
-        (min(s.get(token, t.get(token)), t.get(token, s.get(token))), token)
-        for token in s.keys() | t.keys()
-        if s.get(token) != t.get(token)
-    )
-    shown = "; ".join(f"{token!r}: {s.get(token)} and {t.get(token)}" for _, token in differing[:3])
-    raise ConfigError(
-        f"student ({student_name}) and teacher ({teacher_name}) give {len(differing)} tokens different ids "
-        f"(student and teacher: {shown}); VLsI needs one tokenizer: choose models of one family"
-    )
+    found = shared_tokens(student, teacher)
+    if found.problem is not None:
+        shown = "; ".join(f"{token!r}: {s} and {t}" for token, (s, t) in list(found.differing.items())[:3])
+        raise ConfigError(
+            f"student ({student_name}) and teacher ({teacher_name}) give {len(found.differing)} tokens different ids "
+            f"(student and teacher: {shown}). Special tokens may differ, but {found.problem}. "
+            "VLsI needs one tokenizer: choose models of one family, or of families that share it"
+        )
+    return found
+
+
+def shared_rows(rows: list[int], tokens: SharedTokens) -> int:
+    """Rows of the heads to compare: those that all heads have (`rows` of each) and that stand for the same tokens."""
+    return min(rows) if tokens.limit is None else min(*rows, tokens.limit)
 
 
 def tokenizer_digest(tokenizer) -> str:

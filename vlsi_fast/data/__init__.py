@@ -1,7 +1,8 @@
 """Data: sources of rows, their encoding for student and teacher, batches, and the log of rows that cannot be used.
 
 Reading order: sources.py (config), readers.py, messages.py, images.py (rows); encoding.py, dataset.py, collate.py
-(model inputs); skipped.py (rows that cannot be used); processors.py (loading processors).
+(model inputs); skipped.py (rows that cannot be used); processors.py (loading processors);
+tokens.py (what two tokenizers share).
 """
 
 import importlib
@@ -17,6 +18,7 @@ _HOME = {
     "TooManySkippedRows": "skipped",
     "UnusableRow": "skipped",
     "VlsiDataset": "dataset",
+    "build_processor": "processors",
     "build_qwen2_vl_processor": "processors",
     "build_source": "sources",
     "configure_image_bounds": "encoding",
