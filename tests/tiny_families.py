@@ -97,7 +97,7 @@ def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer):
 
 
 def make_model(model_type: str, hidden: int = 32, layers: int = 4, tied: bool = False, seed: int = 0, tokenizer=None):
-    """A stock model in fp32, reproducible from the seed, with the ids of `tokenizer` (default: the family's tiny one)."""
+    """A stock model in fp32, reproducible from the seed, with the ids of `tokenizer` (default: the tiny one)."""
     config = _config(model_type, hidden, layers, tied, tokenizer or make_processor(model_type).tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -41,7 +41,8 @@ def shared_tokens(first, second) -> SharedTokens:
     names = sorted((t for t in a.keys() | b.keys() if a.get(t) != b.get(t)), key=lambda t: (lowest(t), t))
     limit = lowest(names[0])
     problem = None
-    plain = [t for t in names if not all(_is_special(tok, t) for tok in (first, second) if t in tok.get_vocab())]
+    special = [{str(t) for t in tok.added_tokens_decoder.values() if t.special} for tok in (first, second)]
+    plain = [t for t in names if (t in a and t not in special[0]) or (t in b and t not in special[1])]
     ends = sorted({str(t.eos_token) for t in (first, second)} & set(names))
     behind = sorted((i, t) for t, i in a.items() if i >= limit and b.get(t) == i)
     if plain:
@@ -51,8 +52,3 @@ def shared_tokens(first, second) -> SharedTokens:
     elif behind:
         problem = f"{behind[0][1]!r} lies behind the first difference (id {limit}) and would be cut off"
     return SharedTokens({t: (a.get(t), b.get(t)) for t in names}, limit, problem)
-
-
-def _is_special(tokenizer, token: str) -> bool:
-    added = tokenizer.added_tokens_decoder.get(tokenizer.convert_tokens_to_ids(token))
-    return added is not None and added.content == token and added.special
