@@ -54,7 +54,7 @@ SHAPES = {
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": (28, 152128, 3584, 18944, 3584, 512, False),
     "llava-hf/llava-onevision-qwen2-72b-ov-hf": (80, 152128, 8192, 29568, 8192, 1024, False),
 }
-BILLIONS = {  # of all parameters, as the checkpoints' pages round them: a wrong number in real_configs shows here
+BILLIONS = {  # of all parameters, as the checkpoints' pages round them: holds the language model's numbers to account
     "Qwen/Qwen2-VL-2B-Instruct": 2.21,
     "Qwen/Qwen2-VL-7B-Instruct": 8.29,
     "Qwen/Qwen2-VL-72B-Instruct": 73.4,
