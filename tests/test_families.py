@@ -10,7 +10,7 @@ import tiny_families as families
 import tiny_runs as runs
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlsi_fast import load_config, run
 from vlsi_fast.backbones import FAMILIES, family_of
@@ -154,6 +154,19 @@ def test_first_sft_loss_is_the_stock_models(folder, tmp_path, name):
 
 
 # ---- backbones ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_draws_no_random_numbers(folder, monkeypatch, name):
+    """As under ZeRO-3, where the model is built for real and not on the meta device."""
+
+    def built(path, **_):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", built)
+    before = torch.random.get_rng_state()
+    load_backbone(folder / f"student_{name}", "float32")
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def record_states(name, architecture):

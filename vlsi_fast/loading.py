@@ -62,12 +62,18 @@ def target_layers(settings: BackboneConfig, config, role: str) -> list[int]:
 
 
 def load_backbone(folder: str | Path, dtype: str, attn_implementation: str = "sdpa"):
-    """A stock model in eval mode with frozen weights (sharded while loading under ZeRO-3)."""
+    """A stock model in eval mode with frozen weights (sharded while loading under ZeRO-3).
+
+    Random numbers drawn on the way are given back: under ZeRO-3 LLaVA-OneVision draws some that are overwritten, and
+    what is initialised after it (verbalizers, LoRA) would not start as in a run without ZeRO-3.
+    """
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
-    )
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+        )
     return model.requires_grad_(False).eval()
 
 
