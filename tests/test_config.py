@@ -53,7 +53,7 @@ def load(tmp_path):
 # ---- files ----
 
 
-RUNS = sorted(path for path in CONFIGS.rglob("*.y*ml") if CONFIGS / "data" not in path.parents)  # those are mix files
+RUNS = sorted(CONFIGS.glob("*.y*ml"))  # folders hold what runs share
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(CONFIGS)))
@@ -379,3 +379,9 @@ def test_stage_training_of_a_changed_config_is_checked(load):
 
 def test_stage_folders(load):
     assert load(output_dir="out/run").stage_dir("sft") == Path("out/run/sft")
+
+
+def test_pixel_bounds_are_for_both_models_or_for_one(load):
+    assert load(student={"max_pixels": 4096}, data={"min_pixels": 1024}).student.max_pixels == 4096
+    with pytest.raises(ConfigError, match="data.max_pixels is for both models, teacher.max_pixels for one: remove one"):
+        load(teacher={"max_pixels": 4096}, data={"max_pixels": 4096})

@@ -22,7 +22,6 @@ from vlsi_fast.lineage import (
 )
 from vlsi_fast.loading import (
     checkpoint_digest,
-    load_model_config,
     require_same_tokens,
     resolve_folder,
     target_layers,
@@ -283,13 +282,6 @@ def test_unreachable_hub_name(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(FileNotFoundError, match=r"student.path: some/model is neither .* \(no network\)"):
         resolve_folder("some/model", "student.path")
-
-
-def test_unknown_family(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(ValueError, match="no adapter for model type 'llama'; known families: qwen2_vl"):
-        load_model_config(BackboneConfig(path=str(tmp_path)), "student")
 
 
 @pytest.mark.parametrize("layers, outside", [([1, 5], [5]), ([0, 1], [0]), ([-1, 4, 9], [-1, 9])])

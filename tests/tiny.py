@@ -89,11 +89,11 @@ def _vocab_and_merges(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-def make_tokenizer(kind: str) -> Qwen2Tokenizer:
+def make_tokenizer(kind: str, special_tokens: list[str] = SPECIAL_TOKENS) -> Qwen2Tokenizer:
     """A fast Qwen2 tokenizer: "qwen" has the true vocabulary and ids, "tiny" about 400 entries. Same special tokens."""
     vocab, merges = _vocab_and_merges(kind)
     tokenizer = Qwen2Tokenizer(vocab=dict(vocab), merges=list(merges))
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[1:]})
+    tokenizer.add_special_tokens({"additional_special_tokens": special_tokens[1:]})
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

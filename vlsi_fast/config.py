@@ -4,19 +4,21 @@ A run is one YAML file (`configs/*.yaml`), changed by `--section.field value` pa
 
     config = load_config("configs/demo.yaml", ["--interact.training.max_steps", "20"])
 
+A file that begins with `extends: other.yaml` (relative to itself) holds only what differs from that file: sections are
+merged field by field, lists and values replaced. `extends` is a key of files alone, not an option.
+
 Unknown keys, wrong types and values out of range raise `ConfigError` when the file is loaded, not hours later.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .config_files import ConfigError, apply_override, parse_overrides, read_tree
 from .data.sources import DataConfig
 
 STAGES = ("verbalize", "interact", "sft")
@@ -31,19 +33,6 @@ NOT_EXTRA = {
     *("average_tokens_across_devices", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile"),
 }
 """Fields of TrainingArguments that the stages set themselves or that have no meaning for them."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run. The message names the field and the fix."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as in YAML 1.2; PyYAML's 1.1 reads it as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 class Section(BaseModel):
@@ -63,6 +52,10 @@ class BackboneConfig(Section):
     """Folder of trained verbalizers of this model. null: those of this run's own verbalize stage."""
     attn_implementation: str = "sdpa"
     """Attention of the backbone, by its transformers name: sdpa, eager, flash_attention_2."""
+    min_pixels: int | None = Field(None, ge=1)
+    """data.min_pixels for this model alone, where the two models' processors differ; default: the processor's own."""
+    max_pixels: int | None = Field(None, ge=1)
+    """data.max_pixels for this model alone, where the two models' processors differ; default: the processor's own."""
 
     @model_validator(mode="after")
     def _layers_rise(self):
@@ -303,6 +296,10 @@ class RunConfig(Section):
             raise ValueError("interact.headless needs verbalizer.architecture verb_ffn without verbalizer.residual")
         if self.matching.strategy == "bottom" and t and self.matching.k > len(t):
             raise ValueError(f"matching.k is {self.matching.k}, but the teacher has {len(t)} target layers; lower it")
+        for name in ("min_pixels", "max_pixels"):
+            for role in ("student", "teacher"):
+                if getattr(self.data, name) is not None and getattr(getattr(self, role), name) is not None:
+                    raise ValueError(f"data.{name} is for both models, {role}.{name} for one: remove one of the two")
         for stage in STAGES:
             self.stage_training(stage)
         return self
@@ -382,71 +379,22 @@ def explain(error: ValidationError, section: type[BaseModel], prefix: str = "") 
     return "\n".join(lines)
 
 
-def _apply(tree: dict, name: str, value: Any) -> None:
-    """Set the dotted `name` in nested mappings and lists."""
-    node, parts = tree, name.split(".")
-    for i, part in enumerate(parts):
-        last = i == len(parts) - 1
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"--{name}: {'.'.join(parts[:i])} is a list of {len(node)}; use an index below that")
-            key: Any = int(part)
-        elif isinstance(node, dict):
-            key = part
-            if not last and node.get(key) is None:
-                node[key] = {}
-        else:
-            raise ConfigError(f"--{name}: {'.'.join(parts[:i])} is a single value, it has no field {part}")
-        if last:
-            node[key] = value
-        else:
-            node = node[key]
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """`["--a.b", "1", "--c=x"]` -> `{"a.b": 1, "c": "x"}`; values are read as YAML."""
-    values, i = {}, 0
-    while i < len(arguments):
-        name = arguments[i]
-        if not name.startswith("--") or len(name) == 2:
-            raise ConfigError(f"expected --field value, got {name!r}")
-        name, equals, value = name[2:].partition("=")
-        if not equals:
-            i += 1
-            if i == len(arguments) or arguments[i].startswith("--"):
-                raise ConfigError(f"--{name} needs a value: --{name} VALUE")
-            value = arguments[i]
-        try:
-            values[name] = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{name}: cannot read {value!r} as YAML: {error}") from None
-        i += 1
-    return values
-
-
 def load_config(path: str | Path, overrides: list[str] | dict[str, Any] = ()) -> RunConfig:
-    """Read a YAML file, apply overrides, check everything that needs no model.
+    """Read a YAML file with what it `extends`, apply overrides, check everything that needs no model.
 
     Args:
         path: YAML file.
         overrides: `["--section.field", "value", ..]` as on the command line, or `{"section.field": value}`.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or one that it extends.
         ConfigError: unknown option (with the nearest valid one), wrong type, or options that contradict each other.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config file {path} does not exist; see configs/ for examples")
-    try:
-        tree = yaml.load(path.read_text(), _Loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of options, found {type(tree).__name__}")
+    tree = read_tree(path)
     pairs = overrides if isinstance(overrides, dict) else parse_overrides(list(overrides))
     for name, value in pairs.items():
-        _apply(tree, name, value)
+        apply_override(tree, name, value)
     try:
         return RunConfig(**tree)
     except ValidationError as error:

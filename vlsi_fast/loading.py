@@ -10,6 +10,7 @@ import torch
 
 from .backbones import default_layers, family_of
 from .config import BackboneConfig, ConfigError
+from .data.tokens import SharedTokens, shared_tokens
 
 
 def resolve_folder(path: str, field: str) -> Path:
@@ -61,34 +62,46 @@ def target_layers(settings: BackboneConfig, config, role: str) -> list[int]:
 
 
 def load_backbone(folder: str | Path, dtype: str, attn_implementation: str = "sdpa"):
-    """A stock model in eval mode with frozen weights (sharded while loading under ZeRO-3)."""
+    """A stock model in eval mode with frozen weights (sharded while loading under ZeRO-3).
+
+    Random numbers drawn on the way are given back: under ZeRO-3 LLaVA-OneVision draws some that are overwritten, and
+    what is initialised after it (verbalizers, LoRA) would not start as in a run without ZeRO-3.
+    """
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
-    )
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+        )
     return model.requires_grad_(False).eval()
 
 
-def require_same_tokens(student, teacher, student_name: str, teacher_name: str) -> None:
+def require_same_tokens(student, teacher, student_name: str, teacher_name: str) -> SharedTokens:
     """Both tokenizers must give every token the same id (section 4.4: equal sizes are not enough).
+
+    Only special tokens that no answer holds may differ, such as `<image>` of LLaVA-OneVision.
+
+    Returns:
+        What differs, and the first id that does.
 
     Raises:
         ConfigError: names both sides and the first differences.
     """
-    s, t = student.get_vocab(), teacher.get_vocab()
-    if s == t:
-        return
-    differing = sorted(
-        (min(s.get(token, t.get(token)), t.get(token, s.get(token))), token)
-        for token in s.keys() | t.keys()
-        if s.get(token) != t.get(token)
-    )
-    shown = "; ".join(f"{token!r}: {s.get(token)} and {t.get(token)}" for _, token in differing[:3])
-    raise ConfigError(
-        f"student ({student_name}) and teacher ({teacher_name}) give {len(differing)} tokens different ids "
-        f"(student and teacher: {shown}); VLsI needs one tokenizer: choose models of one family"
-    )
+    found = shared_tokens(student, teacher)
+    if found.problem is not None:
+        shown = "; ".join(f"{token!r}: {s} and {t}" for token, (s, t) in list(found.differing.items())[:3])
+        raise ConfigError(
+            f"student ({student_name}) and teacher ({teacher_name}) give {len(found.differing)} tokens different ids "
+            f"(student and teacher: {shown}). Special tokens may differ, but {found.problem}. "
+            "VLsI needs one tokenizer: choose models of one family, or of families that share it"
+        )
+    return found
+
+
+def shared_rows(rows: list[int], tokens: SharedTokens) -> int:
+    """Rows of the heads to compare: those that all heads have (`rows` of each) and that stand for the same tokens."""
+    return min(rows) if tokens.limit is None else min(*rows, tokens.limit)
 
 
 def tokenizer_digest(tokenizer) -> str:

@@ -80,7 +80,7 @@ class VerbalizedBackbone(nn.Module):
         """
         decoder = self.verbalizers is not None and self.verbalizers.spec.is_decoder
         with contextlib.nullcontext() if self.train_backbone else torch.no_grad():
-            with self._record() as (hidden, attention):
+            with self._record(decoder) as (hidden, attention):
                 last = self.family.backbone(self.model)(**inputs, use_cache=False).last_hidden_state
             last = _take(last, index)
             if not decoder:
@@ -95,21 +95,31 @@ class VerbalizedBackbone(nn.Module):
         return spoken, last
 
     @contextlib.contextmanager
-    def _record(self):
+    def _record(self, all_positions: bool):
         """Collect the target layers' outputs and call arguments while the backbone runs.
 
         Hooks live for one forward only, for two reasons: gradient checkpointing runs the layers again in backward,
         and ZeRO-3 wraps outputs in hooks of its own, so ours must come after those to hold what autograd sees.
+
+        Where a family adds to a layer's output (at image positions only) and all positions are read, the state is taken
+        where the next layer reads it.
         """
         hidden: list[Tensor] = []
         attention: list[dict] = []
         layers = self.family.decoder_layers(self.model)
 
-        def keep(module, arguments, keywords, output):
-            hidden.append(output[0] if isinstance(output, tuple) else output)
+        def keep(module, arguments, keywords, output=None):
+            state = arguments[0] if output is None else output
+            hidden.append(state[0] if isinstance(state, tuple) else state)
             attention.append({**keywords, "past_key_values": None, "use_cache": False})
 
-        hooks = [layers[k - 1].register_forward_hook(keep, with_kwargs=True) for k in self.target_layers]
+        late = self.family.layers_added_to(self.model.config) if all_positions else 0
+        hooks = [
+            layers[k].register_forward_pre_hook(keep, with_kwargs=True)
+            if k <= late and k < len(layers)
+            else layers[k - 1].register_forward_hook(keep, with_kwargs=True)
+            for k in self.target_layers
+        ]
         try:
             yield hidden, attention
         finally:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+LANGUAGE_LINEARS = r".*\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+"""LoRA targets of a language model with Qwen's names: attention and FFN; no vision tower has `language_model` in it."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -22,12 +25,16 @@ class Family:
     """Norm between the last decoder layer and the head."""
     head: Callable[[nn.Module], nn.Linear]
     """Language head; its weight is [V, d] and may be tied to the embeddings."""
-    vision: Callable[[nn.Module], nn.Module]
-    """Vision tower with its projector: frozen unless asked for."""
+    vision: Callable[[nn.Module], list[nn.Module | nn.Parameter]]
+    """All that is not language model: vision tower, projector, lone parameters. Frozen unless asked for."""
     lora_targets: str
     """Regular expression (full match) over module names: the linear layers of the language model."""
     new_decoder_layer: Callable[[object, int], nn.Module]
     """Build one decoder layer from (config, index)."""
+    processor: str
+    """Class of the processor, by its transformers name; `data.processors` knows each with and without torchvision."""
+    layers_added_to: Callable[[object], int] = lambda config: 0
+    """How many of the first decoder layers have something added to their output before the next one reads it."""
 
 
 def default_layers(depth: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Family
+from .base import LANGUAGE_LINEARS, Family
 
 
 def _new_decoder_layer(config, index: int):
@@ -17,7 +17,8 @@ QWEN2_VL = Family(
     decoder_layers=lambda model: model.model.language_model.layers,
     final_norm=lambda model: model.model.language_model.norm,
     head=lambda model: model.lm_head,
-    vision=lambda model: model.model.visual,
-    lora_targets=r".*\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+    vision=lambda model: [model.model.visual],
+    lora_targets=LANGUAGE_LINEARS,
     new_decoder_layer=_new_decoder_layer,
+    processor="Qwen2VLProcessor",
 )

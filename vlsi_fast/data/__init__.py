@@ -2,7 +2,8 @@
 
 Reading order: sources.py, mixfile.py (config), readers.py, messages.py, images.py (rows), tables.py, jsonfile.py (rows
 by number), mixing.py (their order); encoding.py, dataset.py, collate.py (model inputs); skipped.py (rows that cannot be
-used); processors.py (loading processors); build.py, manifest.py, command.py (`vlsi-fast data`).
+used); processors.py (loading processors); tokens.py (what two
+tokenizers share); build.py, manifest.py, command.py (`vlsi-fast data`).
 """
 
 import importlib
@@ -18,6 +19,7 @@ _HOME = {
     "TooManySkippedRows": "skipped",
     "UnusableRow": "skipped",
     "VlsiDataset": "dataset",
+    "build_processor": "processors",
     "build_qwen2_vl_processor": "processors",
     "build_source": "sources",
     "configure_image_bounds": "encoding",

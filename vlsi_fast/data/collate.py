@@ -37,8 +37,9 @@ class Collator:
         Returns:
             `ids`: B row names. `skipped`: the rows' records of unusable rows, in order. Each role: `input_ids` [B, T]
             padded with the padding id, `labels` [B, T] with -100, `attention_mask` and every other per-token tensor
-            [B, T] with 0; vision tensors joined along their first axis, absent where no row has an image. Where all
-            rows share one encoding between the roles, both roles hold the same tensors.
+            [B, T] with 0; vision tensors joined along their first axis, absent where no row has an image, and padded
+            with zeros along the second where images have different numbers of patches there (LLaVA-OneVision). Where
+            all rows share one encoding between the roles, both roles hold the same tensors.
         """
         batch = {"ids": [row["id"] for row in rows], "skipped": [record for row in rows for record in row["skipped"]]}
         roles = [role for role in ROLES if role in self._pad_ids]
@@ -56,7 +57,7 @@ class Collator:
         names = dict.fromkeys(name for row in rows for name in row)
         padding = {"input_ids": self._pad_ids[role], "labels": IGNORED}
         return {
-            name: torch.cat([row[name] for row in rows if name in row])
+            name: _cat([row[name] for row in rows if name in row])
             if name in vision
             else _pad([_per_token(row, name) for row in rows], padding.get(name, 0))
             for name in names
@@ -94,6 +95,22 @@ def _per_token(row: dict[str, torch.Tensor], name: str) -> torch.Tensor:
             f"{tuple(row['input_ids'].shape)} nor named as an input in image_processor.model_input_names"
         )
     return row[name][0]
+
+
+def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Joins [n_i, P_i, ..] along the first axis; zeros fill the second up to the largest P_i."""
+    if tensors[0].dim() < 3:
+        return torch.cat(tensors)
+    most = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([_widen(tensor, most) for tensor in tensors])
+
+
+def _widen(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """[n, P, ..] -> [n, size, ..]; the model knows how many of the patches are real."""
+    if tensor.shape[1] == size:
+        return tensor
+    empty = tensor.new_zeros(tensor.shape[0], size - tensor.shape[1], *tensor.shape[2:])
+    return torch.cat([tensor, empty], dim=1)
 
 
 def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from vlsi_fast.data.images import load_image
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.skipped import UnusableRow
 from vlsi_fast.data.sources import ConcatSource, DataConfig
+from vlsi_fast.data.tokens import shared_tokens
 
 ROLES = ("student", "teacher")
 MAX_TRIES = 1000
@@ -51,6 +52,10 @@ class VlsiDataset(Dataset):
         for processor in self.processors.values():
             configure_image_bounds(processor, data_config.min_pixels, data_config.max_pixels)
         self.shared = len(processors) == 2 and equivalent(*self.processors.values())
+        self.differing: list[str] = []
+        if len(processors) == 2 and not self.shared:
+            found = shared_tokens(*(processor.tokenizer for processor in self.processors.values()))
+            self.differing = list(found.differing) if found.problem is None else []
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -82,7 +87,16 @@ class VlsiDataset(Dataset):
             f"First: {skipped[0]['id']}: {skipped[0]['cause']}: {skipped[0]['detail']}"
         )
 
+    def _check_answers(self, sample: Sample) -> None:
+        """Refuses a row whose answer holds a token that only one of the models has: it cannot be compared there."""
+        answers = [m["content"] for m in sample.messages if m["role"] == "assistant"]
+        text = "".join(part.get("text", "") for content in answers for part in content)
+        for token in self.differing:
+            if token in text:
+                raise UnusableRow("bad_row", f"an answer holds {token}, a token that student and teacher do not share")
+
     def _encode(self, sample: Sample) -> dict[str, dict[str, torch.Tensor]]:
+        self._check_answers(sample)
         loader = lru_cache(maxsize=None)(partial(load_image, max_image_pixels=self.data_config.max_image_pixels))
         rows = {}
         for role, processor in self.processors.items():

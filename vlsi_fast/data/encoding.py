@@ -57,7 +57,8 @@ def encode(
             raise UnusableRow("bad_row", f"the text holds {token}, but rows have no videos and no sound")
     options = _tokenizer_options(processor, text)
     try:
-        row = dict(processor(text=[text], images=images or None, return_tensors="pt", **options))
+        # nested, as `apply_chat_template` passes them: LLaVA-OneVision treats several images of one row differently
+        row = dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", **options))
     except ValueError as error:  # an image too narrow to resize, ..
         raise UnusableRow("bad_row", f"{type(processor).__name__} refuses the row: {error}") from error
     length = row["input_ids"].shape[1]
@@ -105,13 +106,14 @@ def answer_spans(messages: list[dict], processor) -> tuple[str, list[tuple[int, 
     return full, spans
 
 
-def configure_image_bounds(processor, min_pixels: int | None, max_pixels: int | None) -> None:
+def configure_image_bounds(processor, min_pixels: int | None, max_pixels: int | None, section: str = "data") -> None:
     """Sets the pixel bounds on a processor's image processor, in place; None leaves a bound as it is.
 
     Args:
         processor: the family's processor.
         min_pixels: pixels that a smaller image is enlarged to.
         max_pixels: pixels that a larger image is reduced to.
+        section: of the config, for messages.
 
     Raises:
         ValueError: a bound is given and this processor has no such bounds, or the two exclude each other.
@@ -123,15 +125,17 @@ def configure_image_bounds(processor, min_pixels: int | None, max_pixels: int | 
     size = dict(getattr(image_processor, "size", None) or {})
     if "max_pixels" not in accepted or not {"shortest_edge", "longest_edge"} <= size.keys():
         raise ValueError(
-            f"{type(image_processor).__name__} has no bounds on the number of pixels; remove data.min_pixels and "
-            f"data.max_pixels from the config"
+            f"{type(image_processor).__name__} has no bounds on the number of pixels; remove {section}.min_pixels and "
+            f"{section}.max_pixels from the config"
+            + ("; to bound the other model's images alone, set them in its section" if section == "data" else "")
         )
     low = size["shortest_edge"] if min_pixels is None else min_pixels
     high = size["longest_edge"] if max_pixels is None else max_pixels
     if low > high:
         raise ValueError(
-            f"the image bounds exclude each other: at least {low} and at most {high} pixels; set both data.min_pixels "
-            f"and data.max_pixels (the processor's own are {size['shortest_edge']} and {size['longest_edge']})"
+            f"the image bounds exclude each other: at least {low} and at most {high} pixels; set both "
+            f"{section}.min_pixels and {section}.max_pixels "
+            f"(the processor's own are {size['shortest_edge']} and {size['longest_edge']})"
         )
     image_processor.size = {**size, "shortest_edge": low, "longest_edge": high}
 

@@ -1,9 +1,11 @@
 """Loading and building a model family's processor, on machines with and without torchvision.
 
-The stock Qwen2-VL processor insists on a video processor, and that one needs torchvision, so without torchvision
-`AutoProcessor.from_pretrained` fails on every Qwen2-VL checkpoint even though images alone need only Pillow. The class
-below is the stock processor minus video. It bears the stock name, so what it saves is an ordinary checkpoint that
+The stock processors insist on a video processor, and that one needs torchvision, so without torchvision
+`AutoProcessor.from_pretrained` fails on every checkpoint even though images alone need only Pillow. The classes below
+are the stock processors minus video. They bear the stock names, so what they save is an ordinary checkpoint that
 `AutoProcessor` loads wherever torchvision is installed.
+
+A new family needs a class here and its entry in `_VIDEO`.
 """
 
 from __future__ import annotations
@@ -17,11 +19,18 @@ import transformers
 from transformers import AutoProcessor
 from transformers.utils import cached_file, is_torchvision_available
 
-_COPIED_TO_VIDEO = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
+_PATCHES = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
+_VIDEO = {
+    "Qwen2VLProcessor": ("Qwen2VLVideoProcessor", _PATCHES),
+    "Qwen2_5_VLProcessor": ("Qwen2VLVideoProcessor", _PATCHES),
+    "Qwen3VLProcessor": ("Qwen3VLVideoProcessor", _PATCHES),
+    "LlavaOnevisionProcessor": ("LlavaOnevisionVideoProcessor", ("size", "image_mean", "image_std")),
+}
+"""Processor -> the class of its video part, and what that part has in common with the image part."""
 
 
-class Qwen2VLProcessor(transformers.Qwen2VLProcessor):
-    """The stock Qwen2-VL processor for text and images; it takes no videos and needs no torchvision."""
+class _WithoutVideo:
+    """Mixed into a stock processor: it takes text and images only, and needs no torchvision."""
 
     _video_section: dict | None = None
 
@@ -43,13 +52,31 @@ class Qwen2VLProcessor(transformers.Qwen2VLProcessor):
         output = super().to_dict()
         section = copy.deepcopy(self._video_section)
         if section is None:
-            shared = {key: output["image_processor"][key] for key in _COPIED_TO_VIDEO}
-            section = {"video_processor_type": "Qwen2VLVideoProcessor", **shared}
+            kind, common = _VIDEO[type(self).__name__]
+            section = {"video_processor_type": kind, **{key: output["image_processor"][key] for key in common}}
         output["video_processor"] = section
         return output
 
 
-_WITHOUT_VIDEO = {"Qwen2VLProcessor": Qwen2VLProcessor}
+class Qwen2VLProcessor(_WithoutVideo, transformers.Qwen2VLProcessor):
+    """Stock, minus video."""
+
+
+class Qwen2_5_VLProcessor(_WithoutVideo, transformers.Qwen2_5_VLProcessor):
+    """Stock, minus video."""
+
+
+class Qwen3VLProcessor(_WithoutVideo, transformers.Qwen3VLProcessor):
+    """Stock, minus video."""
+
+
+class LlavaOnevisionProcessor(_WithoutVideo, transformers.LlavaOnevisionProcessor):
+    """Stock, minus video."""
+
+
+_WITHOUT_VIDEO = {
+    each.__name__: each for each in (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor, LlavaOnevisionProcessor)
+}
 
 
 def load_processor(path: str | os.PathLike, **kwargs):
@@ -66,7 +93,10 @@ def load_processor(path: str | os.PathLike, **kwargs):
         return AutoProcessor.from_pretrained(path, **kwargs)
     name = _processor_class_name(path, **kwargs)
     if name in _WITHOUT_VIDEO:
-        return _WITHOUT_VIDEO[name].from_pretrained(path, **kwargs)
+        processor = _WITHOUT_VIDEO[name].from_pretrained(path, **kwargs)
+        if processor._video_section is None:  # older checkpoints keep it in a file of its own
+            processor._video_section = _read_json(path, "video_preprocessor_config.json", kwargs)
+        return processor
     try:
         return AutoProcessor.from_pretrained(path, **kwargs)
     except ImportError as error:
@@ -76,30 +106,41 @@ def load_processor(path: str | os.PathLike, **kwargs):
         ) from error
 
 
-def build_qwen2_vl_processor(tokenizer, image_processor, chat_template: str | None = None):
-    """A Qwen2-VL processor from its parts: the stock class with torchvision, else the one without video.
+def build_processor(name: str, tokenizer, image_processor, chat_template: str | None = None, **fields):
+    """A processor from its parts: the stock class with torchvision, else the one without video.
 
     Args:
-        tokenizer: fast tokenizer with the Qwen2-VL special tokens.
-        image_processor: a Qwen2-VL image processor, either backend.
+        name: class of the processor, by its transformers name.
+        tokenizer: fast tokenizer with the family's special tokens.
+        image_processor: the family's image processor, either backend.
         chat_template: Jinja text; None leaves the processor without one.
+        **fields: further fields of that class (LLaVA-OneVision: num_image_tokens, vision_feature_select_strategy).
     """
-    parts = {"image_processor": image_processor, "tokenizer": tokenizer, "chat_template": chat_template}
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer, "chat_template": chat_template, **fields}
     if not is_torchvision_available():
-        return Qwen2VLProcessor(**parts)
-    shared = {key: getattr(image_processor, key) for key in _COPIED_TO_VIDEO}
-    video = transformers.Qwen2VLVideoProcessor(**shared)
-    return transformers.Qwen2VLProcessor(video_processor=video, **parts)
+        return _WITHOUT_VIDEO[name](**parts)
+    kind, common = _VIDEO[name]
+    video = getattr(transformers, kind)(**{key: getattr(image_processor, key) for key in common})
+    return getattr(transformers, name)(video_processor=video, **parts)
+
+
+def build_qwen2_vl_processor(tokenizer, image_processor, chat_template: str | None = None):
+    """`build_processor` for Qwen2-VL."""
+    return build_processor("Qwen2VLProcessor", tokenizer, image_processor, chat_template)
 
 
 def _processor_class_name(path, **kwargs) -> str | None:
     """The processor class that a checkpoint names, in any of the files that may say so."""
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        found = (_read_json(path, name, kwargs) or {}).get("processor_class")
+        if found is not None:
+            return found
+    return None
+
+
+def _read_json(path, name: str, kwargs: dict) -> dict | None:
+    """A JSON file of a checkpoint, None where it has none; of `kwargs` those count that say where the file lies."""
     options = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
     hub = {key: kwargs[key] for key in options if key in kwargs}
-    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
-        if file is not None:
-            found = json.loads(Path(file).read_text(encoding="utf-8")).get("processor_class")
-            if found is not None:
-                return found
-    return None
+    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))

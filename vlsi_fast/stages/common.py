@@ -17,8 +17,10 @@ from ..backbones import family_of
 from ..config import ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
+from ..data.encoding import configure_image_bounds
 from ..data.processors import load_processor
 from ..data.sources import build_source
+from ..data.tokens import SharedTokens
 from ..lineage import LineageError, open_stage, require_equal, versions, write_record
 from ..loading import (
     checkpoint_digest,
@@ -26,6 +28,7 @@ from ..loading import (
     load_model_config,
     require_same_tokens,
     resolve_folder,
+    shared_rows,
     target_layers,
     tokenizer_digest,
 )
@@ -45,6 +48,7 @@ class Role:
         self.config = load_model_config(self.settings, name)
         self.layers = target_layers(self.settings, self.config, name)
         self.processor = load_processor(self.folder)
+        configure_image_bounds(self.processor, self.settings.min_pixels, self.settings.max_pixels, name)
 
     def spec(self, output_size: int | None = None) -> VerbalizerSpec:
         """Verbalizers that this run's config asks for."""
@@ -171,9 +175,10 @@ class Stage:
         """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""
         self.roles = {name: Role(name, self.config) for name in self.role_names()}
         processors = {name: role.processor for name, role in self.roles.items()}
+        self.tokens = SharedTokens({}, None, None)
         if len(self.roles) == 2:
             student, teacher = (processors[name].tokenizer for name in ("student", "teacher"))
-            require_same_tokens(student, teacher, self.config.student.path, self.config.teacher.path)
+            self.tokens = require_same_tokens(student, teacher, self.config.student.path, self.config.teacher.path)
         self.check_predecessors()
         dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data)
         return dataset, Collator(processors, always_image=world_size() > 1)
@@ -191,12 +196,14 @@ class Stage:
         identity |= {"inputs": self.inputs(), "data_start": self.data_start()}
         for name, fact in facts.items():
             identity[name] = {key: value for key, value in fact.items() if key != "path"}
+            identity[name] |= {key: dump[name][key] for key in ("min_pixels", "max_pixels")}
         return {
             "stage": self.name,
             "state": "running",
             "facts": facts,
             "identity": identity,
             "config": dump,
+            "tokens": {"first_differing_id": self.tokens.limit, "differing": self.tokens.differing},
             "versions": versions(),
         }
 
@@ -204,9 +211,10 @@ class Stage:
 
     @property
     def head_options(self) -> OperatorOptions:
-        """Heads are cut to the rows that all models of the stage have; further rows are padding."""
+        """Heads are cut to the rows that mean the same in all models of the stage; further rows are padding, or special
+        tokens that only one of two families has."""
         rows = [role.config.get_text_config().vocab_size for role in self.roles.values()]
-        return OperatorOptions(min(rows), self.config.impl)
+        return OperatorOptions(shared_rows(rows, self.tokens), self.config.impl)
 
     def load_model(self, name: str, folder: Path | None = None) -> nn.Module:
         """A role's stock model, frozen; from `folder` where an earlier stage made it."""

@@ -72,7 +72,8 @@ class SftStage(Stage):
             self.adapter = self.add_lora(model)
         else:
             model.requires_grad_(True)
-            family_of(model.config).vision(model).requires_grad_(self.settings.train_vision)
+            for part in family_of(model.config).vision(model):
+                part.requires_grad_(self.settings.train_vision)
         self.enable_checkpointing(model)
         backbone = VerbalizedBackbone(model, self.roles["student"].layers, None, train_backbone=True)
         return SftModule(backbone, self.head_options)

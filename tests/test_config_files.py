@@ -1,0 +1,74 @@
+"""Config files that extend others: merging, relative paths, and what is wrong with a chain."""
+
+import pytest
+import tiny_runs as runs
+import yaml
+
+from vlsi_fast.config import ConfigError, load_config
+
+CONFIGS = runs.ROOT / "configs"
+TREE = {
+    "output_dir": "runs/x",
+    "student": {"path": "small"},
+    "data": {"train": [{"reader": "easy_vqa"}]},
+}
+
+
+def test_bases_are_used_and_are_no_runs():
+    bases = {path.resolve() for path in (CONFIGS / "base").iterdir()}
+    used = [yaml.safe_load(path.read_text()).get("extends") for path in CONFIGS.rglob("*.y*ml")]
+    assert bases == {(CONFIGS / name).resolve() for name in used if name}
+    for path in bases:
+        with pytest.raises(ConfigError, match="teacher: required"):
+            load_config(path)
+
+
+def write_all(folder, **trees):
+    for name, content in trees.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+
+
+def test_extends_merges_sections_and_replaces_the_rest(tmp_path):
+    """Three files in three folders: each path is relative to the file that names it."""
+    teacher = {"path": "big", "layers": [1, 2, 3], "verbalizers": "v"}
+    lowest = TREE | {"seed": 1, "dtype": "float32", "lora": {"rank": 8, "alpha": 8}, "teacher": teacher}
+    middle = {"extends": "deep/lowest.yaml", "seed": 2, "lora": {"rank": 16}}
+    middle["interact"] = {"training": {"max_steps": 5}}
+    top = {"extends": "bases/middle.yaml", "lora": {"dropout": 0.5}, "teacher": {"layers": [4], "verbalizers": None}}
+    top |= {"interact": {"training": {"learning_rate": 0.5}, "last": "none"}, "data": {"max_length": 99}}
+    write_all(tmp_path, bases__middle=middle, top=top)
+    (tmp_path / "bases" / "deep").mkdir()
+    (tmp_path / "bases" / "deep" / "lowest.yaml").write_text(yaml.safe_dump(lowest))
+    config = load_config(tmp_path / "top.yaml", ["--lora.alpha", "4"])
+    assert (config.seed, config.dtype, config.output_dir) == (2, "float32", "runs/x")
+    assert config.lora.model_dump(exclude={"target_modules"}) == {"rank": 16, "alpha": 4, "dropout": 0.5}
+    assert (config.teacher.path, config.teacher.layers, config.teacher.verbalizers) == ("big", [4], None)
+    training = config.stage_training("interact")
+    assert (training.max_steps, training.learning_rate, config.interact.last) == (5, 0.5, "none")
+    assert config.data.max_length == 99 and config.data.train[0].reader == "easy_vqa"
+    alone = load_config(tmp_path / "bases" / "deep" / "lowest.yaml")
+    assert (alone.lora.rank, alone.teacher.layers) == (8, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "files, error, message",
+    [
+        ({"top": {"extends": "top.yaml"}}, ConfigError, "circle: .*top.yaml -> .*top.yaml; remove one extends"),
+        (
+            {"top": {"extends": "a.yaml"}, "a": {"extends": "b.yaml"}, "b": {"extends": "a.yaml"}},
+            ConfigError,
+            "top.yaml -> .*a.yaml -> .*b.yaml -> .*a.yaml",
+        ),
+        ({"top": {"extends": "none.yaml"}}, FileNotFoundError, r"none.yaml does not exist \(extends, in .*top.yaml"),
+        ({"top": {"extends": ["a.yaml"]}}, ConfigError, "extends must name one YAML file, found \\['a.yaml'\\]"),
+        ({"top": {"extends": None}}, ConfigError, "extends must name one YAML file, found None"),
+        ({"top": {"extends": "a.yaml"}, "a": "- b"}, ConfigError, "a.yaml must hold a mapping of options, found list"),
+        ({"top": {"extends": "a.yaml"}, "a": {"sead": 1}}, ConfigError, "sead: no such option; did you mean seed"),
+    ],
+)
+def test_extends_gone_wrong(tmp_path, files, error, message):
+    write_all(tmp_path, **files)
+    with pytest.raises(error, match=message):
+        load_config(tmp_path / "top.yaml")

@@ -1,0 +1,330 @@
+"""Small models of every family, and of pairs across families, through all three stages; their data on the way."""
+
+import json
+import pickle
+from functools import cache
+
+import pytest
+import tiny
+import tiny_families as families
+import tiny_runs as runs
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from vlsi_fast import load_config, run
+from vlsi_fast.backbones import FAMILIES, family_of
+from vlsi_fast.config import ConfigError
+from vlsi_fast.data import Collator, VlsiDataset, build_source, load_processor
+from vlsi_fast.data.encoding import encode
+from vlsi_fast.data.messages import Sample
+from vlsi_fast.data.sources import DataConfig
+from vlsi_fast.lineage import LineageError, read_record
+from vlsi_fast.loading import load_backbone
+from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
+from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
+
+NAMES = sorted(FAMILIES)
+CONFIG = DataConfig(train=[{"reader": "easy_vqa"}])
+# teacher, student; the last two are pairs across families, in both directions
+PAIRS = [(name, name) for name in NAMES if name != "qwen2_vl"]  # test_stages.py has Qwen2-VL itself
+PAIRS += [("llava_onevision", "qwen2_vl"), ("qwen2_vl", "llava_onevision")]
+
+
+@cache
+def processor(name):
+    return families.make_processor(name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small teacher and student (tied head) of every family, and rows with images of several shapes."""
+    folder = tmp_path_factory.mktemp("families")
+    for name in NAMES:
+        families.save(folder / f"teacher_{name}", name, hidden=48, layers=6, seed=1)
+        families.save(folder / f"student_{name}", name, hidden=32, layers=4, seed=2, tied=True)
+    path = runs.make_rows(folder)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for i, size in enumerate([(64, 20), (20, 64), (48, 40)]):
+        image = Image.open(folder / rows[i]["images"][0]).resize(size)
+        image.save(folder / rows[i]["images"][0])
+    rows[3]["images"] *= 2
+    rows[3]["messages"][0]["content"] = "<image><image>Which of the two?"
+    rows[4] = {"messages": rows[4]["messages"][1:]}  # no image
+    rows[4]["messages"].insert(0, {"role": "user", "content": "What?"})
+    path.write_text("\n".join(map(json.dumps, rows[:12])))
+    return folder
+
+
+def start(folder, output, teacher, student, stage="all", /, **sections):
+    tree = runs.settings(folder, output, max_steps=2, gradient_checkpointing=True)
+    tree["teacher"]["path"] = str(folder / f"teacher_{teacher}")
+    tree["student"]["path"] = str(folder / f"student_{student}")
+    for name, value in sections.items():
+        tree[name] = tree.get(name, {}) | value if isinstance(value, dict) else value
+    return run(load_config(runs.write_config(tree, output.parent / f"{output.name}.yaml")), stage)
+
+
+def sample(text, *sizes, answer="a red circle"):
+    content = [{"type": "image"} for _ in sizes] + [{"type": "text", "text": text}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    return Sample("row", [{"role": "user", "content": content}, answer], list(sizes))
+
+
+def picture(size):
+    return Image.effect_noise(size, 90).convert("RGB")
+
+
+# ---- the three stages ----
+
+
+@pytest.mark.parametrize("teacher, student", PAIRS, ids=lambda name: name)
+def test_three_stages(folder, tmp_path, teacher, student):
+    """Every stage learns what it should; the result is a stock checkpoint that generates from an image."""
+    start(folder, tmp_path / "run", teacher, student)
+    output = tmp_path / "run"
+    for stage in ("verbalize", "interact", "sft"):
+        assert read_record(output / stage)["state"] == "finished"
+        assert all(0 < loss < 60 for loss in runs.losses(output, stage))
+    record = runs.metrics(output, "interact")[-1]
+    assert len(record["kl"]) == 3 and len(record["kl"][0]) == 5 and sum(map(sum, record["matches"])) == 6
+
+    base = dict(load_backbone(folder / f"student_{student}", "float32").named_parameters())
+    distilled = load_backbone(output / "interact" / "student", "float32")
+    final, info = AutoModelForImageTextToText.from_pretrained(output / "sft" / "student", output_loading_info=True)
+    assert not any(info.values()), info
+    assert final.lm_head.weight is final.get_input_embeddings().weight, "tied before, tied after"
+    vision = {id(p) for part in family_of(final.config).vision(final) for p in _parameters(part)}
+    changed = {"interact": set(), "sft": set()}
+    for (name, after), before in zip(final.named_parameters(), distilled.parameters(), strict=True):
+        assert torch.equal(after, before) == (id(after) in vision), f"sft trains the language model alone: {name}"
+        if not torch.equal(before, base[name]):
+            changed["interact"].add(name)
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert changed["interact"] == {n for n in base if "language_model.layers" in n and n.split(".")[-2] in linears
+                                   and n.endswith("weight")}  # fmt: skip
+
+    stock = load_processor(output / "sft" / "student")
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    prompt = stock.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    inputs = stock(text=[prompt], images=[[picture((64, 40))]], return_tensors="pt")
+    assert final.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+def _parameters(part):
+    return [part] if isinstance(part, torch.nn.Parameter) else list(part.parameters())
+
+
+def test_what_differs_between_the_tokenizers_is_recorded(folder, tmp_path):
+    start(folder, tmp_path / "run", "llava_onevision", "qwen2_vl", "verbalize")
+    found = read_record(tmp_path / "run" / "verbalize")["tokens"]
+    first, differing = processor("llava_onevision").image_token_id, found["differing"]
+    assert found["first_differing_id"] == first
+    assert differing["<image>"] == [None, first] and differing["<|object_ref_start|>"] == [first, None]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoder_verbalizers_across_families(folder, tmp_path, dtype):
+    for stage in ("verbalize", "interact"):
+        start(
+            folder, tmp_path / "run", "qwen3_vl", "llava_onevision", stage, dtype=dtype,
+            verbalizer={"architecture": "decoder", "norm": True},
+        )  # fmt: skip
+    assert all(0 < loss < 60 for loss in runs.losses(tmp_path / "run", "interact"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_sft_loss_is_the_stock_models(folder, tmp_path, name):
+    """A batch of several images, none, and images of several shapes, against the stock model row by row."""
+    training = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "max_steps": 1}
+    start(folder, tmp_path / "run", name, name, "sft", training=training, sft={"start_from": "base"})
+    record = runs.metrics(tmp_path / "run", "sft")[0]
+    config = load_config(tmp_path / "run.yaml")
+    dataset = VlsiDataset(build_source(config.data.train), {"student": processor(name)}, config.data)
+    model = load_backbone(folder / f"student_{name}", "float32")
+    total = count = 0
+    for i in range(12):
+        row = dataset[i]["student"]
+        tokens = int((row["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(model(**row).loss) * tokens
+        count += tokens
+    assert record["answer_tokens"] == count
+    assert record["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+# ---- backbones ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_draws_no_random_numbers(folder, monkeypatch, name):
+    """As under ZeRO-3, where the model is built for real and not on the meta device."""
+
+    def built(path, **_):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", built)
+    before = torch.random.get_rng_state()
+    load_backbone(folder / f"student_{name}", "float32")
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def record_states(name, architecture):
+    """States at target layers 1, 2 and 4 as verbalizers get them, with the batch's inputs and the model."""
+    model = families.make_model(name, tokenizer=processor(name).tokenizer)
+    settings = type("Settings", (), {"architecture": architecture, "norm": False, "residual": False})
+    verbalizers = Verbalizers(VerbalizerSpec.of(model.config, [1, 2, 4], settings))
+    row = encode(sample("What?", (48, 40)), processor(name), CONFIG, picture)
+    index, _ = answer_positions(row.pop("labels"))
+    seen = []
+    verbalizers.register_forward_pre_hook(lambda _, arguments: seen.extend(arguments[0]))
+    with torch.no_grad():
+        VerbalizedBackbone(model, [1, 2, 4], verbalizers, False)(row, index)
+    return seen, row, index, model
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("architecture", ["mlp", "decoder"])
+def test_a_target_layers_state_is_what_the_next_layer_reads(name, architecture):
+    """Also where vision features are added between two layers (Qwen3-VL's deepstack)."""
+    seen, row, index, model = record_states(name, architecture)
+    layers = model.model.language_model.layers
+    reads, leaves = {}, {}
+    for k, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda _, arguments, k=k: reads.__setitem__(k, arguments[0]))
+        layer.register_forward_hook(lambda _, arguments, output, k=k: leaves.__setitem__(k + 1, output))
+    with torch.no_grad():
+        model(**row)
+    wanted = [reads[1], reads[2], leaves[4]]
+    for state, whole in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(state, whole if architecture == "decoder" else whole[0, index], rtol=0, atol=0)
+    added = (reads[1] != leaves[1]).any(-1)
+    image = row["input_ids"] == model.config.image_token_id
+    assert torch.equal(added, image if name == "qwen3_vl" else torch.zeros_like(image))
+
+
+# ---- data ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_processor_saves_a_stock_checkpoint(name, tmp_path):
+    made = processor(name)
+    made.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    video = {"llava_onevision": "LlavaOnevision", "qwen3_vl": "Qwen3VL"}.get(name, "Qwen2VL") + "VideoProcessor"
+    assert saved["processor_class"] == FAMILIES[name].processor
+    assert saved["video_processor"]["video_processor_type"] == video
+    again = load_processor(tmp_path)
+    assert type(again) is type(made) and _as_json(again) == _as_json(made)
+    assert type(pickle.loads(pickle.dumps(again))) is type(made), "data workers may be spawned"
+    # checkpoints from the Hub may keep the video part in a file of its own
+    del saved["video_processor"]
+    (tmp_path / "processor_config.json").write_text(json.dumps(saved))
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"video_processor_type": video, "fps": 7}))
+    assert load_processor(tmp_path).to_dict()["video_processor"] == {"video_processor_type": video, "fps": 7}
+
+
+def _as_json(each):
+    return json.loads(json.dumps(each.to_dict()))  # tuples are lists in a file
+
+
+def test_answers_are_the_same_tokens_in_every_family():
+    """Other templates, other numbers of image tokens, the same answer."""
+    row = sample("What?", (64, 20), answer="yes, a red circle.\n It is")
+    answers, lengths = {}, {}
+    for name in NAMES:
+        encoded = encode(row, processor(name), CONFIG, picture)
+        answers[name] = encoded["labels"][encoded["labels"] != -100].tolist()
+        lengths[name] = encoded["input_ids"].shape[1]
+    assert len({tuple(ids) for ids in answers.values()}) == 1 and len(answers["qwen2_vl"]) > 5
+    assert processor("qwen2_vl").tokenizer.decode(answers["llava_onevision"]) == "yes, a red circle.\n It is<|im_end|>"
+    assert lengths["llava_onevision"] != lengths["qwen2_vl"]
+
+
+def test_true_vocabulary_gives_the_same_answers():
+    made = [families.make_processor(name, "qwen") for name in ("llava_onevision", "qwen2_vl")]
+    row = sample("What?", (64, 20), answer="naïve 犬 12.5%\n\n- done")
+    one, other = (encode(row, each, CONFIG, picture) for each in made)
+    assert one["labels"][one["labels"] != -100].tolist() == other["labels"][other["labels"] != -100].tolist()
+
+
+def test_llava_patches_are_padded_and_left_out_again():
+    """One image is cut into tiles, several of a row are not; a batch of both gives each row its own result."""
+    name = "llava_onevision"
+    samples = [sample("What?", (64, 60)), sample("a?", (30, 20)), sample("b?", (40, 30), (20, 20)), sample("c?")]
+    rows = [{"id": str(i), "skipped": [], "student": encode(s, processor(name), CONFIG, picture)}
+            for i, s in enumerate(samples)]  # fmt: skip
+    shapes = [tuple(row["student"]["pixel_values"].shape[:2]) for row in rows[:3]]
+    assert shapes == [(1, 5), (1, 2), (2, 1)]
+    batch = Collator({"student": processor(name)})(rows)["student"]
+    assert tuple(batch["pixel_values"].shape[:2]) == (4, 5) and batch["batch_num_images"].tolist() == [1, 1, 2]
+    assert not batch["pixel_values"][1, 2:].any() and not batch["pixel_values"][2:, 1:].any()
+    model = families.make_model(name, tokenizer=processor(name).tokenizer)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        together = model(**batch).logits
+        for i, row in enumerate(rows):
+            inputs = {key: value for key, value in row["student"].items() if key != "labels"}
+            alone = model(**inputs).logits[0]
+            torch.testing.assert_close(together[i, : alone.shape[0]], alone, rtol=1e-4, atol=1e-4)
+    assert labels.shape == batch["input_ids"].shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_without_images_gets_a_masked_one(name):
+    rows = [{"id": "0", "skipped": [], "student": encode(sample("c?"), processor(name), CONFIG, picture)}]
+    plain = Collator({"student": processor(name)})(rows)["student"]
+    batch = Collator({"student": processor(name)}, always_image=True)(rows)["student"]
+    length = plain["input_ids"].shape[1]
+    assert batch["pixel_values"].numel() and int(batch["attention_mask"].sum()) == length
+    model = families.make_model(name, tokenizer=processor(name).tokenizer)
+    logits = []
+    for inputs in (plain, batch):
+        del inputs["labels"]
+        with torch.no_grad():
+            logits.append(model(**inputs).logits[:, :length])
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_whose_answers_hold_a_token_of_one_family_are_skipped(folder, tmp_path):
+    words = ["yes", "the <|box_start|> is red", "no <video>"]
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": w}]} for w in words]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(train=[{"reader": "messages", "path": str(tmp_path / "rows.jsonl")}])
+    pair = {"student": processor("qwen2_vl"), "teacher": processor("llava_onevision")}
+    found = VlsiDataset(build_source(config.train), pair, config)[1]
+    assert found["id"].endswith("#0")
+    assert [(s["cause"], s["detail"].split(",")[0]) for s in found["skipped"]] == [
+        ("bad_row", "an answer holds <|box_start|>"), ("bad_row", "an answer holds <video>"),
+    ]  # fmt: skip
+
+
+# ---- pixel bounds of one model ----
+
+
+def test_pixel_bounds_of_one_model(folder, tmp_path):
+    bounded = {"min_pixels": 4096, "max_pixels": 4096}
+    start(folder, tmp_path / "plain", "llava_onevision", "qwen2_vl", "verbalize")
+    start(folder, tmp_path / "run", "llava_onevision", "qwen2_vl", "verbalize", student=bounded)
+    one, other = runs.metrics(tmp_path / "plain", "verbalize")[0], runs.metrics(tmp_path / "run", "verbalize")[0]
+    assert one["loss/student_layer_2"] != pytest.approx(other["loss/student_layer_2"], rel=1e-5)
+    assert one["loss/teacher_layer_2"] == pytest.approx(other["loss/teacher_layer_2"], rel=1e-5)
+    tree = load_config(tmp_path / "run.yaml", {"student.max_pixels": 8192})
+    with pytest.raises(LineageError, match="student.max_pixels: there 4096, now 8192"):
+        run(tree, "verbalize", resume=True)
+
+
+def test_llava_has_no_pixel_bounds(folder, tmp_path):
+    with pytest.raises(ConfigError, match="no bounds on the number of pixels; remove teacher.min_pixels"):
+        start(folder, tmp_path / "run", "llava_onevision", "qwen2_vl", "verbalize", teacher={"min_pixels": 100})
+    tree = {"min_pixels": 1024, "train": [{"reader": "messages", "path": str(folder / "rows.jsonl")}]}
+    with pytest.raises(ConfigError, match="remove data.min_pixels .*; to bound the other model's images alone"):
+        start(folder, tmp_path / "run", "llava_onevision", "qwen2_vl", "verbalize", data=tree)
+
+
+def test_processors_of_one_tokenizer_kind_only():
+    """The tiny LLaVA tokenizer is Qwen2-VL's up to the special tokens, as the true ones are."""
+    llava, qwen = (processor(name).tokenizer.get_vocab() for name in ("llava_onevision", "qwen2_vl"))
+    shared = llava.keys() & qwen.keys()
+    assert all(llava[token] == qwen[token] for token in shared)
+    assert qwen.keys() - shared == set(tiny.SPECIAL_TOKENS[3:]) and llava.keys() - shared == {"<image>", "<video>"}

@@ -1,0 +1,255 @@
+"""Every system of `configs/` at its real size on the meta device: where layers and head are, and how much is trained.
+
+The real configurations are in `real_configs/`; expected numbers here are worked out from the shapes by hand, or the
+paper's.
+"""
+
+import json
+import re
+from functools import cache
+
+import pytest
+import tiny
+import tiny_families
+import tiny_runs as runs
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from vlsi_fast import load_config
+from vlsi_fast.backbones import FAMILIES, family_of
+from vlsi_fast.data.tokens import shared_tokens
+from vlsi_fast.loading import load_model_config, require_same_tokens, shared_rows, target_layers
+from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
+
+REAL = runs.ROOT / "tests" / "real_configs"
+SYSTEMS = sorted(p.stem for p in (runs.ROOT / "configs").glob("*.yaml") if not p.stem.startswith("demo"))
+EVERY_FOURTH = [2, 6, 10, 14, 18, 22, 26]
+# teacher, student, target layers of both, rows of a micro-batch: (stages with the teacher, sft)
+WANTED = {
+    "qwen2vl_72b_to_2b": ("qwen2_vl", "qwen2_vl", list(range(2, 79, 4)), EVERY_FOURTH, (2, 4)),
+    "qwen2vl_72b_to_7b": ("qwen2_vl", "qwen2_vl", list(range(2, 79, 4)), EVERY_FOURTH, (2, 4)),
+    "qwen2vl_72b_to_llava_ov_0.5b": ("qwen2_vl", "llava_onevision", list(range(2, 79, 4)), EVERY_FOURTH[:-1], (2, 2)),
+    "qwen2vl_72b_to_llava_ov_7b": ("qwen2_vl", "llava_onevision", list(range(2, 79, 4)), EVERY_FOURTH, (2, 2)),
+    "qwen2vl_7b_to_2b": ("qwen2_vl", "qwen2_vl", EVERY_FOURTH, EVERY_FOURTH, (4, 4)),
+    "qwen2vl_7b_to_llava_ov_0.5b": ("qwen2_vl", "llava_onevision", EVERY_FOURTH, EVERY_FOURTH[:-1], (2, 2)),
+    "llava_ov_72b_to_0.5b": ("llava_onevision", "llava_onevision", [10, 30, 50, 70], [4, 12, 20], (1, 2)),
+    "llava_ov_72b_to_7b": ("llava_onevision", "llava_onevision", [10, 30, 50, 70], [4, 12, 20], (1, 2)),
+    "llava_ov_72b_to_qwen2vl_2b": ("llava_onevision", "qwen2_vl", [10, 30, 50, 70], [4, 12, 20], (1, 4)),
+    "llava_ov_72b_to_qwen2vl_7b": ("llava_onevision", "qwen2_vl", [10, 30, 50, 70], [4, 12, 20], (1, 4)),
+    "llava_ov_7b_to_0.5b": ("llava_onevision", "llava_onevision", [4, 12, 20], [4, 12, 20], (2, 2)),
+    "llava_ov_7b_to_qwen2vl_2b": ("llava_onevision", "qwen2_vl", [4, 12, 20], [4, 12, 20], (2, 4)),
+    "qwen2_5_vl_72b_to_7b": ("qwen2_5_vl", "qwen2_5_vl", list(range(2, 79, 4)), EVERY_FOURTH, (2, 4)),
+    "qwen3_vl_32b_to_4b": ("qwen3_vl", "qwen3_vl", list(range(2, 63, 4)), list(range(2, 35, 4)), (2, 4)),
+}
+# checkpoint -> decoder layers, head rows, width d, inner width f, query width, key / value width, tied
+SHAPES = {
+    "Qwen/Qwen2-VL-2B-Instruct": (28, 151936, 1536, 8960, 1536, 256, True),
+    "Qwen/Qwen2-VL-7B-Instruct": (28, 152064, 3584, 18944, 3584, 512, False),
+    "Qwen/Qwen2-VL-72B-Instruct": (80, 152064, 8192, 29568, 8192, 1024, False),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (28, 152064, 3584, 18944, 3584, 512, False),
+    "Qwen/Qwen2.5-VL-72B-Instruct": (80, 152064, 8192, 29568, 8192, 1024, False),
+    "Qwen/Qwen3-VL-4B-Instruct": (36, 151936, 2560, 9728, 4096, 1024, True),
+    "Qwen/Qwen3-VL-32B-Instruct": (64, 151936, 5120, 25600, 8192, 1024, False),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": (24, 152000, 896, 4864, 896, 128, True),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": (28, 152128, 3584, 18944, 3584, 512, False),
+    "llava-hf/llava-onevision-qwen2-72b-ov-hf": (80, 152128, 8192, 29568, 8192, 1024, False),
+}
+BILLIONS = {  # of all parameters, as the checkpoints' pages round them: holds the language model's numbers to account
+    "Qwen/Qwen2-VL-2B-Instruct": 2.21,
+    "Qwen/Qwen2-VL-7B-Instruct": 8.29,
+    "Qwen/Qwen2-VL-72B-Instruct": 73.4,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8.29,
+    "Qwen/Qwen2.5-VL-72B-Instruct": 73.4,
+    "Qwen/Qwen3-VL-4B-Instruct": 4.44,
+    "Qwen/Qwen3-VL-32B-Instruct": 33.4,
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": 0.894,
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8.03,
+    "llava-hf/llava-onevision-qwen2-72b-ov-hf": 73.2,
+}
+
+
+def read(name):
+    return load_config(runs.ROOT / "configs" / f"{name}.yaml")
+
+
+@cache
+def real_config(path):
+    fields = json.loads((REAL / f"{path.replace('/', '__')}.json").read_text())
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+@cache
+def real_model(path):
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(real_config(path))
+
+
+# ---- the configs ----
+
+
+def test_every_pairing_has_its_config():
+    assert set(SYSTEMS) == set(WANTED)
+    used = {read(name).teacher.path for name in SYSTEMS} | {read(name).student.path for name in SYSTEMS}
+    assert used == set(SHAPES)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_has_the_papers_settings(name):
+    config = read(name)
+    teacher, student, teacher_layers, student_layers, rows = WANTED[name]
+    assert (config.teacher.layers, config.student.layers) == (teacher_layers, student_layers)
+    assert (config.lora.rank, config.lora.alpha, config.verbalizer.architecture) == (64, 64, "verb_ffn")
+    assert config.output_dir == f"runs/{name}"
+    text = (runs.ROOT / "configs" / f"{name}.yaml").read_text()
+    assert text.startswith("# ") and f"vlsi_fast/train.py --stage all --config configs/{name}.yaml\n" in text
+    for stage, wanted in (("verbalize", rows[0]), ("interact", rows[0]), ("sft", rows[1])):
+        training = config.stage_training(stage)
+        assert training.per_device_train_batch_size == wanted
+        assert (training.learning_rate, training.min_learning_rate) == (1e-4, 1e-6)
+        assert training.lr_scheduler_type == "cosine"
+        assert (training.optim, training.gradient_accumulation_steps) == ("adamw_torch", 16)
+        assert training.gradient_checkpointing and training.deepspeed == "configs/zero3.json"
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_target_layers_fit_the_real_models(name):
+    config = read(name)
+    found = {}
+    for role in ("teacher", "student"):
+        settings = getattr(config, role)
+        found[role] = target_layers(settings, real_config(settings.path), role)
+        assert real_config(settings.path).model_type == WANTED[name][role == "student"]
+        bounds = (settings.min_pixels or config.data.min_pixels, settings.max_pixels or config.data.max_pixels)
+        assert (None in bounds) == (WANTED[name][role == "student"] == "llava_onevision"), "its processor has none"
+    assert len(found["student"]) <= len(found["teacher"])
+
+
+# ---- the real shapes ----
+
+
+@pytest.mark.parametrize("path", SHAPES)
+def test_parts_of_the_real_models(path):
+    depth, rows, d, f, q, kv, tied = SHAPES[path]
+    model, family = real_model(path), family_of(real_config(path))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(BILLIONS[path], rel=6e-3)
+    layers, head = family.decoder_layers(model), family.head(model)
+    assert len(layers) == depth and tuple(head.weight.shape) == (rows, d)
+    assert layers is model.get_decoder().layers and head is model.get_output_embeddings()
+    assert (head.weight is model.get_input_embeddings().weight) == tied == model.config.tie_word_embeddings
+    assert tuple(family.final_norm(model).weight.shape) == (d,)
+    vision = {id(p) for part in family.vision(model) for p in parameters(part)}
+    language = {id(p) for p in [*model.get_decoder().parameters(), *head.parameters()]}
+    assert vision | language == {id(p) for p in model.parameters()} and not vision & language
+    with torch.device("meta"):
+        alone = family.new_decoder_layer(model.config, 0)
+    assert {n: p.shape for n, p in alone.named_parameters()} == {n: p.shape for n, p in layers[0].named_parameters()}
+
+
+def parameters(part):
+    return [part] if isinstance(part, torch.nn.Parameter) else list(part.parameters())
+
+
+@pytest.mark.parametrize("path", SHAPES)
+def test_lora_of_the_real_models(path):
+    """r (in + out) for each of seven linear layers of each decoder layer, and nothing else."""
+    from peft import LoraConfig, get_peft_model
+
+    depth, _, d, f, q, kv, _ = SHAPES[path]
+    family = family_of(real_config(path))
+    matched = [n for n, m in real_model(path).named_modules() if re.fullmatch(family.lora_targets, n)]
+    assert len(matched) == 7 * depth
+    with torch.device("meta"):  # a model of its own: LoRA is injected in place
+        model = AutoModelForImageTextToText.from_config(real_config(path))
+        adapted = get_peft_model(model, LoraConfig(r=64, lora_alpha=64, target_modules=family.lora_targets))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    attention = (d + q) + 2 * (d + kv) + (q + d)
+    assert trained == 64 * depth * (attention + 3 * (d + f))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_verbalizers_of_the_real_models(name):
+    """verb-FFN: 3 d^2 a layer."""
+    config = read(name)
+    for settings in (config.teacher, config.student):
+        spec = VerbalizerSpec.of(real_config(settings.path), settings.layers, config.verbalizer)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in Verbalizers(spec).parameters())
+        assert count == 3 * SHAPES[settings.path][2] ** 2 * len(settings.layers)
+        if settings.path == "Qwen/Qwen2-VL-7B-Instruct" and len(settings.layers) == 7:
+            assert round(count / 1e6, 1) == 269.7  # table 4f
+
+
+@pytest.mark.parametrize("path", SHAPES)
+def test_decoder_verbalizers_of_the_real_models(path):
+    """3 d f + attention, without biases; Qwen3's query and key norms belong to its attention."""
+    depth, _, d, f, q, kv, _ = SHAPES[path]
+    settings = type("Settings", (), {"architecture": "decoder", "norm": False, "residual": False})
+    with torch.device("meta"):
+        module = Verbalizers(VerbalizerSpec.of(real_config(path), [2, depth - 2], settings))
+    norms = 2 * 128 if "Qwen3" in path else 0
+    assert sum(p.numel() for p in module.parameters()) == 2 * (3 * d * f + 2 * d * q + 2 * d * kv + norms)
+
+
+# ---- one tokenizer ----
+
+
+@cache
+def _tokenizer(llava: bool):
+    return tiny.make_tokenizer("qwen", tiny_families.LLAVA_SPECIAL_TOKENS if llava else tiny.SPECIAL_TOKENS)
+
+
+def real_tokenizer(path):
+    """The true ranks with the family's special tokens, in the order of the published tokenizers."""
+    return _tokenizer(path.startswith("llava-hf"))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_shared_vocabulary_of_a_system(name):
+    config = read(name)
+    student, teacher = config.student.path, config.teacher.path
+    rows = [SHAPES[path][1] for path in (student, teacher)]
+    assert rows == [real_config(path).get_text_config().vocab_size for path in (student, teacher)]
+    tokens = require_same_tokens(real_tokenizer(student), real_tokenizer(teacher), student, teacher)
+    if WANTED[name][0] == WANTED[name][1]:
+        assert tokens.limit is None and shared_rows(rows, tokens) == min(rows)
+    else:  # <image> and <|object_ref_start|> are both 151646
+        assert tokens.limit == shared_rows(rows, tokens) == 151646
+        llava = 0 if student.startswith("llava-hf") else 1
+        assert {t: ids[llava] for t, ids in tokens.differing.items() if ids[llava]} == {
+            "<image>": 151646, "<video>": 151647,
+        }  # fmt: skip
+        assert len([t for t, ids in tokens.differing.items() if ids[llava] is None]) == 11
+    assert max(real_tokenizer(student).get_vocab().values()) < rows[0], "the head has a row for every token"
+
+
+def test_image_tokens_of_the_real_configs_are_the_tokenizers():
+    for path in SHAPES:
+        config, tokenizer = real_config(path), real_tokenizer(path)
+        token = "<image>" if path.startswith("llava-hf") else "<|image_pad|>"
+        assert config.image_token_id == tokenizer.convert_tokens_to_ids(token)
+
+
+def test_ordinary_tokens_must_agree():
+    base = tiny.make_tokenizer("tiny")
+    assert shared_tokens(base, base).problem is None
+    plain = tiny.make_tokenizer("tiny")
+    plain.add_tokens(["<tool_call>"])
+    assert "'<tool_call>' is an ordinary token" in shared_tokens(base, plain).problem
+    turned = tiny.make_tokenizer("tiny", [*tiny.SPECIAL_TOKENS[:1], "<|im_end|>", "<|im_start|>"])
+    assert "ends a turn" in shared_tokens(base, turned).problem
+    # the same token behind a difference would be cut off with it
+    moved = tiny.make_tokenizer("tiny", [*tiny.SPECIAL_TOKENS[:3], "<x>", *tiny.SPECIAL_TOKENS[4:]])
+    assert "'<|object_ref_end|>' lies behind the first difference" in shared_tokens(base, moved).problem
+
+
+# ---- families ----
+
+
+def test_unknown_family_lists_the_known_ones(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_text("")
+    settings = type("Settings", (), {"path": str(tmp_path)})
+    known = "llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl"
+    with pytest.raises(ValueError, match=f"no adapter for model type 'llama'; known families: {known}. CONTRIBUTING"):
+        load_model_config(settings, "student")
+    assert ", ".join(sorted(FAMILIES)) == known

@@ -1,0 +1,111 @@
+"""Small models and processors of every family, from the stock classes, with the tokenizers of `tiny`."""
+
+from __future__ import annotations
+
+import tiny
+import torch
+import transformers
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from vlsi_fast.backbones import FAMILIES
+from vlsi_fast.data.processors import build_processor
+
+PATCH, TILE = 8, 32
+LLAVA_SPECIAL_TOKENS = [*tiny.SPECIAL_TOKENS[:3], "<image>", "<video>"]
+"""The llava-hf tokenizers: Qwen2's three, then two of LLaVA's own where Qwen2-VL has <|object_ref_start|> and _end."""
+
+# Images first, no system turn, and a space behind the role that the generation prompt does not have.
+LLAVA_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + ' ' -}}
+    {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
+    {{- '\\n' -}}
+    {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+    {{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+def make_processor(model_type: str, kind: str = "tiny"):
+    """A processor of the family; LLaVA-OneVision's has tiles of 32 x 32 pixels, at most two by two of them."""
+    name = FAMILIES[model_type].processor
+    if model_type == "llava_onevision":
+        tokenizer = tiny.make_tokenizer(kind, LLAVA_SPECIAL_TOKENS)
+        tokenizer.chat_template = LLAVA_CHAT_TEMPLATE
+        grid = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
+        image = LlavaOnevisionImageProcessorPil(size={"height": TILE, "width": TILE}, image_grid_pinpoints=grid)
+        fields = {"num_image_tokens": (TILE // PATCH) ** 2, "vision_feature_select_strategy": "full"}
+        return build_processor(name, tokenizer, image, LLAVA_CHAT_TEMPLATE, **fields)
+    size = {"shortest_edge": 1024, "longest_edge": 1024}
+    image = Qwen2VLImageProcessorPil(patch_size=PATCH, size=size)
+    return build_processor(name, tiny.make_tokenizer(kind), image, tiny.CHAT_TEMPLATE)
+
+
+def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer):
+    token_id = tokenizer.convert_tokens_to_ids
+    heads, half = 2, hidden // 4
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 2048,
+        "initializer_range": hidden**-0.5,
+        "bos_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": token_id("<|im_end|>"),
+        "pad_token_id": token_id("<|endoftext|>"),
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 32, "patch_size": PATCH, "initializer_range": 0.1}
+    if model_type == "llava_onevision":
+        vision |= {"model_type": "siglip_vision_model", "image_size": TILE, "vision_use_head": False}
+        vision |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+        return transformers.LlavaOnevisionConfig(
+            text_config=text | {"model_type": "qwen2", "tie_word_embeddings": tied},
+            vision_config=vision,
+            image_token_index=token_id("<image>"),
+            video_token_index=token_id("<video>"),
+            image_grid_pinpoints=[[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]],
+            tie_word_embeddings=tied,
+        )
+    height = half * 3 // 8
+    section = [half - 2 * height, height, height]
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": section}
+    vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": hidden}
+    if model_type == "qwen2_vl":
+        vision |= {"embed_dim": 16, "hidden_size": hidden, "mlp_ratio": 2}
+        del vision["intermediate_size"], vision["out_hidden_size"]
+    elif model_type == "qwen2_5_vl":
+        vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]}
+    else:
+        text |= {"head_dim": hidden // heads}
+        text["rope_parameters"]["mrope_interleaved"] = True
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    return transformers.AutoConfig.for_model(
+        model_type,
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=tied,
+    )
+
+
+def make_model(model_type: str, hidden: int = 32, layers: int = 4, tied: bool = False, seed: int = 0, tokenizer=None):
+    """A stock model in fp32, reproducible from the seed, with the ids of `tokenizer` (default: the tiny one)."""
+    config = _config(model_type, hidden, layers, tied, tokenizer or make_processor(model_type).tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.AutoModelForImageTextToText.from_config(config).eval()
+
+
+def save(folder, model_type: str, **options) -> None:
+    """A checkpoint with its processor."""
+    processor = make_processor(model_type)
+    make_model(model_type, tokenizer=processor.tokenizer, **options).save_pretrained(folder)
+    processor.save_pretrained(folder)
