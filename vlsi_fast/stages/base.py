@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..config import ConfigError, RunConfig
 from ..data.skipped import SkipLog
 from ..matching import draw_generator
+from ..rescaling import require_same_engine, universal_where_needed
 from ..sharding import barrier, rank, world_size
 from ..verbalized import answer_positions
 
@@ -244,8 +245,9 @@ class StageTrainer(Trainer):
         """Loss of one micro-batch, scaled so that the gradients' mean over ranks is that of all answer tokens."""
         batch, facts = dict(inputs["batch"]), inputs["facts"]
         if self.module.matrix_shape is not None:
-            micro = len(self._pending)
-            batch["generator"] = draw_generator(self.config.seed, rank(), self.state.global_step, micro)
+            # Numbered over ranks as the data are, so that another number of ranks draws the same.
+            micro = len(self._pending) * world_size() + rank()
+            batch["generator"] = draw_generator(self.config.seed, self.state.global_step, micro)
         output = model(**batch)
         self._pending.append((self._sums(output, facts), facts))
         if self.accelerator.sync_gradients:
@@ -352,10 +354,13 @@ class StageTrainer(Trainer):
         """Train, from `resume_from_checkpoint` where given."""
         self._truncate_metrics(resume_from_checkpoint)
         self._step_began = time.perf_counter()
+        if resume_from_checkpoint is not None:
+            require_same_engine(resume_from_checkpoint, self.is_deepspeed_enabled)
         strict = transformers.trainer.deepspeed_load_checkpoint
 
         def frozen_parameters_are_not_in_checkpoints(engine, path, load_module_strict=True):
-            return strict(engine, path, load_module_strict=False)
+            with universal_where_needed(engine, path):
+                return strict(engine, path, load_module_strict=False)
 
         transformers.trainer.deepspeed_load_checkpoint = frozen_parameters_are_not_in_checkpoints
         try:
