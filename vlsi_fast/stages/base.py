@@ -29,6 +29,7 @@ from ..matching import draw_generator
 from ..rescaling import require_same_engine, universal_where_needed
 from ..sharding import barrier, rank, world_size
 from ..verbalized import answer_positions
+from ..watch import TellPlace
 
 TRAINABLE_NAME = "trainable.safetensors"
 
@@ -214,6 +215,7 @@ class StageTrainer(Trainer):
         del os.environ["TENSORBOARD_LOGGING_DIR"]
         self.sampler = ContinuingSampler(len(dataset), config.seed, data_start)
         self.add_callback(_TellSampler(self.sampler))
+        self.add_callback(TellPlace(stage, args.ddp_timeout))
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.config, self.stage, self.module = config, stage, module

@@ -33,6 +33,7 @@ from ..losses import OperatorOptions
 from ..rescaling import drop_incomplete, require_same_batch, rows_per_step
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
+from ..watch import watch
 from .base import StageModule, StageTrainer, training_arguments
 
 
@@ -128,6 +129,8 @@ class Stage:
             NonFiniteLossError, TooManySkippedRows: while training.
         """
         self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
+        watch.place = f"stage {self.name}, before its first step"
+        watch.begin()
         try:
             resolve_impl(self.config.impl, self.args.device)
             dataset, collator = self._check_inputs()
@@ -159,6 +162,7 @@ class Stage:
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
         }
+        watch.place = f"stage {self.name}, writing its results"
         self.save(module)
         barrier()
         record["state"] = "finished"
@@ -184,6 +188,7 @@ class Stage:
             del training[name]  # may change between a run and its continuation
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             del training[name]  # may change with the number of ranks; their product with it may not
+        training["extra"].pop("ddp_timeout", None)
         dump, loose = self.config.model_dump(), ("num_workers", "eval", "max_skipped_share")
         data = {name: value for name, value in dump["data"].items() if name not in loose}
         facts = {name: role.facts for name, role in self.roles.items()}
