@@ -125,13 +125,13 @@ def _uniforms(count: int, device: torch.device, generator: torch.Generator | Non
     return torch.rand(count, dtype=torch.float64, generator=generator, device=source).to(device)
 
 
-def draw_generator(seed: int, rank: int, step: int, micro_batch: int) -> torch.Generator:
-    """The generator of one micro-batch's draws.
+def draw_generator(seed: int, step: int, micro_batch: int) -> torch.Generator:
+    """The generator of one micro-batch's draws; `micro_batch` counts those of one optimizer step over all ranks.
 
-    A function of where the run is, not of its history: a resumed run draws what the uninterrupted one would have, and
-    every rank draws its own.
+    A function of where the run is, not of its history: a resumed run draws what the uninterrupted one would have, on
+    any number of ranks, and every micro-batch draws its own.
     """
     import numpy as np
 
-    state = np.random.SeedSequence([seed, rank, step, micro_batch]).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence([seed, 0, step, micro_batch]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import STAGES, ConfigError, RunConfig, nearest
+from ..data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
+from ..lineage import LineageError
+from ..watch import watch
 from .base import NonFiniteLossError
 from .interact import InteractStage
 from .sft import SftStage
 from .verbalize import VerbalizeStage
+
+SELF_EXPLAINING = (ConfigError, LineageError, FileNotFoundError, AnswerMismatchError, NoUsableRowError)
+SELF_EXPLAINING += (NonFiniteLossError, TooManySkippedRows)
+"""Errors whose message is the whole story: the command line prints it without a traceback."""
 
 STAGE_CLASSES = {stage.name: stage for stage in (VerbalizeStage, InteractStage, SftStage)}
 
@@ -33,4 +40,11 @@ def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str
     if stage != "all" and stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, (*STAGES, 'all'))}")
     names = STAGES if stage == "all" else (stage,)
-    return {name: STAGE_CLASSES[name](config).run(resume) for name in names}
+    try:
+        return {name: STAGE_CLASSES[name](config).run(resume) for name in names}
+    except Exception as error:
+        if not isinstance(error, SELF_EXPLAINING):
+            watch.failed(error)
+        raise
+    finally:
+        watch.end()

@@ -27,8 +27,10 @@ from ..config import ConfigError, RunConfig
 from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
 from ..matching import draw_generator
+from ..rescaling import require_same_engine, universal_where_needed
 from ..sharding import barrier, rank, world_size
 from ..verbalized import answer_positions
+from ..watch import TellPlace
 
 TRAINABLE_NAME = "trainable.safetensors"
 
@@ -211,6 +213,7 @@ class StageTrainer(Trainer):
         order = EpochOrder(rows.sizes, config.seed, rows.weights, config.data.stopping_strategy)
         self.sampler = ContinuingSampler(order, start=data_start)
         self.add_callback(_TellSampler(self.sampler))
+        self.add_callback(TellPlace(stage, args.ddp_timeout))
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.config, self.stage, self.module = config, stage, module
@@ -242,8 +245,9 @@ class StageTrainer(Trainer):
         """Loss of one micro-batch, scaled so that the gradients' mean over ranks is that of all answer tokens."""
         batch, facts = dict(inputs["batch"]), inputs["facts"]
         if self.module.matrix_shape is not None:
-            micro = len(self._pending)
-            batch["generator"] = draw_generator(self.config.seed, rank(), self.state.global_step, micro)
+            # Numbered over ranks as the data are, so that another number of ranks draws the same.
+            micro = len(self._pending) * world_size() + rank()
+            batch["generator"] = draw_generator(self.config.seed, self.state.global_step, micro)
         output = model(**batch)
         self._pending.append((self._sums(output, facts), facts))
         if self.accelerator.sync_gradients:
@@ -350,10 +354,13 @@ class StageTrainer(Trainer):
         """Train, from `resume_from_checkpoint` where given."""
         self._truncate_metrics(resume_from_checkpoint)
         self._step_began = time.perf_counter()
+        if resume_from_checkpoint is not None:
+            require_same_engine(resume_from_checkpoint, self.is_deepspeed_enabled)
         strict = transformers.trainer.deepspeed_load_checkpoint
 
         def frozen_parameters_are_not_in_checkpoints(engine, path, load_module_strict=True):
-            return strict(engine, path, load_module_strict=False)
+            with universal_where_needed(engine, path):
+                return strict(engine, path, load_module_strict=False)
 
         transformers.trainer.deepspeed_load_checkpoint = frozen_parameters_are_not_in_checkpoints
         try:

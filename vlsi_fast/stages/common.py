@@ -34,8 +34,10 @@ from ..loading import (
 )
 from ..losses import OperatorOptions
 from ..preflight import require_ready
+from ..rescaling import drop_incomplete, require_same_batch, rows_per_step
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
+from ..watch import watch
 from .base import StageModule, StageTrainer, training_arguments
 
 
@@ -132,12 +134,15 @@ class Stage:
             NonFiniteLossError, TooManySkippedRows: while training.
         """
         self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
+        watch.place = f"stage {self.name}, before its first step"
+        watch.begin()
         try:
             resolve_impl(self.config.impl, self.args.device)
             dataset, collator = self._check_inputs()
         except (ValueError, ImportError) as error:  # of tokenizers, processors, readers: all say what to do
             raise ConfigError(str(error)) from error
         record = self._record()
+        require_same_batch(self.folder, self.name, self.config.stage_training(self.name))
         found = open_stage(self.folder, record, resume)
         barrier()  # every rank has looked before rank 0 writes
         if found is not None and found["state"] == "finished":
@@ -145,6 +150,7 @@ class Stage:
         if self.config.preflight:
             require_ready(self.config, self.name, self.roles, world_size())
         if rank() == 0:
+            drop_incomplete(self.folder)
             write_record(self.folder, record)
         set_seed(self.config.seed)
         module = self.build()
@@ -163,6 +169,7 @@ class Stage:
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
         }
+        watch.place = f"stage {self.name}, writing its results"
         self.save(module)
         barrier()
         record["state"] = "finished"
@@ -187,12 +194,16 @@ class Stage:
         training = self.config.stage_training(self.name).model_dump()
         for name in ("logging_steps", "save_steps", "save_total_limit", "report_to"):
             del training[name]  # may change between a run and its continuation
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            del training[name]  # may change with the number of ranks; their product with it may not
+        training["extra"].pop("ddp_timeout", None)
         dump, loose = self.config.model_dump(), ("num_workers", "eval", "max_skipped_share")
         data = {name: value for name, value in dump["data"].items() if name not in loose}
         facts = {name: role.facts for name, role in self.roles.items()}
         identity = {name: dump[name] for name in ("seed", "dtype", self.name, *self.sections)}
         identity[self.name] = {name: value for name, value in dump[self.name].items() if name != "training"}
-        identity |= {"data": data, "training": training, "world_size": world_size()}
+        rows = rows_per_step(self.config.stage_training(self.name), world_size())
+        identity |= {"data": data, "training": training, "rows_per_step": rows}
         identity |= {"inputs": self.inputs(), "data_start": self.data_start()}
         for name, fact in facts.items():
             identity[name] = {key: value for key, value in fact.items() if key != "path"}
@@ -202,6 +213,7 @@ class Stage:
             "state": "running",
             "facts": facts,
             "identity": identity,
+            "world_size": world_size(),
             "config": dump,
             "tokens": {"first_differing_id": self.tokens.limit, "differing": self.tokens.differing},
             "versions": versions(),

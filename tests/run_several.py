@@ -1,0 +1,11 @@
+"""Several stages, of configs of their own, in one launch: `run_several.py --resume|--fresh stage=config ..`."""
+
+import sys
+
+from vlsi_fast import load_config, run
+
+if __name__ == "__main__":
+    resume, *jobs = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    for job in jobs:
+        stage, config = job.split("=", 1)
+        run(load_config(config), stage, resume == "--resume")
