@@ -28,6 +28,7 @@ ARCHITECTURES = ("mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "d
 NOT_EXTRA = {
     *("output_dir", "seed", "data_seed", "bf16", "fp16", "use_cpu", "remove_unused_columns", "logging_nan_inf_filter"),
     *("lr_scheduler_kwargs", "dataloader_num_workers", "ddp_find_unused_parameters", "metric_for_best_model"),
+    *("dataloader_persistent_workers", "train_sampling_strategy"),
     *("load_best_model_at_end", "greater_is_better", "save_only_model", "save_safetensors", "label_smoothing_factor"),
     *("label_names", "per_device_eval_batch_size", "batch_eval_metrics", "group_by_length", "resume_from_checkpoint"),
     *("average_tokens_across_devices", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile"),

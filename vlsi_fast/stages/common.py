@@ -157,6 +157,7 @@ class Stage:
         result = trainer.train(resume_from_checkpoint=found["checkpoint"] if found else None)
         record["summary"] = {
             "seconds": trainer.totals["step_seconds"],
+            "data_wait_share": trainer.wait_seconds / max(trainer.totals["step_seconds"], 1e-9),
             "optimizer_steps": result.global_step,
             "rows": trainer.totals["rows"],
             "answer_tokens": trainer.totals["answer_tokens"],
