@@ -147,7 +147,9 @@ class StageCollator:
     """Batches with their answer positions, found here, on the CPU, where counting waits for no GPU.
 
     Returns `batch`: for each role `{"inputs", "index", "labels"}` as `StageModule.forward` takes them, and `facts`: row
-    ids, rows skipped, and the numbers of answer tokens and of tokens (of the first role).
+    ids, rows skipped, the numbers of answer tokens and of tokens (of the first role), and `shared`: for each further
+    role the names of inputs that are the first role's own tensors. Those are left out, so that they are pinned and
+    copied to the device once, and put back by `restore_shared`.
     """
 
     def __init__(self, collator, roles: tuple[str, ...]):
@@ -166,8 +168,20 @@ class StageCollator:
             "skipped": joined["skipped"],
             "answer_tokens": first["index"].numel(),
             "tokens": int(first["inputs"]["attention_mask"].sum()),
+            "shared": {},
         }
+        for role in self.roles[1:]:
+            inputs = batch[role]["inputs"]
+            facts["shared"][role] = [name for name, value in inputs.items() if value is first["inputs"].get(name)]
+            batch[role]["inputs"] = {n: value for n, value in inputs.items() if n not in facts["shared"][role]}
         return {"batch": batch, "facts": facts}
+
+
+def restore_shared(batch: dict[str, dict], facts: dict[str, Any]) -> None:
+    """Give further roles the first role's tensors that `StageCollator` left out, in place."""
+    first = next(iter(batch.values()))["inputs"]
+    for role, names in facts["shared"].items():
+        batch[role]["inputs"] |= {name: first[name] for name in names}
 
 
 class ContinuingSampler(torch.utils.data.Sampler):
@@ -246,6 +260,11 @@ class StageTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The Trainer's own, with the time that the batches took; not that of the ranks' exchange of counts."""
         return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        restore_shared(inputs["batch"], inputs["facts"])
+        return inputs
 
     def _timed(self, batches):
         while True:
