@@ -51,8 +51,9 @@ class BackboneConfig(Section):
     """Target layers; k: the hidden state after k decoder layers, 1 <= k <= depth. null: 2, 6, 10, .. (section 4.1b)."""
     verbalizers: str | None = None
     """Folder of trained verbalizers of this model. null: those of this run's own verbalize stage."""
-    attn_implementation: str = "sdpa"
-    """Attention of the backbone, by its transformers name: sdpa, eager, flash_attention_2."""
+    attn_implementation: str = "auto"
+    """Attention of the backbone, by its transformers name: sdpa, eager, flash_attention_2. auto: flash_attention_2
+    where flash-attn is installed, the stage runs on CUDA and dtype is not float32, else sdpa."""
     min_pixels: int | None = Field(None, ge=1)
     """data.min_pixels for this model alone, where the two models' processors differ; default: the processor's own."""
     max_pixels: int | None = Field(None, ge=1)

@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from vlsi_kernels import resolve_impl
 
+from ..acceleration import attention_name
 from ..backbones import family_of
 from ..config import ConfigError, RunConfig
 from ..data.collate import Collator
@@ -92,6 +93,7 @@ class Stage:
 
     def __init__(self, config: RunConfig):
         self.config, self.settings = config, getattr(config, self.name)
+        self.attention: dict[str, str] = {}
         self.folder = config.stage_dir(self.name)
 
     # ---- what a subclass says ----
@@ -163,6 +165,7 @@ class Stage:
             "answer_tokens": trainer.totals["answer_tokens"],
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
+            "attention": self.attention,
         }
         self.save(module)
         barrier()
@@ -220,7 +223,9 @@ class Stage:
     def load_model(self, name: str, folder: Path | None = None) -> nn.Module:
         """A role's stock model, frozen; from `folder` where an earlier stage made it."""
         role = self.roles[name]
-        model = load_backbone(folder or role.folder, self.config.dtype, role.settings.attn_implementation)
+        attention = attention_name(role.settings.attn_implementation, self.config.dtype, self.args.device)
+        self.attention[name] = attention
+        model = load_backbone(folder or role.folder, self.config.dtype, attention)
         rows = role.config.get_text_config().vocab_size
         tokens = max(role.processor.tokenizer.get_vocab().values()) + 1
         if tokens > rows:
