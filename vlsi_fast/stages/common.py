@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from vlsi_kernels import resolve_impl
 
-from ..acceleration import attention_name
+from ..acceleration import apply_liger, attention_name, use_liger
 from ..backbones import family_of
 from ..config import ConfigError, RunConfig
 from ..data.collate import Collator
@@ -94,6 +94,7 @@ class Stage:
     def __init__(self, config: RunConfig):
         self.config, self.settings = config, getattr(config, self.name)
         self.attention: dict[str, str] = {}
+        self.liger: dict[str, str | None] = {}
         self.folder = config.stage_dir(self.name)
 
     # ---- what a subclass says ----
@@ -136,6 +137,7 @@ class Stage:
         self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
         try:
             resolve_impl(self.config.impl, self.args.device)
+            use_liger(self.config.liger, self.args.device)  # raises where it is asked for and cannot run
             dataset, collator = self._check_inputs()
         except (ValueError, ImportError) as error:  # of tokenizers, processors, readers: all say what to do
             raise ConfigError(str(error)) from error
@@ -166,6 +168,7 @@ class Stage:
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
             "attention": self.attention,
+            "liger": self.liger,
         }
         self.save(module)
         barrier()
@@ -226,6 +229,8 @@ class Stage:
         attention = attention_name(role.settings.attn_implementation, self.config.dtype, self.args.device)
         self.attention[name] = attention
         model = load_backbone(folder or role.folder, self.config.dtype, attention)
+        if use_liger(self.config.liger, self.args.device):
+            self.liger[name] = apply_liger(model, required=self.config.liger is True)
         rows = role.config.get_text_config().vocab_size
         tokens = max(role.processor.tokenizer.get_vocab().values()) + 1
         if tokens > rows:
