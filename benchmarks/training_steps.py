@@ -236,7 +236,8 @@ class Step:
         model = build_model(self.setting, getattr(self.setting, role), self.device, self.dtype)
         family = family_of(model.config)
         self.parts.watch(family.backbone(model), f"{role} language model")
-        self.parts.watch(family.vision(model), f"{role} vision")
+        (tower,) = family.vision(model)
+        self.parts.watch(tower, f"{role} vision")
         return model
 
     def autocast(self):
@@ -330,7 +331,8 @@ class SftStep(Step):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         model = self.model("student")
-        frozen = {id(p) for p in family_of(model.config).vision(model).parameters()}
+        (tower,) = family_of(model.config).vision(model)
+        frozen = {id(p) for p in tower.parameters()}
         trained = [p for p in model.parameters() if id(p) not in frozen]
         checkpoint(model)
         self.train(trained)

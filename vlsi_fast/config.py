@@ -28,6 +28,7 @@ ARCHITECTURES = ("mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "d
 NOT_EXTRA = {
     *("output_dir", "seed", "data_seed", "bf16", "fp16", "use_cpu", "remove_unused_columns", "logging_nan_inf_filter"),
     *("lr_scheduler_kwargs", "dataloader_num_workers", "ddp_find_unused_parameters", "metric_for_best_model"),
+    *("dataloader_persistent_workers", "train_sampling_strategy"),
     *("load_best_model_at_end", "greater_is_better", "save_only_model", "save_safetensors", "label_smoothing_factor"),
     *("label_names", "per_device_eval_batch_size", "batch_eval_metrics", "group_by_length", "resume_from_checkpoint"),
     *("average_tokens_across_devices", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile"),
@@ -50,8 +51,9 @@ class BackboneConfig(Section):
     """Target layers; k: the hidden state after k decoder layers, 1 <= k <= depth. null: 2, 6, 10, .. (section 4.1b)."""
     verbalizers: str | None = None
     """Folder of trained verbalizers of this model. null: those of this run's own verbalize stage."""
-    attn_implementation: str = "sdpa"
-    """Attention of the backbone, by its transformers name: sdpa, eager, flash_attention_2."""
+    attn_implementation: str = "auto"
+    """Attention of the backbone, by its transformers name: sdpa, eager, flash_attention_2. auto: flash_attention_2
+    where flash-attn is installed, the stage runs on CUDA and dtype is not float32, else sdpa."""
     min_pixels: int | None = Field(None, ge=1)
     """data.min_pixels for this model alone, where the two models' processors differ; default: the processor's own."""
     max_pixels: int | None = Field(None, ge=1)
@@ -261,6 +263,8 @@ class RunConfig(Section):
     """Precision of backbones and compute; trained weights keep a float32 master copy."""
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"
     """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed, else torch."""
+    liger: Literal["auto", True, False] = "auto"
+    """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed."""
     preflight: bool = True
     """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more)."""
     teacher: BackboneConfig

@@ -39,29 +39,36 @@ class Collator:
             padded with the padding id, `labels` [B, T] with -100, `attention_mask` and every other per-token tensor
             [B, T] with 0; vision tensors joined along their first axis, absent where no row has an image, and padded
             with zeros along the second where images have different numbers of patches there (LLaVA-OneVision). Where
-            all rows share one encoding between the roles, both roles hold the same tensors.
+            all rows share one encoding between the roles, both roles hold the same tensors; where they share vision
+            tensors alone, the same vision tensors.
         """
         batch = {"ids": [row["id"] for row in rows], "skipped": [record for row in rows for record in row["skipped"]]}
         roles = [role for role in ROLES if role in self._pad_ids]
+        joined: dict[tuple[int, ...], torch.Tensor] = {}  # vision tensors by the identities of their rows' tensors
         for role in roles:
-            batch[role] = self._join([row[role] for row in rows], role)
+            batch[role] = self._join([row[role] for row in rows], role, joined)
             if role == roles[0] and len(roles) == 2 and all(row[roles[0]] is row[roles[1]] for row in rows):
                 batch[roles[1]] = dict(batch[role])
                 break
         return batch
 
-    def _join(self, rows: list[dict[str, torch.Tensor]], role: str) -> dict[str, torch.Tensor]:
+    def _join(self, rows: list[dict[str, torch.Tensor]], role: str, joined: dict) -> dict[str, torch.Tensor]:
         vision = self._vision_names[role]
         if role in self._blank and not any(name in row for row in rows for name in vision):
             rows = [_append_masked(rows[0], self._blank[role], vision), *rows[1:]]
         names = dict.fromkeys(name for row in rows for name in row)
         padding = {"input_ids": self._pad_ids[role], "labels": IGNORED}
-        return {
-            name: _cat([row[name] for row in rows if name in row])
-            if name in vision
-            else _pad([_per_token(row, name) for row in rows], padding.get(name, 0))
-            for name in names
-        }
+        batch = {}
+        for name in names:
+            if name in vision:
+                parts = [row[name] for row in rows if name in row]
+                key = tuple(map(id, parts))
+                if key not in joined:
+                    joined[key] = _cat(parts)
+                batch[name] = joined[key]
+            else:
+                batch[name] = _pad([_per_token(row, name) for row in rows], padding.get(name, 0))
+        return batch
 
 
 def _blank_image(processor) -> dict[str, torch.Tensor]:

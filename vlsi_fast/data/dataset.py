@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from vlsi_fast.data.encoding import IGNORED, configure_image_bounds, encode
 from vlsi_fast.data.images import load_image
 from vlsi_fast.data.messages import Sample
+from vlsi_fast.data.shared_images import SharedImages, share_images
 from vlsi_fast.data.skipped import UnusableRow
 from vlsi_fast.data.sources import ConcatSource, DataConfig
 from vlsi_fast.data.tokens import shared_tokens
@@ -52,6 +53,9 @@ class VlsiDataset(Dataset):
         for processor in self.processors.values():
             configure_image_bounds(processor, data_config.min_pixels, data_config.max_pixels)
         self.shared = len(processors) == 2 and equivalent(*self.processors.values())
+        self.images: SharedImages | None = None
+        if len(processors) == 2 and not self.shared:
+            self.processors, self.images = share_images(self.processors)
         self.differing: list[str] = []
         if len(processors) == 2 and not self.shared:
             found = shared_tokens(*(processor.tokenizer for processor in self.processors.values()))
@@ -65,7 +69,8 @@ class VlsiDataset(Dataset):
 
         Returns:
             `id`: the row used; each role's inputs as `encode` returns them (the same object for both roles where their
-            processors are equivalent); `skipped`: `{"id", "cause", "detail"}` of the rows passed over.
+            processors are equivalent, the same vision tensors where their image processors agree); `skipped`:
+            `{"id", "cause", "detail"}` of the rows passed over.
 
         Raises:
             AnswerMismatchError: the roles' answer tokens differ.
@@ -99,11 +104,15 @@ class VlsiDataset(Dataset):
         self._check_answers(sample)
         loader = lru_cache(maxsize=None)(partial(load_image, max_image_pixels=self.data_config.max_image_pixels))
         rows = {}
-        for role, processor in self.processors.items():
-            if self.shared and rows:
-                rows[role] = next(iter(rows.values()))
-            else:
-                rows[role] = encode(sample, processor, self.data_config, loader)
+        try:
+            for role, processor in self.processors.items():
+                if self.shared and rows:
+                    rows[role] = next(iter(rows.values()))
+                else:
+                    rows[role] = encode(sample, processor, self.data_config, loader)
+        finally:
+            if self.images is not None:
+                self.images.forget()
         if len(rows) == 2 and not self.shared:
             check_same_answers(sample.id, rows, self.processors)
         return rows

@@ -122,7 +122,8 @@ class DataConfig(BaseModel):
     max_skipped_share: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of the rows (0 to 1) that may be unusable; more of them stop the run."""
     num_workers: int = Field(default=0, ge=0)
-    """Processes that load data beside the training process, on each rank."""
+    """Processes that decode and encode rows ahead of the training process, on each rank; raise it where metrics.jsonl's
+    data_wait_share is not near 0. 0: the training process does it itself, and the GPU waits."""
 
     @model_validator(mode="before")
     @classmethod

@@ -124,8 +124,10 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
     model, family = build_on_meta(config), family_of(config)
     text, vision = config.get_text_config(), config.vision_config
     layers = family.decoder_layers(model)
-    tower = family.vision(model)
-    inside = {id(p) for module in (layers, tower) for p in module.parameters()}
+    parts = family.vision(model)
+    tower = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+    vision_parameters = [*tower.parameters(), *(part for part in parts if isinstance(part, nn.Parameter))]
+    inside = {id(p) for p in [*layers.parameters(), *vision_parameters]}
     pattern = lora.target_modules or family.lora_targets
     adapted: list[list[int]] = [[] for _ in layers]
     ranks = inputs = 0
@@ -152,7 +154,7 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         tied=bool(config.tie_word_embeddings),
         layers=[[p.numel() for p in layer.parameters()] for layer in layers],
         ends=[p.numel() for p in model.parameters() if id(p) not in inside],
-        vision=[p.numel() for p in tower.parameters()],
+        vision=[p.numel() for p in vision_parameters],
         lora=adapted,
         lora_ranks=ranks,
         lora_inputs=inputs,
@@ -168,7 +170,7 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
 
 def _vision_flops(tower: nn.Module, width: int, depth: int, merge: int) -> tuple[float, float]:
     """Products of a patch: layers of the blocks run on every patch, those outside (the projector) on a `merge`-th."""
-    lists = [child for child in tower.modules() if isinstance(child, nn.ModuleList)]
+    lists = [child for child in tower.modules() if isinstance(child, nn.ModuleList) and child is not tower]
     blocks = {id(inner) for child in lists for inner in child.modules()}
     per_patch = 0.0
     for module in tower.modules():

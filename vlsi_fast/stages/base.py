@@ -95,7 +95,7 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
                 "logging_steps", "save_steps", "save_total_limit",
             }
         ),
-        "dataloader_num_workers": config.data.num_workers,
+        **_loading_arguments(config.data.num_workers),
         "lr_scheduler_type": schedule,
         "lr_scheduler_kwargs": schedule_kwargs,
         "report_to": t.report_to or "none",
@@ -122,6 +122,17 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     return args
 
 
+def _loading_arguments(workers: int) -> dict[str, Any]:
+    """Fields of TrainingArguments that let batches be made while the device computes.
+
+    Copies to the device do not block: a blocking one would wait for all work queued before it, and count as data wait.
+    """
+    arguments = {"dataloader_num_workers": workers, "accelerator_config": {"non_blocking": True}}
+    if workers:  # both are errors without workers
+        arguments |= {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
+    return arguments
+
+
 def _start_deepspeed(on_cpu: bool) -> None:
     """Hand torch's process group to DeepSpeed: without it, loading under ZeRO-3 would count one rank."""
     import deepspeed
@@ -138,7 +149,9 @@ class StageCollator:
     """Batches with their answer positions, found here, on the CPU, where counting waits for no GPU.
 
     Returns `batch`: for each role `{"inputs", "index", "labels"}` as `StageModule.forward` takes them, and `facts`: row
-    ids, rows skipped, and the numbers of answer tokens and of tokens (of the first role).
+    ids, rows skipped, the numbers of answer tokens and of tokens (of the first role), and `shared`: for each further
+    role the names of inputs that are the first role's own tensors. Those are left out, so that they are pinned and
+    copied to the device once, and put back by `restore_shared`.
     """
 
     def __init__(self, collator, roles: tuple[str, ...]):
@@ -157,8 +170,20 @@ class StageCollator:
             "skipped": joined["skipped"],
             "answer_tokens": first["index"].numel(),
             "tokens": int(first["inputs"]["attention_mask"].sum()),
+            "shared": {},
         }
+        for role in self.roles[1:]:
+            inputs = batch[role]["inputs"]
+            facts["shared"][role] = [name for name, value in inputs.items() if value is first["inputs"].get(name)]
+            batch[role]["inputs"] = {n: value for n, value in inputs.items() if n not in facts["shared"][role]}
         return {"batch": batch, "facts": facts}
+
+
+def restore_shared(batch: dict[str, dict], facts: dict[str, Any]) -> None:
+    """Give further roles the first role's tensors that `StageCollator` left out, in place."""
+    first = next(iter(batch.values()))["inputs"]
+    for role, names in facts["shared"].items():
+        batch[role]["inputs"] |= {name: first[name] for name in names}
 
 
 class ContinuingSampler(torch.utils.data.Sampler):
@@ -226,13 +251,32 @@ class StageTrainer(Trainer):
         )
         self._pending: list[tuple[Tensor, dict[str, Any]]] = []
         self._scalars: dict[str, float] = {}
-        self._step_began = time.perf_counter()
+        self._step_began, self._waited = time.perf_counter(), 0.0
         self.totals = {"answer_tokens": 0, "rows": 0, "step_seconds": 0.0}
+        self.wait_seconds = 0.0
 
     # ---- batches ----
 
     def _get_train_sampler(self, *args, **kwargs) -> ContinuingSampler:
         return self.sampler
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The Trainer's own, with the time that the batches took; not that of the ranks' exchange of counts."""
+        return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        restore_shared(inputs["batch"], inputs["facts"])
+        return inputs
+
+    def _timed(self, batches):
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Answer tokens of one optimizer step over all micro-batches and ranks."""
@@ -272,7 +316,9 @@ class StageTrainer(Trainer):
         """Once an optimizer step, before its last backward: reduce the sums, stop on bad numbers, write the record."""
         peaks = torch.zeros(2, world_size(), dtype=torch.float64)
         peaks[:, rank()] = torch.tensor([peak_memory_bytes(self.args.device), peak_rss_bytes()], dtype=torch.float64)
-        total = torch.cat([sum(sums for sums, _ in self._pending), peaks.flatten().to(self.args.device)])
+        own = torch.cat([torch.tensor([self._waited], dtype=torch.float64), peaks.flatten()]).to(self.args.device)
+        self._waited = 0.0
+        total = torch.cat([sum(sums for sums, _ in self._pending), own])
         if world_size() > 1:
             dist.all_reduce(total)
         values = total.tolist()
@@ -316,13 +362,17 @@ class StageTrainer(Trainer):
             matches = [[int(v) for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
             students, teachers = self.module.layer_names
             record |= {"kl": kl, "matches": matches, "student_layers": students, "teacher_layers": teachers}
-        peaks = [int(v) for v in values[-2 * world_size() :]]
+        waited, *peaks = values[-2 * world_size() - 1 :]
+        # Ranks meet in the sums just made, so a step is equally long on all of them: only the wait differs.
+        record["data_wait_share"] = waited / world_size() / record["step_seconds"]
+        peaks = [int(v) for v in peaks]
         record["peak_memory_bytes"], record["peak_rss_bytes"] = peaks[: world_size()], peaks[world_size() :]
         return record
 
     def _add_to_totals(self, record: dict[str, Any]) -> None:
         for name in self.totals:
             self.totals[name] += record[name]
+        self.wait_seconds += record.get("data_wait_share", 0.0) * record["step_seconds"]  # older records have none
 
     def _stop_on_non_finite(self) -> None:
         """Raise on every rank alike, naming what each rank saw. Nothing has been stepped or saved."""
@@ -353,7 +403,7 @@ class StageTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Train, from `resume_from_checkpoint` where given."""
         self._truncate_metrics(resume_from_checkpoint)
-        self._step_began = time.perf_counter()
+        self._step_began, self._waited = time.perf_counter(), 0.0
         if resume_from_checkpoint is not None:
             require_same_engine(resume_from_checkpoint, self.is_deepspeed_enabled)
         strict = transformers.trainer.deepspeed_load_checkpoint

@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from vlsi_kernels import resolve_impl
 
+from ..acceleration import apply_liger, attention_name, use_liger
 from ..backbones import family_of
 from ..config import ConfigError, RunConfig
 from ..data.collate import Collator
@@ -94,6 +95,8 @@ class Stage:
 
     def __init__(self, config: RunConfig):
         self.config, self.settings = config, getattr(config, self.name)
+        self.attention: dict[str, str] = {}
+        self.liger: dict[str, str | None] = {}
         self.folder = config.stage_dir(self.name)
 
     # ---- what a subclass says ----
@@ -138,6 +141,7 @@ class Stage:
         watch.begin()
         try:
             resolve_impl(self.config.impl, self.args.device)
+            use_liger(self.config.liger, self.args.device)  # raises where it is asked for and cannot run
             dataset, collator = self._check_inputs()
         except (ValueError, ImportError) as error:  # of tokenizers, processors, readers: all say what to do
             raise ConfigError(str(error)) from error
@@ -163,11 +167,14 @@ class Stage:
         result = trainer.train(resume_from_checkpoint=found["checkpoint"] if found else None)
         record["summary"] = {
             "seconds": trainer.totals["step_seconds"],
+            "data_wait_share": trainer.wait_seconds / max(trainer.totals["step_seconds"], 1e-9),
             "optimizer_steps": result.global_step,
             "rows": trainer.totals["rows"],
             "answer_tokens": trainer.totals["answer_tokens"],
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
+            "attention": self.attention,
+            "liger": self.liger,
         }
         watch.place = f"stage {self.name}, writing its results"
         self.save(module)
@@ -231,7 +238,11 @@ class Stage:
     def load_model(self, name: str, folder: Path | None = None) -> nn.Module:
         """A role's stock model, frozen; from `folder` where an earlier stage made it."""
         role = self.roles[name]
-        model = load_backbone(folder or role.folder, self.config.dtype, role.settings.attn_implementation)
+        attention = attention_name(role.settings.attn_implementation, self.config.dtype, self.args.device)
+        self.attention[name] = attention
+        model = load_backbone(folder or role.folder, self.config.dtype, attention)
+        if use_liger(self.config.liger, self.args.device):
+            self.liger[name] = apply_liger(model, required=self.config.liger is True)
         rows = role.config.get_text_config().vocab_size
         tokens = max(role.processor.tokenizer.get_vocab().values()) + 1
         if tokens > rows:

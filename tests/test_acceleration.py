@@ -1,0 +1,160 @@
+"""Faster parts of the backbones: chosen where they apply, refused with the fix where they do not."""
+
+import importlib
+
+import pytest
+import tiny_families
+import tiny_runs as runs
+import torch
+
+from vlsi_fast import load_config
+from vlsi_fast.acceleration import apply_liger, attention_name, use_liger
+from vlsi_fast.backbones import FAMILIES
+from vlsi_fast.config import ConfigError
+from vlsi_fast.stages import STAGE_CLASSES, common
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def config_of(workspace, output, **sections):
+    tree = runs.settings(workspace, output, max_steps=1) | {"sft": {"start_from": "base"}} | sections
+    return load_config(runs.write_config(tree, output.parent / f"{output.name}.yaml"))
+
+
+# ---- attention ----
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_auto_attention(monkeypatch, installed):
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
+    assert attention_name("auto", "bfloat16", CUDA) == ("flash_attention_2" if installed else "sdpa")
+    assert attention_name("auto", "float32", CUDA) == attention_name("auto", "bfloat16", CPU) == "sdpa"
+    for name in ("sdpa", "eager", "flash_attention_2"):
+        assert attention_name(name, "float32", CPU) == name
+
+
+def test_the_choice_reaches_the_model_and_the_record_and_is_no_part_of_the_run(workspace, tmp_path, monkeypatch):
+    """A run may go on with another attention: on another machine `auto` may be another one."""
+    loaded, load = [], common.load_backbone
+
+    def recorded(folder, dtype, attention="sdpa"):
+        loaded.append(attention)
+        return load(folder, dtype, attention)
+
+    monkeypatch.setattr(common, "load_backbone", recorded)
+    config = config_of(workspace, tmp_path / "run")
+    assert config.student.attn_implementation == "auto"
+    record = STAGE_CLASSES["sft"](config).run()
+    assert loaded[0] == "sdpa" and record["summary"]["attention"] == {"student": "sdpa"}
+    config.student.attn_implementation = "eager"
+    assert STAGE_CLASSES["sft"](config).run(resume=True)["state"] == "finished"
+    record = STAGE_CLASSES["sft"](config.model_copy(update={"output_dir": str(tmp_path / "eager")})).run()
+    assert record["summary"]["attention"] == {"student": "eager"}
+
+
+# ---- liger-kernel ----
+
+
+@pytest.fixture
+def stock_classes():
+    """liger-kernel replaces names in transformers' modules; they are put back behind the test."""
+    modules = [importlib.import_module(f"transformers.models.{n}.modeling_{n}") for n in ("qwen2", "qwen3")]
+    before = [dict(vars(module)) for module in modules]
+    yield
+    for module, names in zip(modules, before):
+        vars(module).update(names)
+
+
+def liger_installed(monkeypatch, installed):
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: installed)
+
+
+def test_where_liger_is_used(monkeypatch):
+    liger_installed(monkeypatch, True)
+    assert use_liger("auto", CUDA) and use_liger(True, CUDA)
+    assert not use_liger("auto", CPU) and not use_liger(False, CUDA)
+    with pytest.raises(ConfigError, match="need a CUDA device and the stage runs on cpu; use auto"):
+        use_liger(True, CPU)
+    liger_installed(monkeypatch, False)
+    assert not use_liger("auto", CUDA) and not use_liger(False, CUDA)
+    with pytest.raises(ConfigError, match="pip install liger-kernel"):
+        use_liger(True, CUDA)
+
+
+def test_liger_that_cannot_run_is_refused_before_weights_are_loaded(workspace, tmp_path, monkeypatch):
+    liger_installed(monkeypatch, False)
+    monkeypatch.setattr(common, "load_backbone", None)
+    with pytest.raises(ConfigError, match="pip install liger-kernel"):
+        STAGE_CLASSES["sft"](config_of(workspace, tmp_path / "run", liger=True)).run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_config_takes_auto_true_and_false_alone(workspace, tmp_path):
+    assert config_of(workspace, tmp_path / "run").liger == "auto"
+    for text, value in (("true", True), ("false", False), ("auto", "auto")):
+        path = runs.write_config(runs.settings(workspace, tmp_path / "run"), tmp_path / "config.yaml")
+        assert load_config(path, ["--liger", text]).liger is value or value == "auto"
+    with pytest.raises(ConfigError, match="liger"):
+        config_of(workspace, tmp_path / "run", liger="yes please")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_liger_patches_norms_and_mlp_but_no_loss(stock_classes, family):
+    """On the stock model itself: what is bound to its modules, and that its forward and the losses are untouched."""
+    pytest.importorskip("liger_kernel")
+    from liger_kernel.transformers.rms_norm import LigerRMSNorm
+    from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
+
+    model, cross_entropy = tiny_families.make_model(family), torch.nn.functional.cross_entropy
+    names = set(model.state_dict())
+    assert apply_liger(model, required=True) == ("qwen3" if family == "qwen3_vl" else "qwen2")
+    adapter = FAMILIES[family]
+    norms = [adapter.final_norm(model)]
+    for layer in adapter.decoder_layers(model):
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [layer.self_attn.q_norm, layer.self_attn.k_norm] if family == "qwen3_vl" else []
+        assert layer.mlp.forward.__func__ is LigerSwiGLUMLP.forward
+    assert all(norm.forward.__func__ is LigerRMSNorm.forward for norm in norms)
+    assert all(norm.variance_epsilon == model.config.get_text_config().rms_norm_eps for norm in norms)
+    for module in (model, model.model, model.get_decoder()):
+        assert "forward" not in vars(module) and "liger" not in type(module).forward.__module__
+    assert torch.nn.functional.cross_entropy is cross_entropy
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("family, rope", [("qwen2_vl", False), ("llava_onevision", True)])
+def test_the_right_call_is_made(monkeypatch, family, rope):
+    patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
+    calls = []
+    monkeypatch.setitem(patch.MODEL_TYPE_TO_APPLY_LIGER_FN, "qwen2", lambda **options: calls.append(options))
+    model = tiny_families.make_model(family)
+    apply_liger(model)
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert calls == [{"model": model.get_decoder(), "rope": rope, "rms_norm": True, "swiglu": True, **losses}]
+
+
+def test_a_model_that_liger_does_not_know(monkeypatch):
+    patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
+    monkeypatch.setattr(patch, "MODEL_TYPE_TO_APPLY_LIGER_FN", {})
+    model = tiny_families.make_model("qwen3_vl")
+    assert apply_liger(model) is None
+    with pytest.raises(ConfigError, match="nothing in liger-kernel for qwen3_vl_text; set it to auto or false"):
+        apply_liger(model, required=True)
+
+
+def test_the_stage_patches_both_models_before_lora(workspace, tmp_path, monkeypatch):
+    """CPU stands in for CUDA, and the patch for one that changes nothing."""
+    patched = []
+
+    def recorded(model, required):
+        assert not required and not any("lora" in name for name, _ in model.named_modules())
+        patched.append(model)
+        return "qwen2"
+
+    monkeypatch.setattr(common, "use_liger", lambda asked, device: asked is not False)
+    monkeypatch.setattr(common, "apply_liger", recorded)
+    interact = {"intermediate": "none", "last": "kld"}
+    record = STAGE_CLASSES["interact"](config_of(workspace, tmp_path / "run", interact=interact)).run()
+    assert len(patched) == 2 and record["summary"]["liger"] == {"student": "qwen2", "teacher": "qwen2"}
+    record = STAGE_CLASSES["sft"](config_of(workspace, tmp_path / "off", liger=False)).run()
+    assert len(patched) == 2 and record["summary"]["liger"] == {}

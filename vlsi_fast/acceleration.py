@@ -1,0 +1,82 @@
+"""Faster parts of the stock backbones, where they are installed and apply: attention, liger-kernel's norms and MLPs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .config import ConfigError
+
+LIGER_NAMES = {"qwen2": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""A language model's `config.model_type` -> that of the plain language model with the same layers, by which
+liger-kernel patches it. Its patches of the Qwen-VL families (0.8.5) need classes that transformers no longer has."""
+
+
+def attention_name(asked: str, dtype: str, device: torch.device) -> str:
+    """The attention of a backbone, by its transformers name.
+
+    Args:
+        asked: `attn_implementation` of the config; "auto" is flash_attention_2 where flash-attn is installed, the
+            device is a CUDA one and `dtype` is not float32 (which it does not take), else sdpa. Others: as given.
+        dtype: of the run.
+        device: that the stage runs on.
+    """
+    if asked != "auto":
+        return asked
+    from transformers.utils import is_flash_attn_2_available
+
+    flash = device.type == "cuda" and dtype != "float32" and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def use_liger(asked: bool | Literal["auto"], device: torch.device) -> bool:
+    """Whether liger-kernel's norms and MLPs are used.
+
+    Args:
+        asked: `liger` of the config; "auto": where liger-kernel is installed and the device is a CUDA one.
+        device: that the stage runs on.
+
+    Raises:
+        ConfigError: asked for, but not installed or not on CUDA.
+    """
+    from transformers.utils import is_liger_kernel_available
+
+    installed, cuda = is_liger_kernel_available(), device.type == "cuda"
+    if asked is True and not installed:
+        raise ConfigError("liger is true, but liger-kernel is not installed: pip install liger-kernel, or use auto")
+    if asked is True and not cuda:
+        raise ConfigError(f"liger is true, but its kernels need a CUDA device and the stage runs on {device}; use auto")
+    return installed and cuda and asked is not False
+
+
+def apply_liger(model: nn.Module, required: bool = False) -> str | None:
+    """Put liger-kernel's RMSNorm and SwiGLU into a stock backbone's language model, in place; before LoRA is.
+
+    Its rotary embeddings as well where the language model is a plain one: liger-kernel replaces a function of that
+    model's module in transformers, for the whole process. Its losses never: those here read hidden states and the
+    head's weight, so the model's own forward with a loss is not called.
+
+    Args:
+        model: stock `..ForConditionalGeneration`.
+        required: raise where there is nothing for the model.
+
+    Returns:
+        The plain language model's name, or None where liger-kernel has nothing for this one.
+
+    Raises:
+        ConfigError: it has nothing, and `required`.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    language = model.get_decoder()
+    kind = language.config.model_type
+    patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(LIGER_NAMES.get(kind))
+    if patch is not None:
+        losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        patch(model=language, rms_norm=True, swiglu=True, rope=kind == LIGER_NAMES[kind], **losses)
+        return LIGER_NAMES[kind]
+    if required:
+        raise ConfigError(f"liger is true, but there is nothing in liger-kernel for {kind}; set it to auto or false")
+    return None
