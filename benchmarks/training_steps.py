@@ -321,7 +321,7 @@ class InteractStep(Step):
             student, teacher = torch.cat([said, last[None]]), torch.cat([teacher_said, teacher_last[None]])
             both = self.pairwise_kl(student, teacher)
         with self.parts("matching"):
-            matches = match_layers(both[:-1, :-1], generator=draw_generator(0, 0, self.count, 0))
+            matches = match_layers(both[:-1, :-1], generator=draw_generator(0, self.count, 0))
             return pick(both[:-1, :-1], matches).sum() + both[-1, -1]
 
 

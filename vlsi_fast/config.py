@@ -263,7 +263,7 @@ class RunConfig(Section):
     """Precision of backbones and compute; trained weights keep a float32 master copy."""
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"
     """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed, else torch."""
-    liger: Literal["auto", True, False] = "auto"
+    liger: Literal["auto", True, False] = False
     """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed."""
     preflight: bool = True
     """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more)."""
