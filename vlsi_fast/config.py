@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .data.sources import DataConfig
 
 STAGES = ("verbalize", "interact", "sft")
+QUANTIZED = ("int8", "nf4")
 ARCHITECTURES = ("mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2")
 
 
@@ -69,6 +70,15 @@ class BackboneConfig(Section):
         if self.layers is not None and (not self.layers or sorted(set(self.layers)) != self.layers):
             raise ValueError(f"layers must be a non-empty, strictly rising list, got {self.layers}; sort it")
         return self
+
+
+class TeacherConfig(BackboneConfig):
+    """The large model, which is never trained."""
+
+    mode: Literal["auto", "zero3", "replicated", "offload", "int8", "nf4"] = "auto"
+    """How it is held (`vlsi_fast.teacher`): sharded over the ranks, whole on every rank, in CPU memory, or quantised by
+    bitsandbytes. auto: zero3 where training.deepspeed is ZeRO stage 3, else replicated. A run may be continued in
+    another mode; int8 and nf4 change the numbers, so what was made with one of them belongs to it."""
 
 
 class VerbalizerConfig(Section):
@@ -268,7 +278,7 @@ class RunConfig(Section):
     """Precision of backbones and compute; trained weights keep a float32 master copy."""
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"
     """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed, else torch."""
-    teacher: BackboneConfig
+    teacher: TeacherConfig
     """The large model."""
     student: BackboneConfig
     """The small model."""

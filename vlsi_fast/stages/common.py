@@ -14,7 +14,7 @@ from transformers import set_seed
 from vlsi_kernels import resolve_impl
 
 from ..backbones import family_of
-from ..config import ConfigError, RunConfig
+from ..config import QUANTIZED, ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
 from ..data.processors import load_processor
@@ -31,6 +31,8 @@ from ..loading import (
 )
 from ..losses import OperatorOptions
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
+from ..teacher import load_teacher, resolve_mode
+from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .base import StageModule, StageTrainer, training_arguments
 
@@ -58,7 +60,12 @@ class Role:
             "tokenizer": tokenizer_digest(self.processor.tokenizer),
             "layers": self.layers,
             "verbalizer": self.run.verbalizer.model_dump(),
-        }
+        } | ({"quantization": self.quantization} if self.name == "teacher" else {})
+
+    @property
+    def quantization(self) -> str | None:
+        """int8 or nf4: they change what the teacher says. Other modes are mere placement, and no part of the facts."""
+        return self.settings.mode if self.settings.mode in QUANTIZED else None
 
     def verbalizer_folder(self) -> Path:
         """Where trained verbalizers of this model are."""
@@ -88,6 +95,7 @@ class Stage:
     def __init__(self, config: RunConfig):
         self.config, self.settings = config, getattr(config, self.name)
         self.folder = config.stage_dir(self.name)
+        self._held: list[Held] = []
 
     # ---- what a subclass says ----
 
@@ -161,7 +169,7 @@ class Stage:
         record["state"] = "finished"
         if rank() == 0:
             write_record(self.folder, record)
-        _release(trainer)
+        _release(trainer, self._held)
         return record
 
     def _check_inputs(self) -> tuple[VlsiDataset, Collator]:
@@ -171,6 +179,8 @@ class Stage:
         if len(self.roles) == 2:
             student, teacher = (processors[name].tokenizer for name in ("student", "teacher"))
             require_same_tokens(student, teacher, self.config.student.path, self.config.teacher.path)
+        if "teacher" in self.roles:
+            self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
         self.check_predecessors()
         dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data)
         return dataset, Collator(processors, always_image=world_size() > 1)
@@ -205,10 +215,13 @@ class Stage:
         rows = [role.config.get_text_config().vocab_size for role in self.roles.values()]
         return OperatorOptions(min(rows), self.config.impl)
 
-    def load_model(self, name: str, folder: Path | None = None) -> nn.Module:
-        """A role's stock model, frozen; from `folder` where an earlier stage made it."""
+    def load_model(self, name: str, folder: Path | None = None, depth: int | None = None) -> nn.Module | Held:
+        """A role's stock model, frozen; from `folder` where an earlier stage made it; its first `depth` layers only.
+
+        The teacher is placed as `teacher.mode` says, and may be held outside the module tree.
+        """
         role = self.roles[name]
-        model = load_backbone(folder or role.folder, self.config.dtype, role.settings.attn_implementation)
+        options = (self.config.dtype, role.settings.attn_implementation, depth)
         rows = role.config.get_text_config().vocab_size
         tokens = max(role.processor.tokenizer.get_vocab().values()) + 1
         if tokens > rows:
@@ -216,6 +229,11 @@ class Stage:
                 f"{name} {role.settings.path}: its tokenizer has ids up to {tokens - 1}, its head only {rows} rows; "
                 "resize the model's embeddings or use the tokenizer that belongs to it"
             )
+        if name == "student":
+            return load_backbone(folder or role.folder, *options)
+        model = load_teacher(role.folder, self.teacher_mode, *options, self.args)
+        if isinstance(model, Held):
+            self._held.append(model)
         return model
 
     def add_lora(self, model: nn.Module) -> nn.Module:
@@ -274,13 +292,15 @@ def _keep_master_weights(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _release(trainer: StageTrainer) -> None:
+def _release(trainer: StageTrainer, held: list[Held]) -> None:
     """Give memory back for the next stage of the same process."""
     engine = getattr(trainer, "deepspeed", None)
     if engine is not None:
         engine.destroy()
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.module = None
+    while held:
+        held.pop().release()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
