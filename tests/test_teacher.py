@@ -1,4 +1,4 @@
-"""How the teacher is held: the same loss in every mode, nothing of it in checkpoints, only the layers that are needed."""
+"""How the teacher is held: one loss in every mode, nothing of it in checkpoints, only the layers that are used."""
 
 import importlib.util
 import json
