@@ -1,4 +1,4 @@
-"""Run by test_shard_loading.py on two ranks: load checkpoints under ZeRO-3, write what came out as JSON, a file a rank."""
+"""Run by test_shard_loading.py on two ranks: load checkpoints under ZeRO-3 and write a JSON report a rank."""
 
 import gc
 import json

@@ -17,7 +17,7 @@ BROKEN = {
     "unknown": r"not known to the model: .*stray\.weight \(1\)",
     "shape": r"norm\.weight has shape \(7,\), its config.json asks for \(64,\)",
     "untied": "config.json ties .*embed_tokens.weight.* but they differ; set tie_word_embeddings to false",
-    "no_file": "model-00002-of-00009.safetensors is missing",
+    "no_file": "model-00002-of-00009.safetensors, .* is missing; download",
 }
 
 
