@@ -154,7 +154,7 @@ def test_the_stage_patches_both_models_before_lora(workspace, tmp_path, monkeypa
     monkeypatch.setattr(common, "use_liger", lambda asked, device: asked is not False)
     monkeypatch.setattr(common, "apply_liger", recorded)
     interact = {"intermediate": "none", "last": "kld"}
-    record = STAGE_CLASSES["interact"](config_of(workspace, tmp_path / "run", interact=interact)).run()
+    record = STAGE_CLASSES["interact"](config_of(workspace, tmp_path / "run", interact=interact, liger="auto")).run()
     assert len(patched) == 2 and record["summary"]["liger"] == {"student": "qwen2", "teacher": "qwen2"}
     record = STAGE_CLASSES["sft"](config_of(workspace, tmp_path / "off", liger=False)).run()
     assert len(patched) == 2 and record["summary"]["liger"] == {}

@@ -22,6 +22,7 @@ from .config_files import ConfigError, apply_override, parse_overrides, read_tre
 from .data.sources import DataConfig
 
 STAGES = ("verbalize", "interact", "sft")
+QUANTIZED = ("int8", "nf4")
 ARCHITECTURES = ("mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2")
 
 
@@ -64,6 +65,15 @@ class BackboneConfig(Section):
         if self.layers is not None and (not self.layers or sorted(set(self.layers)) != self.layers):
             raise ValueError(f"layers must be a non-empty, strictly rising list, got {self.layers}; sort it")
         return self
+
+
+class TeacherConfig(BackboneConfig):
+    """The large model, which is never trained."""
+
+    mode: Literal["auto", "zero3", "replicated", "offload", "int8", "nf4"] = "auto"
+    """How it is held (`vlsi_fast.teacher`): sharded over the ranks, whole on every rank, in CPU memory, or quantised by
+    bitsandbytes. auto: zero3 where training.deepspeed is ZeRO stage 3, else replicated. A run may be continued in
+    another mode; int8 and nf4 change the numbers, so what was made with one of them belongs to it."""
 
 
 class VerbalizerConfig(Section):
@@ -267,7 +277,7 @@ class RunConfig(Section):
     """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed."""
     preflight: bool = True
     """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more)."""
-    teacher: BackboneConfig
+    teacher: TeacherConfig
     """The large model."""
     student: BackboneConfig
     """The small model."""

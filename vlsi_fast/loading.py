@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .backbones import default_layers, family_of
 from .config import BackboneConfig, ConfigError
 from .data.tokens import SharedTokens, shared_tokens
+from .shard_loading import load_sharded
 
 
 def resolve_folder(path: str, field: str) -> Path:
@@ -61,20 +64,81 @@ def target_layers(settings: BackboneConfig, config, role: str) -> list[int]:
     return list(layers)
 
 
-def load_backbone(folder: str | Path, dtype: str, attn_implementation: str = "sdpa"):
-    """A stock model in eval mode with frozen weights (sharded while loading under ZeRO-3).
+def load_backbone(
+    folder: str | Path,
+    dtype: str,
+    attn_implementation: str = "sdpa",
+    depth: int | None = None,
+    zero: dict | None = None,
+    **options,
+) -> nn.Module:
+    """A stock model in eval mode with frozen weights (under ZeRO-3 sharded while loading, see `shard_loading`).
 
     Random numbers drawn on the way are given back: under ZeRO-3 LLaVA-OneVision draws some that are overwritten, and
     what is initialised after it (verbalizers, LoRA) would not start as in a run without ZeRO-3.
-    """
-    from transformers import AutoModelForImageTextToText
 
+    Args:
+        folder: checkpoint.
+        dtype: of the weights, by torch's name.
+        attn_implementation: by its transformers name.
+        depth: keep only so many decoder layers, the shallow ones; the others are never read. None: all.
+        zero: DeepSpeed config to shard it by; None: the run's own, where that is ZeRO-3.
+        options: further arguments of `from_pretrained` (for a model that is not sharded).
+
+    Raises:
+        ValueError: the checkpoint lacks tensors.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+
+    full, config = (AutoConfig.from_pretrained(folder) for _ in range(2))
+    if depth is not None:
+        cut_config(config, depth)
+    is_cut = config.get_text_config().num_hidden_layers < full.get_text_config().num_hidden_layers
+    if zero is None and is_deepspeed_zero3_enabled():
+        zero = deepspeed_config()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+    if zero is not None:
+        with torch.random.fork_rng(devices=devices):
+            model = load_sharded(folder, config, full, getattr(torch, dtype), attn_implementation, zero)
+        return model.requires_grad_(False)
+    quiet = _without_load_report() if is_cut else contextlib.nullcontext()
+    with quiet, torch.random.fork_rng(devices=devices):
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            **options,
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensors of its model ({', '.join(missing[:10])}): use a whole checkpoint"
         )
     return model.requires_grad_(False).eval()
+
+
+def cut_config(config, depth: int) -> None:
+    """Make a transformers config describe the model with only its first `depth` decoder layers."""
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    text.num_hidden_layers = min(depth, text.num_hidden_layers)
+
+
+@contextlib.contextmanager
+def _without_load_report():
+    """transformers reports the tensors of layers that were left out as unexpected: hundreds of lines that alarm."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def require_same_tokens(student, teacher, student_name: str, teacher_name: str) -> SharedTokens:

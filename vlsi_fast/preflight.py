@@ -143,7 +143,7 @@ def check_tokens(subject: Subject) -> str:
     except ConfigError as error:
         raise Failed(str(error), "choose a teacher and a student of one family") from error
     if found.limit is not None:
-        raise Notice(f"{len(found.differing)} special tokens differ: heads are compared on the rows below {found.limit}")
+        raise Notice(f"{len(found.differing)} special tokens differ: heads are compared below row {found.limit}")
     return f"{len(student.get_vocab())} tokens"
 
 

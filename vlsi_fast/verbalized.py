@@ -9,6 +9,8 @@ final norm. The head is applied by the losses (`vlsi_fast.losses`), which never 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +34,46 @@ def answer_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return row * labels.shape[1] + position, following[row, position]
 
 
+@dataclass
+class Held:
+    """A frozen model that is no part of the module tree: nothing that walks the tree moves, wraps or saves it."""
+
+    model: nn.Module
+    """Stock `..ForConditionalGeneration`, placed where it runs; hooks on its decoder layers see them run."""
+    run: Callable[[dict[str, Tensor]], Tensor]
+    """Processor tensors -> last hidden state after the final norm, [B, T, d]."""
+    final_norm: nn.Module
+    """The final norm, plain and on the device."""
+    head_weight: Tensor
+    """[V, d], on the device or a shard (see `sharding.gathered`)."""
+    release: Callable[[], None] = lambda: None
+    """Gives back what the placement holds besides the weights."""
+
+
 class VerbalizedBackbone(nn.Module):
     """A stock model with its verbalizers.
 
     Args:
-        model: stock `..ForConditionalGeneration`, possibly with LoRA injected.
+        model: stock `..ForConditionalGeneration`, possibly with LoRA injected; or one that is `Held`.
         layers: target layers.
         verbalizers: None where only the last layer is needed.
         train_backbone: whether gradients flow into the backbone (else its forward runs without autograd).
+        needs_last: whether the last layer's own output is wanted; False where the model was cut below it.
     """
 
-    def __init__(self, model: nn.Module, layers: list[int], verbalizers: Verbalizers | None, train_backbone: bool):
+    def __init__(
+        self, model: nn.Module | Held, layers: list[int], verbalizers: Verbalizers | None, train_backbone: bool,
+        needs_last: bool = True,
+    ):  # fmt: skip
         super().__init__()
+        self.held = model if isinstance(model, Held) else None
+        if self.held is not None:
+            model = self.held.model
+            object.__setattr__(self, "model", model)  # past nn.Module's registration
+        else:
+            self.model = model
         self.family = family_of(model.config)
-        self.model = model
+        self.needs_last = needs_last
         self.target_layers = list(layers) if verbalizers is not None else []
         self.verbalizers = verbalizers
         self.train_backbone = train_backbone
@@ -58,7 +86,7 @@ class VerbalizedBackbone(nn.Module):
     @property
     def head_weight(self) -> nn.Parameter:
         """[V, d] weight of the language head; a shard under ZeRO-3 (see `sharding.gathered`)."""
-        return self.family.head(self.model).weight
+        return self.held.head_weight if self.held is not None else self.family.head(self.model).weight
 
     def train(self, mode: bool = True) -> VerbalizedBackbone:
         """A frozen backbone stays in eval mode: no dropout, no gradient checkpointing."""
@@ -67,7 +95,9 @@ class VerbalizedBackbone(nn.Module):
             self.model.eval()
         return self
 
-    def forward(self, inputs: dict[str, Tensor], index: Tensor, normed: bool = True) -> tuple[Tensor | None, Tensor]:
+    def forward(
+        self, inputs: dict[str, Tensor], index: Tensor, normed: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Hidden states at the answer positions, ready for the head.
 
         Args:
@@ -76,13 +106,14 @@ class VerbalizedBackbone(nn.Module):
             normed: apply the final norm to verbalizer outputs (False: appendix D's headless matching).
 
         Returns:
-            verbalized [L, N, d] (None without verbalizers) and last [N, d], the backbone's own final hidden state.
+            verbalized [L, N, d] (None without verbalizers) and last [N, d], the backbone's own final hidden state (None
+            unless `needs_last`).
         """
         decoder = self.verbalizers is not None and self.verbalizers.spec.is_decoder
         with contextlib.nullcontext() if self.train_backbone else torch.no_grad():
             with self._record(decoder) as (hidden, attention):
-                last = self.family.backbone(self.model)(**inputs, use_cache=False).last_hidden_state
-            last = _take(last, index)
+                last = self._run(inputs)
+            last = _take(last, index) if self.needs_last else None
             if not decoder:
                 hidden = [_take(h, index) for h in hidden]
         if self.verbalizers is None:
@@ -91,8 +122,14 @@ class VerbalizedBackbone(nn.Module):
         if decoder:
             spoken = spoken.flatten(1, 2).index_select(1, index)
         if normed:
-            spoken = self.family.final_norm(self.model)(spoken)
+            norm = self.held.final_norm if self.held is not None else self.family.final_norm(self.model)
+            spoken = norm(spoken)
         return spoken, last
+
+    def _run(self, inputs: dict[str, Tensor]) -> Tensor:
+        if self.held is not None:
+            return self.held.run(inputs)
+        return self.family.backbone(self.model)(**inputs, use_cache=False).last_hidden_state
 
     @contextlib.contextmanager
     def _record(self, all_positions: bool):

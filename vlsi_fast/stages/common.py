@@ -15,7 +15,7 @@ from vlsi_kernels import resolve_impl
 
 from ..acceleration import apply_liger, attention_name, use_liger
 from ..backbones import family_of
-from ..config import ConfigError, RunConfig
+from ..config import QUANTIZED, ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
 from ..data.encoding import configure_image_bounds
@@ -37,6 +37,8 @@ from ..losses import OperatorOptions
 from ..preflight import require_ready
 from ..rescaling import drop_incomplete, require_same_batch, rows_per_step
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
+from ..teacher import load_teacher, resolve_mode
+from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from ..watch import watch
 from .base import StageModule, StageTrainer, training_arguments
@@ -66,7 +68,21 @@ class Role:
             "tokenizer": tokenizer_digest(self.processor.tokenizer),
             "layers": self.layers,
             "verbalizer": self.run.verbalizer.model_dump(),
-        }
+        } | ({"quantization": self.quantization} if self.name == "teacher" else {})
+
+    @property
+    def quantization(self) -> str | None:
+        """int8 or nf4: they change what the teacher says. Other modes are mere placement, and no part of the facts."""
+        return self.settings.mode if self.settings.mode in QUANTIZED else None
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers that the target layers need, where nothing deeper is asked for.
+
+        One more than the deepest where the family adds to that layer's output: the state is read at the next layer.
+        """
+        deepest = max(self.layers)
+        return deepest + (deepest <= family_of(self.config).layers_added_to(self.config))
 
     def verbalizer_folder(self) -> Path:
         """Where trained verbalizers of this model are."""
@@ -98,6 +114,7 @@ class Stage:
         self.attention: dict[str, str] = {}
         self.liger: dict[str, str | None] = {}
         self.folder = config.stage_dir(self.name)
+        self._held: list[Held] = []
 
     # ---- what a subclass says ----
 
@@ -182,7 +199,7 @@ class Stage:
         record["state"] = "finished"
         if rank() == 0:
             write_record(self.folder, record)
-        _release(trainer)
+        _release(trainer, self._held)
         return record
 
     def _check_inputs(self) -> tuple[VlsiDataset, Collator]:
@@ -193,6 +210,8 @@ class Stage:
         if len(self.roles) == 2:
             student, teacher = (processors[name].tokenizer for name in ("student", "teacher"))
             self.tokens = require_same_tokens(student, teacher, self.config.student.path, self.config.teacher.path)
+        if "teacher" in self.roles:
+            self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
         self.check_predecessors()
         dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data)
         return dataset, Collator(processors, always_image=world_size() > 1)
@@ -235,14 +254,15 @@ class Stage:
         rows = [role.config.get_text_config().vocab_size for role in self.roles.values()]
         return OperatorOptions(shared_rows(rows, self.tokens), self.config.impl)
 
-    def load_model(self, name: str, folder: Path | None = None) -> nn.Module:
-        """A role's stock model, frozen; from `folder` where an earlier stage made it."""
+    def load_model(self, name: str, folder: Path | None = None, depth: int | None = None) -> nn.Module | Held:
+        """A role's stock model, frozen; from `folder` where an earlier stage made it; its first `depth` layers only.
+
+        The teacher is placed as `teacher.mode` says, and may be held outside the module tree.
+        """
         role = self.roles[name]
         attention = attention_name(role.settings.attn_implementation, self.config.dtype, self.args.device)
         self.attention[name] = attention
-        model = load_backbone(folder or role.folder, self.config.dtype, attention)
-        if use_liger(self.config.liger, self.args.device):
-            self.liger[name] = apply_liger(model, required=self.config.liger is True)
+        options = (self.config.dtype, attention, depth)
         rows = role.config.get_text_config().vocab_size
         tokens = max(role.processor.tokenizer.get_vocab().values()) + 1
         if tokens > rows:
@@ -250,6 +270,17 @@ class Stage:
                 f"{name} {role.settings.path}: its tokenizer has ids up to {tokens - 1}, its head only {rows} rows; "
                 "resize the model's embeddings or use the tokenizer that belongs to it"
             )
+        if name == "student":
+            model = load_backbone(folder or role.folder, *options)
+        else:
+            model = load_teacher(role.folder, self.teacher_mode, *options, self.args)
+        if isinstance(model, Held):
+            self._held.append(model)
+        # what offloads or quantises has replaced the forwards that liger-kernel would replace
+        plain = name == "student" or self.teacher_mode in ("zero3", "replicated")
+        if plain and use_liger(self.config.liger, self.args.device):
+            stock = model.model if isinstance(model, Held) else model
+            self.liger[name] = apply_liger(stock, required=self.config.liger is True)
         return model
 
     def add_lora(self, model: nn.Module) -> nn.Module:
@@ -311,13 +342,15 @@ def _keep_master_weights(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _release(trainer: StageTrainer) -> None:
+def _release(trainer: StageTrainer, held: list[Held]) -> None:
     """Give memory back for the next stage of the same process."""
     engine = getattr(trainer, "deepspeed", None)
     if engine is not None:
         engine.destroy()
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.module = None
+    while held:
+        held.pop().release()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -163,7 +163,9 @@ class InteractStage(Stage):
         teacher = None
         if "teacher" in self.roles:
             role = self.roles["teacher"]
-            teacher = VerbalizedBackbone(self.load_model("teacher"), role.layers, self._verbalizers("teacher"), False)
+            needs_last = self.settings.last in ("kld", "l2")
+            model = self.load_model("teacher", depth=None if needs_last else role.depth)
+            teacher = VerbalizedBackbone(model, role.layers, self._verbalizers("teacher"), False, needs_last)
         return InteractModule(student, teacher, self.settings, self.config.matching, self.head_options)
 
     def _verbalizers(self, name: str) -> Verbalizers | None:

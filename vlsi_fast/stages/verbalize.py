@@ -58,7 +58,10 @@ class VerbalizeStage(Stage):
         backbones = {}
         for name, role in self.roles.items():
             verbalizers = Verbalizers(role.spec(), self.config.impl)
-            backbones[name] = VerbalizedBackbone(self.load_model(name), role.layers, verbalizers, train_backbone=False)
+            model = self.load_model(name, depth=role.depth)  # what lies above the deepest target layer has no say
+            backbones[name] = VerbalizedBackbone(
+                model, role.layers, verbalizers, train_backbone=False, needs_last=False
+            )
         return VerbalizeModule(backbones, self.head_options)
 
     def save(self, module: VerbalizeModule) -> None:
