@@ -37,9 +37,9 @@ def test_the_choice_reaches_the_model_and_the_record_and_is_no_part_of_the_run(w
     """A run may go on with another attention: on another machine `auto` may be another one."""
     loaded, load = [], common.load_backbone
 
-    def recorded(folder, dtype, attention="sdpa"):
+    def recorded(folder, dtype, attention="sdpa", depth=None):
         loaded.append(attention)
-        return load(folder, dtype, attention)
+        return load(folder, dtype, attention, depth)
 
     monkeypatch.setattr(common, "load_backbone", recorded)
     config = config_of(workspace, tmp_path / "run")

@@ -108,7 +108,7 @@ def quantization(folder: Path, mode: str):
 
     model = empty_model(AutoConfig.from_pretrained(folder))
     family = family_of(model.config)
-    kept = [part(model) for part in (family.head, family.vision, family.final_norm)]
+    kept = [family.head(model), family.final_norm(model), *family.vision(model)]
     names = [name for name, module in model.named_modules() if any(module is part for part in kept)]
     if mode == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=names)

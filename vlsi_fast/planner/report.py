@@ -129,6 +129,7 @@ def make_plan(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any
     rows = rows_of(config, models, arguments)
     return {
         "kind": "prediction on paper; nothing was measured",
+        "teacher_mode": config.teacher.mode,
         "machine": dataclasses.asdict(machine),
         "rows": dataclasses.asdict(rows),
         "samples": arguments.samples,
@@ -205,6 +206,8 @@ def print_plan(plan: dict[str, Any]) -> None:
             )  # fmt: skip
     console.print(table)
     console.print("step and days: from communication wholly hidden behind computation to not at all")
+    if plan["teacher_mode"] not in ("auto", "zero3"):
+        console.print(f"the teacher is planned as teacher.mode zero3; {plan['teacher_mode']} takes other memory and traffic")
 
 
 def main(config: RunConfig, arguments: argparse.Namespace) -> int:
