@@ -207,7 +207,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     console.print(table)
     console.print("step and days: from communication wholly hidden behind computation to not at all")
     if plan["teacher_mode"] not in ("auto", "zero3"):
-        console.print(f"the teacher is planned as teacher.mode zero3; {plan['teacher_mode']} takes other memory and traffic")
+        console.print(f"planned as teacher.mode zero3: {plan['teacher_mode']} takes other memory and traffic")
 
 
 def main(config: RunConfig, arguments: argparse.Namespace) -> int:
