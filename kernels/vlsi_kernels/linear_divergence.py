@@ -51,8 +51,8 @@ from ._common import (
 )
 from ._triton import Build, constant, jit, tl
 from .head_statistics import BLOCK_WIDTH, TileValues, block_of, tile_dtype
+from .linear_cross_entropy import REDUCTIONS
 
-REDUCTIONS = ("mean", "sum", "none")
 # log(q / p) is not let below this: q is then under 1e-34 and counts for nothing, but exp of more would overflow.
 LOWEST_LOG_RATIO = -80.0
 # Half-precision tiles are float16 (11 bits; bfloat16's 8 cost up to 2.4e-3 of gradient near convergence). A row's
