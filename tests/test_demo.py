@@ -22,16 +22,16 @@ def test_models_are_small_and_share_one_tokenizer():
     files = [file for file in models.MODELS.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 15e6
     teacher, student = (load_processor(models.MODELS / role).tokenizer for role in ("teacher", "student"))
-    assert teacher.get_vocab() == student.get_vocab() == models.make_tokenizer().get_vocab()
+    assert teacher.get_vocab() == student.get_vocab() == models.make_tokenizer(models.easy_vqa_texts()).get_vocab()
     sizes = {role: load_backbone(models.MODELS / role, "float32").num_parameters() for role in ("teacher", "student")}
     assert 2.5e6 < sizes["teacher"] < 3.5e6 and 0.4e6 < sizes["student"] < 0.7e6
 
 
 def test_models_are_what_the_recipe_makes():
     """Same architecture as the committed recipe; only the weights were trained."""
-    tokenizer = models.make_tokenizer()
+    tokenizer = models.make_tokenizer(models.easy_vqa_texts())
     for role in ("teacher", "student"):
-        fresh, shipped = models.make_model(role, tokenizer), load_backbone(models.MODELS / role, "float32")
+        fresh, shipped = models.make_model(models.SIZES[role], tokenizer), load_backbone(models.MODELS / role, "float32")
         shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (fresh, shipped)]
         assert shapes[0] == shapes[1]
 

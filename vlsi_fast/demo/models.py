@@ -79,14 +79,19 @@ def easy_vqa_train() -> tuple[Path, list[tuple[str, str, int]]]:
     return folder, [tuple(row) for row in json.loads((folder / "questions.json").read_text())]
 
 
-def make_tokenizer():
-    """Byte-level BPE of 256 bytes and up to 160 merges from the train split's words, with Qwen2-VL's special tokens."""
+def easy_vqa_texts() -> list[str]:
+    """The train split's questions and, twice as often, its answers."""
+    _, triples = easy_vqa_train()
+    questions, answers = {q for q, _, _ in triples}, {a for _, a, _ in triples}
+    return sorted(questions) * 2 + sorted(answers) * 4
+
+
+def make_tokenizer(texts: list[str]):
+    """Byte-level BPE of 256 bytes and up to 160 merges from the words of `texts`, with Qwen2-VL's special tokens."""
     import tokenizers
     from transformers import Qwen2Tokenizer
 
-    _, triples = easy_vqa_train()
-    questions, answers = {q for q, _, _ in triples}, {a for _, a, _ in triples}
-    texts = sorted(questions) * 2 + sorted(answers) * 4 + ["user\n", "assistant\n", "system\n"] * 20
+    texts = texts + ["user\n", "assistant\n", "system\n"] * 20
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     trainer = tokenizers.trainers.BpeTrainer(
@@ -104,7 +109,7 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_processor():
+def make_processor(tokenizer):
     """64 x 64 pixels in patches of 8, merged 2 x 2: 16 image tokens. White backgrounds are normalised to about 0."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -118,14 +123,14 @@ def make_processor():
         image_mean=[0.95] * 3,
         image_std=[0.4] * 3,
     )
-    return build_qwen2_vl_processor(make_tokenizer(), image_processor, CHAT_TEMPLATE)
+    return build_qwen2_vl_processor(tokenizer, image_processor, CHAT_TEMPLATE)
 
 
-def make_model(role: str, tokenizer, seed: int = 0):
+def make_model(size: dict[str, int], tokenizer, seed: int = 0):
     """A stock model of random weights, of scale width**-0.5: with the usual 0.02 so small a model does not learn."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    size, token_id = SIZES[role], tokenizer.convert_tokens_to_ids
+    token_id = tokenizer.convert_tokens_to_ids
     half = size["hidden_size"] // size["heads"] // 2
     spatial = 3 * half // 8
     config = Qwen2VLConfig(
@@ -216,7 +221,7 @@ def main() -> int:
     parser.add_argument("--work_dir", default="runs/demo_models", help="folder of the phases (default: %(default)s)")
     parser.add_argument("--models_dir", default=str(MODELS), help="where the two models go (default: the package)")
     arguments = parser.parse_args()
-    work, processor = Path(arguments.work_dir), make_processor()
+    work, processor = Path(arguments.work_dir), make_processor(make_tokenizer(easy_vqa_texts()))
     captions_file = work / "captions.jsonl"
     write_captions(captions_file)
 
@@ -235,12 +240,12 @@ def main() -> int:
         processor.save_pretrained(folder)
         return folder
 
-    teacher = make_model("teacher", processor.tokenizer)
+    teacher = make_model(SIZES["teacher"], processor.tokenizer)
     folder = start("teacher", teacher)
     for name in ("teacher_captions", "teacher_questions", "teacher"):
         folder = phase(name, folder)
     results = {"teacher": folder}
-    student = make_model("student", processor.tokenizer, seed=1)
+    student = make_model(SIZES["student"], processor.tokenizer, seed=1)
     share_vision(student, load_backbone(results["teacher"], "float32"))
     results["student"] = phase("student", start("student", student))
     for role, folder in results.items():
