@@ -9,33 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import platform
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+from seeds import interval, machine
+
 ROOT = Path(__file__).resolve().parent.parent
 MEASURES = ("teacher_accuracy", "student_before_accuracy", "student_after_accuracy", "sft_only_accuracy")
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Two-sided 95% quantile of Student's t for n seeds (n - 1 degrees of freedom)."""
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and half width of its 95% interval."""
-    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"mean": statistics.fmean(values), "half_width_95": half, "values": values}
-
-
-def processor_name() -> str:
-    """The CPU as the system names it."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def main() -> None:
@@ -64,7 +45,7 @@ def main() -> None:
         "stages_seconds": interval([s["stages_seconds"] for s in summaries]),
         "optimizer_steps": {name: stage["optimizer_steps"] for name, stage in summaries[0]["stages"].items()},
         "peak_rss_bytes": max(s["peak_rss_bytes"] for s in summaries),
-        "machine": {"processor": processor_name(), "cores": os.cpu_count()},
+        "machine": machine(),
         "versions": summaries[0]["versions"],
         "commit": commit.strip(),
     }

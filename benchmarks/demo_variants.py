@@ -14,7 +14,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from demo_seeds import ROOT, processor_name
+from demo_seeds import ROOT
+from seeds import machine
 
 from vlsi_fast import load_config, run
 from vlsi_fast.lineage import versions
@@ -64,7 +65,7 @@ def main() -> None:
         "rows_per_step": arguments.rows,
         "seed": demo.seed,
         "accuracy": results,
-        "machine": {"processor": processor_name(), "cores": os.cpu_count()},
+        "machine": machine(),
         "versions": versions(),
         "commit": commit.strip(),
     }

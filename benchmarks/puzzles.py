@@ -3,8 +3,8 @@
     python benchmarks/puzzles.py --out runs/study/data
 
 A picture has 2 x 2 cells of 32 pixels. A *scene* has two to four objects (a shape, a colour, perhaps a dot); a *puzzle*
-(figure 3 of the paper) has three, and the fourth is missing: each attribute is the same everywhere, or changes from row to
-row, or from column to column, so the fourth follows.
+(figure 3 of the paper) has three, and the fourth is missing: each attribute is the same everywhere, or changes
+from row to row, or from column to column, so the fourth follows.
 
 | type      | example                                                                                            |
 |-----------|----------------------------------------------------------------------------------------------------|
@@ -15,8 +15,8 @@ row, or from column to column, so the fourth follows.
 | describe  | describe the image. - red star, nothing, blue circle with a dot, nothing                            |
 | easy_vqa  | rows of PyPI's easy-vqa (training splits from its train split, the others from its test split)      |
 
-Splits have no scene in common. Combinations in `HELD_OUT` occur in `test_held_out` alone, where each question is about one of
-them; easy-vqa has neither of their shapes.
+Splits have no scene in common. Combinations in `HELD_OUT` occur in `test_held_out` alone, where each question is about
+one of them; easy-vqa has neither of their shapes.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Question:
 
 
 def draw_scene(rng: random.Random, held_out: bool) -> Cells:
-    """Two to four objects; colours and shapes repeat often enough to be counted. `held_out`: at least one of them is."""
+    """Two to four objects; colours and shapes repeat often enough to be counted. `held_out`: one is, at least."""
     while True:
         colors, shapes = rng.sample(sorted(COLORS), 3), rng.sample(SHAPES, 3)
         cells = [Object(rng.choice(colors), rng.choice(shapes), rng.random() < 0.3) for _ in range(4)]
@@ -172,7 +172,9 @@ def _count(cells: Cells, rng: random.Random) -> Question:
         if like.held_out:
             return _count(cells, rng)
     kind = rng.choice(("shape", "color", "both"))
-    same = [o for o in objects if (o.color == like.color or kind == "shape") and (o.shape == like.shape or kind == "color")]
+    same = [
+        o for o in objects if (o.color == like.color or kind == "shape") and (o.shape == like.shape or kind == "color")
+    ]
     one = {"shape": like.shape, "color": f"{like.color} object", "both": f"{like.color} {like.shape}"}[kind]
     many = one + ("es" if one.endswith("s") else "s")
     number = NUMBERS[len(same)]
@@ -199,7 +201,12 @@ def _relation(cells: Cells, rng: random.Random) -> Question:
         about = (cells[i],) + ((cells[other],) if cells[other] else ())
         return Question("relation", f"what is {side} the {names[i]}?", answer, about)
     side, holds = rng.choice(
-        (("left of", i % 2 < j % 2), ("right of", i % 2 > j % 2), ("above", i // 2 < j // 2), ("below", i // 2 > j // 2))
+        (
+            ("left of", i % 2 < j % 2),
+            ("right of", i % 2 > j % 2),
+            ("above", i // 2 < j // 2),
+            ("below", i // 2 > j // 2),
+        )
     )
     answer = "yes" if holds else "no"
     return Question("relation", f"is the {names[i]} {side} the {names[j]}?", answer, (cells[i], cells[j]))
@@ -279,6 +286,19 @@ def _easy_vqa_rows(folder: Path, split: str, count: int, seed: int) -> list[str]
             (folder / name).write_bytes((source / "images" / f"{number}.png").read_bytes())
         lines.append(_row("easy_vqa", name, question, answer))
     return lines
+
+
+def write_noisy(folder: Path, split: str, share: float, seed: int) -> None:
+    """`<split>_noisy.jsonl`: of `share` of the rows the answer is that of another row of the same type."""
+    rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+    rng = random.Random(f"{seed} noise")
+    answers: dict[str, list[str]] = {}
+    for row in rows:
+        answers.setdefault(row["type"], []).append(row["messages"][1]["content"])
+    for row in rng.sample(rows, round(share * len(rows))):
+        others = [answer for answer in answers[row["type"]] if answer != row["messages"][1]["content"]]
+        row["messages"][1]["content"] = rng.choice(others)
+    (folder / f"{split}_noisy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def texts(folder: Path) -> list[str]:

@@ -31,7 +31,8 @@ def test_models_are_what_the_recipe_makes():
     """Same architecture as the committed recipe; only the weights were trained."""
     tokenizer = models.make_tokenizer(models.easy_vqa_texts())
     for role in ("teacher", "student"):
-        fresh, shipped = models.make_model(models.SIZES[role], tokenizer), load_backbone(models.MODELS / role, "float32")
+        fresh = models.make_model(models.SIZES[role], tokenizer)
+        shipped = load_backbone(models.MODELS / role, "float32")
         shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (fresh, shipped)]
         assert shapes[0] == shapes[1]
 

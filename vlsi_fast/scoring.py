@@ -28,23 +28,26 @@ def exact_match(
     *,
     batch_size: int = 256,
     max_new_tokens: int = 16,
+    num_beams: int = 1,
     dtype: str = "float32",
     device: str | torch.device | None = None,
     description: str = "",
 ) -> dict:
-    """Share of the rows of `data.eval` whose last answer the model gives word for word (greedy decoding).
+    """Share of the rows of `data.eval` whose last answer the model gives word for word.
 
     Args:
         checkpoint: folder of a stock checkpoint with its processor.
         data: its `eval` sources and image bounds are used.
         batch_size: rows generated at once.
         max_new_tokens: tokens after which an answer is cut.
+        num_beams: width of the beam search (the paper's is 5); 1: greedy decoding.
         dtype: precision of the model.
         device: default: the GPU where there is one, else the CPU.
         description: shown in front of the progress bar; no bar where it is empty.
 
     Returns:
-        `accuracy` (0 to 1), `correct`, `rows` (those scored) and `skipped` (cause -> rows that cannot be used).
+        `accuracy` (0 to 1), `correct`, `rows` (those scored), `right` (whether each of them is, in order) and
+        `skipped` (cause -> rows that cannot be used).
     """
     from tqdm.auto import tqdm
 
@@ -53,19 +56,21 @@ def exact_match(
     configure_image_bounds(processor, data.min_pixels, data.max_pixels)
     processor.tokenizer.padding_side = "left"
     model = load_backbone(checkpoint, dtype).to(device)
-    rows = build_source(data.eval, "data.eval")
-    correct, scored, skipped, pending = 0, 0, Counter(), []
-    for i in tqdm(range(len(rows)), desc=description, disable=not description, leave=False):
+    source = build_source(data.eval, "data.eval")
+    right, skipped, pending = [], Counter(), []
+    for i in tqdm(range(len(source)), desc=description, disable=not description, leave=False):
         try:
-            pending.append(_question(rows[i], processor, data))
+            pending.append(_question(source[i], processor, data))
         except UnusableRow as error:
             skipped[error.cause] += 1
-        if pending and (len(pending) == batch_size or i == len(rows) - 1):
-            answers = _generate(model, processor, pending, max_new_tokens)
-            correct += sum(normalise(a) == normalise(q["answer"]) for a, q in zip(answers, pending))
-            scored += len(pending)
+        if pending and (len(pending) == batch_size or i == len(source) - 1):
+            answers = _generate(model, processor, pending, max_new_tokens, num_beams)
+            right += [normalise(a) == normalise(q["answer"]) for a, q in zip(answers, pending)]
             pending = []
-    return {"accuracy": correct / max(scored, 1), "correct": correct, "rows": scored, "skipped": dict(skipped)}
+    correct, rows = sum(right), len(right)
+    return {
+        "accuracy": correct / max(rows, 1), "correct": correct, "rows": rows, "right": right, "skipped": dict(skipped)
+    }  # fmt: skip
 
 
 def _question(sample, processor, data: DataConfig) -> dict:
@@ -81,11 +86,11 @@ def _question(sample, processor, data: DataConfig) -> dict:
     }
 
 
-def _generate(model, processor, questions: list[dict], max_new_tokens: int) -> list[str]:
+def _generate(model, processor, questions: list[dict], max_new_tokens: int, num_beams: int) -> list[str]:
     images = [image for question in questions for image in question["images"]]
     inputs = processor(
         text=[question["text"] for question in questions], images=images or None, padding=True, return_tensors="pt"
     ).to(model.device)
-    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False)
     new = generated[:, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -1,0 +1,241 @@
+"""A study's work as jobs that depend on each other: stages, and scores of what they made.
+
+Rows of a table that agree in a stage share its job. A job's folder is named after all that its result depends on, and
+`job.json` appears in it, whole, when the job is done: a job that was killed starts again, one that is done is not
+repeated. Each job runs in a process of its own, forked from one that has imported everything and encoded the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from study_models import CONFIG, rows_of
+from study_rows import Row
+
+from vlsi_fast import load_config, run
+from vlsi_fast.loading import weights_digest
+
+MAX_ANSWER = 32
+"""Tokens after which an answer is cut; the longest right one has fewer."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """`stage` is one of the three, or "score"."""
+
+    stage: str
+    settings: str
+    """JSON: seed, models, data and overrides of a stage; checkpoint, split and beams of a score."""
+    parents: tuple[Job, ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        """Names the job's folder."""
+        text = json.dumps([self.stage, self.settings, [parent.key for parent in self.parents]])
+        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def chain(self) -> list[Job]:
+        """Everything that it rests on, first things first, and itself."""
+        found: dict[str, Job] = {}
+        for parent in self.parents:
+            found |= {job.key: job for job in parent.chain()}
+        return [*found.values(), self]
+
+
+class Study:
+    """Where the work is, and what all of its jobs have in common."""
+
+    def __init__(self, work: Path, overrides: dict[str, Any] | None = None):
+        """`overrides`: of the config, for every job."""
+        self.work, self.overrides = work, overrides or {}
+        self.config = load_config(CONFIG, self.overrides)
+        self._digests: dict[str, str] = {}
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        """What a finished job found, or None."""
+        file = self.work / "jobs" / job.key / "job.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def jobs(self, row: Row, seed: int, splits: tuple[str, ...]) -> list[Job]:
+        """The scores that a row needs, one a split; their chains hold its stages."""
+        last: tuple[Job, ...] = ()
+        shared = {"seed": seed, "teacher": row.teacher, "student": row.student, "data": row.data}
+        shared |= {"config": hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()}
+        shared |= {"weights": self._digest(row.teacher) + self._digest(row.student)}
+
+        def stage(name: str, changes: dict[str, Any]) -> tuple[Job]:
+            return (Job(name, json.dumps(shared | {"changes": changes}, sort_keys=True), last),)
+
+        if row.speaks:
+            last = stage("verbalize", row.verbalizer | row.verbalize)
+        if row.interact is not None:
+            last = stage("interact", row.verbalizer | row.interact)
+        if row.sft is not None:
+            last = stage("sft", row.sft)
+        scored = {"beams": row.beams, "checkpoint": row.scored, "weights": self._digest(row.scored)}
+        return [Job("score", json.dumps(scored | {"split": split}, sort_keys=True), last) for split in splits]
+
+    def _digest(self, model: str | None) -> str:
+        if model is not None and model not in self._digests:
+            self._digests[model] = weights_digest(self.work / "models" / model)
+        return self._digests.get(model, "")
+
+    # ---- in a process of its own ----
+
+    def execute(self, job: Job) -> None:
+        """Do the job and write `job.json`."""
+        folder = self.work / "jobs" / job.key
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        settings = json.loads(job.settings)
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = self._score(job, settings) if job.stage == "score" else self._stage(job, settings, folder)
+        result |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        partial = folder / "job.json.partial"
+        partial.write_text(json.dumps({"stage": job.stage, "settings": settings} | result, indent=1) + "\n")
+        partial.rename(folder / "job.json")
+
+    def _stage(self, job: Job, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+        models = self.work / "models"
+        data, _, count = settings["data"].partition("#")
+        source = rows_of(self.work / "data" / data)
+        if count:
+            source["path"] += f"#{count}"
+        changes = self.overrides | settings["changes"] | {"output_dir": str(folder), "seed": settings["seed"]}
+        changes |= {f"{role}.path": str(models / settings[role]) for role in ("teacher", "student")}
+        changes["data.train"] = [source]
+        for parent in job.parents:
+            made = (self.work / "jobs" / parent.key).resolve()
+            if job.stage == "interact":
+                changes |= {f"{role}.verbalizers": str(made / "verbalize" / role) for role in ("teacher", "student")}
+            elif job.stage == "sft":
+                (folder / "interact").symlink_to(made / "interact")
+        operations: list[int] = []
+        with _counting(operations):
+            record = run(load_config(CONFIG, changes), job.stage)[job.stage]
+        steps = record["summary"]["optimizer_steps"]
+        return {"steps": steps, "flops": operations[0] * steps}
+
+    def _score(self, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
+        from vlsi_fast.scoring import exact_match
+
+        if settings["checkpoint"]:
+            checkpoint = self.work / "models" / settings["checkpoint"]
+        else:
+            parent = job.parents[0]
+            checkpoint = self.work / "jobs" / parent.key / parent.stage / "student"
+        file = self.work / "data" / f"{settings['split']}.jsonl"
+        data = load_config(CONFIG, {"data.eval": [rows_of(file)]}).data
+        found = exact_match(checkpoint, data, num_beams=settings["beams"], max_new_tokens=MAX_ANSWER)
+        types: dict[str, list[int]] = {}
+        for line, right in zip(file.read_text().splitlines(), found["right"], strict=True):
+            counts = types.setdefault(json.loads(line)["type"], [0, 0])
+            counts[0] += right
+            counts[1] += 1
+        return {"correct": found["correct"], "rows": found["rows"], "types": types}
+
+
+class _counting:
+    """Appends the floating-point operations of the first training step: products, as torch's counter sees them."""
+
+    def __init__(self, operations: list[int]):
+        self.operations = operations
+
+    def __enter__(self):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        from vlsi_fast.stages.base import StageTrainer
+
+        self.trainer, self.step = StageTrainer, StageTrainer.training_step
+        step, operations = self.step, self.operations
+
+        def counted(trainer, *args, **kwargs):
+            if operations:
+                return step(trainer, *args, **kwargs)
+            with FlopCounterMode(display=False) as counter:
+                loss = step(trainer, *args, **kwargs)
+            operations.append(counter.get_total_flops())
+            return loss
+
+        StageTrainer.training_step = counted
+
+    def __exit__(self, *error):
+        self.trainer.training_step = self.step
+
+
+# ---- all of them ----
+
+
+def run_jobs(
+    study: Study, wanted: list[Job], workers: int, tell: Callable[[str], None], deadline: float = 0
+) -> list[Job]:
+    """Run what is wanted and not yet done, `workers` at a time, in the order given.
+
+    Args:
+        deadline: `time.time()` after which none is started; 0: no such time.
+
+    Returns:
+        The jobs that failed. Those that rest on them are left out.
+    """
+    context = multiprocessing.get_context("fork")
+    todo = list({job.key: job for each in wanted for job in each.chain() if study.result(job) is None}.values())
+    total, done, running, failed = len(todo), 0, {}, []
+    while todo or running:
+        for job in list(todo):
+            if len(running) >= workers or (deadline and time.time() > deadline):
+                break
+            if any(parent in failed for parent in job.parents):
+                failed.append(job)
+                todo.remove(job)
+            elif all(study.result(parent) is not None for parent in job.parents):
+                process = context.Process(target=_child, args=(study, job))
+                process.start()
+                running[process] = (job, time.perf_counter())
+                todo.remove(job)
+        if not running:
+            break
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        for process in [process for process in running if not process.is_alive()]:
+            job, began = running.pop(process)
+            process.join()
+            done += 1
+            if study.result(job) is None:
+                failed.append(job)
+                tell(f"{job.key} failed (see {study.work / 'jobs' / (job.key + '.log')})")
+            else:
+                tell(f"[{done}/{total}] {job.key} {time.perf_counter() - began:.0f} s")
+    return failed
+
+
+def _child(study: Study, job: Job) -> None:
+    """A job's process: one thread, output into a log beside its folder."""
+    import torch
+
+    torch.set_num_threads(1)
+    log = study.work / "jobs" / f"{job.key}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    try:
+        study.execute(job)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing of the parent's is to be cleaned up twice
