@@ -17,6 +17,7 @@ import datetime
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -58,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work_dir", type=Path, default=Path("runs/study"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--until", help="HH:MM, UTC: start no job after it, and report on what is done")
+    parser.add_argument(
+        "--only", help="regular expression: run only rows whose names match; report on all that is done"
+    )
     options, rest = parser.parse_known_args(arguments)
     if not options.prepare and options.table is None:
         parser.error("nothing to do: give --prepare, --table, or both")
@@ -78,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.table == "why":
         puzzles.write_noisy(options.work_dir / "data", "train", share=0.3, seed=0)
     scores = {(row.name, seed): study.jobs(row, seed, splits) for seed in range(options.seeds) for row in rows}
-    wanted = [job for jobs in scores.values() for job in jobs]
+    wanted = [job for (name, _), jobs in scores.items() if re.search(options.only or "", name) for job in jobs]
     if any(study.result(job) is None for job in wanted):
         warm(study)
     failed = run_jobs(study, wanted, options.jobs, lambda text: print(text, file=sys.stderr, flush=True),

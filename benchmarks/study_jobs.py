@@ -227,15 +227,13 @@ def _child(study: Study, job: Job) -> None:
     torch.set_num_threads(1)
     log = study.work / "jobs" / f"{job.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
+    stream = log.open("w", buffering=1)
+    for descriptor in (1, 2):
+        os.dup2(stream.fileno(), descriptor)
+    sys.stdout = sys.stderr = stream
     try:
         study.execute(job)
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
         os._exit(1)
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)  # nothing of the parent's is to be cleaned up twice

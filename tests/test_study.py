@@ -149,7 +149,7 @@ def test_same_seed_same_bytes_and_no_picture_in_two_splits(tmp_path):
 
 
 def test_statistics_against_known_values():
-    """Expected values are scipy 1.16's (spearmanr, kendalltau, t.interval, permutation_test)."""
+    """Expected values are scipy 1.17.1's (spearmanr, kendalltau, t.interval, permutation_test)."""
     found = seeds.interval([1.0, 2.0, 4.0])
     assert found["mean"] == pytest.approx(7 / 3) and found["half_width_95"] == pytest.approx(3.7947, abs=1e-3)
     assert math.isnan(seeds.interval([1.0])["half_width_95"])
@@ -177,7 +177,7 @@ def test_papers_rows_are_there():
             named = {paper for row in rows for paper in row.paper}
             known = {entry["name"] for name in study_rows.PAPER[table] for entry in load_table(name)["rows"]}
             assert named <= known and known - named <= {"Qwen2-VL-72B"}
-            assert all(len(found) >= 6 for found in means.values())
+            assert all(len(found) >= 4 for found in means.values())
     operations = study.paper_means("4d", study_rows.rows_of_table("4d", config))["table_4d"]
     assert operations["L2 / KLD"] == pytest.approx(np.mean([81.5, 53.2, 66.8, 58.0, 81.7, 53.5, 67.0, 58.3]))
 
@@ -202,7 +202,6 @@ FEW += ["--training.per_device_train_batch_size=4"]
 
 def test_study_end_to_end_resumes_and_pairs(work, tmp_path, monkeypatch, capsys):
     started = []
-    monkeypatch.setattr(study_jobs, "_child", lambda s, job, child=study_jobs._child: child(s, job))
     rows = [study_rows.DEFAULT, study_rows._operations("- / KLD")]
     monkeypatch.setattr(study, "rows_of_table", lambda table, config: rows)
     words = ["--table", "4d", "--seeds", "2", "--work_dir", str(work), "--out", str(tmp_path), *FEW]
@@ -216,7 +215,7 @@ def test_study_end_to_end_resumes_and_pairs(work, tmp_path, monkeypatch, capsys)
 
     first = start()
     stages = [key.split("-")[0] for key in started[0]]
-    assert {stage: stages.count(stage) for stage in set(stages)} == {"verbalize": 2, "interact": 4, "sft": 4, "score": 8}
+    assert {name: stages.count(name) for name in set(stages)} == {"verbalize": 2, "interact": 4, "sft": 4, "score": 8}
     entry = first["rows"][1]
     mine, base = (row["accuracy"]["values"] for row in (entry, first["rows"][0]))
     assert entry["difference_to_default"]["values"] == [a - b for a, b in zip(mine, base)]
@@ -254,4 +253,5 @@ def test_seeds_and_changes_make_other_jobs(work):
     keys = {study_.jobs(study_rows.DEFAULT, seed, ("test",))[0].key for seed in range(3)}
     keys |= {study_.jobs(row, 0, ("test",))[0].key for row in study_rows.table_4e(study_.config)}
     assert len(keys) == 3 + 7
-    assert study_jobs.Study(work, {"sft.training.max_steps": 7}).jobs(study_rows.DEFAULT, 0, ("test",))[0].key not in keys
+    changed = study_jobs.Study(work, {"sft.training.max_steps": 7})
+    assert changed.jobs(study_rows.DEFAULT, 0, ("test",))[0].key not in keys
