@@ -43,7 +43,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 TYPES = ("attribute", "count", "relation", "sequence", "describe", "easy_vqa")
 SPLITS = {
     "teacher_train": (2400, 2000, 800), "train": (250, 250, 100), "validation": (60, 100, 40),
-    "test": (80, 130, 50), "test_held_out": (130, 130, 0),
+    "test": (80, 130, 50), "test_held_out": (130, 130, 0), "teacher_more_train": (4000, 0, 1500),
 }  # fmt: skip
 """Split -> scenes, puzzles, rows of easy-vqa. A scene has five rows, a puzzle one, in training splits two."""
 
@@ -277,7 +277,7 @@ def _easy_vqa_rows(folder: Path, split: str, count: int, seed: int) -> list[str]
     training = split.endswith("train")
     source = Path(easy_vqa.__file__).parent / "data" / ("train" if training else "test")
     triples = json.loads((source / "questions.json").read_text())
-    mine = {"teacher_train": (0, 1, 2), "train": (3,), "validation": (0, 1), "test": (2, 3)}.get(split, ())
+    mine = {"teacher_train": (0, 1, 2), "teacher_more_train": (0, 1, 2), "train": (3,), "validation": (0, 1), "test": (2, 3)}.get(split, ())
     triples = [triple for triple in triples if triple[2] % 4 in mine]
     lines = []
     for question, answer, number in random.Random(f"{seed} easy_vqa {split}").sample(triples, count):

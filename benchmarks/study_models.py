@@ -1,7 +1,7 @@
 """The studies' teachers and students, made by this project's own sft stage; `study.py --prepare` calls this.
 
 Sizes are a small fraction of the demo's. A teacher learns from the large split: descriptions first (all of a picture in
-one answer), then every question. A student gets the teacher's vision blocks (as the sizes of Qwen2-VL share one) and
+one answer), then every question, then mostly short answers, which the long ones had outweighed. A student gets the teacher's vision blocks (as the sizes of Qwen2-VL share one) and
 learns from `STUDENT_ROWS` rows of the same split: it can read the questions, and is wrong on many of them. What studies
 train on, `train`, is new to both.
 """
@@ -38,7 +38,7 @@ COMMON = {
     "sft.training": {},
     "sft.train_vision": True,
 }
-STEPS = {"captions": 300, "questions": 900, "student": 250}
+STEPS = {"captions": 300, "questions": 900, "short": 1200, "student": 250}
 
 
 def keep_rows() -> None:
@@ -71,9 +71,10 @@ def prepare(work: Path, roles: list[str], steps: dict[str, int] = STEPS, splits:
     if not (data / "finished").exists():
         shutil.rmtree(data, ignore_errors=True)
         counts = puzzles.write(data, seed=0, splits=splits)
-        lines = (data / "teacher_train.jsonl").read_text().splitlines()
-        captions = [line for line in lines if json.loads(line)["type"] == "describe"]
-        (data / "captions.jsonl").write_text("\n".join(captions) + "\n")
+        for name, split, described in (("captions", "teacher_train", True), ("short", "teacher_more_train", False)):
+            lines = (data / f"{split}.jsonl").read_text().splitlines()
+            kept = [line for line in lines if (json.loads(line)["type"] == "describe") == described]
+            (data / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
         (data / "finished").write_text(json.dumps(counts))
     processor = make_processor(make_tokenizer(puzzles.texts(data)))
     for role in roles:
@@ -84,25 +85,26 @@ def prepare(work: Path, roles: list[str], steps: dict[str, int] = STEPS, splits:
 def _make(work: Path, role: str, processor, steps: dict[str, int]) -> None:
     data, start = work / "data", work / "making" / role / "start"
     model = make_model(SIZES[role], processor.tokenizer, seed=sorted(SIZES).index(role))
-    phases = {"captions": rows_of(data / "captions.jsonl"), "questions": rows_of(data / "teacher_train.jsonl")}
+    everything, short = rows_of(data / "teacher_train.jsonl"), rows_of(data / "short.jsonl")
+    phases = {
+        "captions": [rows_of(data / "captions.jsonl")],
+        "questions": [everything],
+        "short": [short | {"weight": 0.8}, everything | {"weight": 0.2}],
+    }
     if role.startswith("student"):
         share_vision(model, load_backbone(work / "models" / "teacher", "float32"))
-        source = rows_of(data / "teacher_train.jsonl")
-        phases = {"student": source | {"path": f"{source['path']}#{min(STUDENT_ROWS, _count(source['path']))}"}}
+        rows = min(STUDENT_ROWS, len(Path(everything["path"]).read_text().splitlines()))
+        phases = {"student": [everything | {"path": f"{everything['path']}#{rows}"}]}
     if not (start / "config.json").exists():
         model.save_pretrained(start)
         processor.save_pretrained(start)
-    for name, source in phases.items():
+    for name, sources in phases.items():
         output = work / "making" / role / name
         changes = {"output_dir": str(output), "student.path": str(start), "teacher.path": str(start)}
-        changes |= {"data.train": [source], "training.max_steps": steps[name]}
+        changes |= {"data.train": sources, "training.max_steps": steps[name]}
         run(load_config(CONFIG, COMMON | changes), "sft", resume=True)
         start = output / "sft" / "student"
     partial = work / "models" / f"{role}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(start, partial)
     partial.rename(work / "models" / role)
-
-
-def _count(path: str) -> int:
-    return len(Path(path).read_text().splitlines())
