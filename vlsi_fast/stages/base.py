@@ -29,10 +29,12 @@ from ..data.skipped import SkipLog
 from ..matching import draw_generator
 from ..rescaling import require_same_engine, universal_where_needed
 from ..sharding import barrier, rank, world_size
-from ..verbalized import answer_positions
 from ..watch import TellPlace
+from .batches import LengthGroups, StageCollator, UncollatedRows, restore_shared
 
 TRAINABLE_NAME = "trainable.safetensors"
+COUNTS = 6
+"""Numbers in front of `_sums`."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -145,47 +147,6 @@ def _start_deepspeed(on_cpu: bool) -> None:
     deepspeed.init_distributed()
 
 
-class StageCollator:
-    """Batches with their answer positions, found here, on the CPU, where counting waits for no GPU.
-
-    Returns `batch`: for each role `{"inputs", "index", "labels"}` as `StageModule.forward` takes them, and `facts`: row
-    ids, rows skipped, the numbers of answer tokens and of tokens (of the first role), and `shared`: for each further
-    role the names of inputs that are the first role's own tensors. Those are left out, so that they are pinned and
-    copied to the device once, and put back by `restore_shared`.
-    """
-
-    def __init__(self, collator, roles: tuple[str, ...]):
-        self.collator, self.roles = collator, roles
-
-    def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        joined = self.collator(rows)
-        batch = {}
-        for role in self.roles:
-            inputs = dict(joined[role])
-            index, labels = answer_positions(inputs.pop("labels"))
-            batch[role] = {"inputs": inputs, "index": index, "labels": labels}
-        first = batch[self.roles[0]]
-        facts = {
-            "ids": joined["ids"],
-            "skipped": joined["skipped"],
-            "answer_tokens": first["index"].numel(),
-            "tokens": int(first["inputs"]["attention_mask"].sum()),
-            "shared": {},
-        }
-        for role in self.roles[1:]:
-            inputs = batch[role]["inputs"]
-            facts["shared"][role] = [name for name, value in inputs.items() if value is first["inputs"].get(name)]
-            batch[role]["inputs"] = {n: value for n, value in inputs.items() if n not in facts["shared"][role]}
-        return {"batch": batch, "facts": facts}
-
-
-def restore_shared(batch: dict[str, dict], facts: dict[str, Any]) -> None:
-    """Give further roles the first role's tensors that `StageCollator` left out, in place."""
-    first = next(iter(batch.values()))["inputs"]
-    for role, names in facts["shared"].items():
-        batch[role]["inputs"] |= {name: first[name] for name in names}
-
-
 class ContinuingSampler(torch.utils.data.Sampler):
     """Rows in the run's one random order, from where the stage before ended.
 
@@ -232,7 +193,10 @@ class StageTrainer(Trainer):
     ):  # fmt: skip
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.stage_dir(stage) / "tensorboard")
         collator = StageCollator(collator, module.roles)
-        super().__init__(model=module, args=args, train_dataset=dataset, data_collator=collator)
+        grouped = config.stage_training(stage).group_by_length
+        self.groups = LengthGroups(collator, module.roles) if grouped else None
+        send = UncollatedRows if grouped else collator
+        super().__init__(model=module, args=args, train_dataset=dataset, data_collator=send)
         del os.environ["TENSORBOARD_LOGGING_DIR"]
         rows = dataset.sources
         order = EpochOrder(rows.sizes, config.seed, rows.weights, config.data.stopping_strategy)
@@ -262,6 +226,8 @@ class StageTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The Trainer's own, with the time that the batches took; not that of the ranks' exchange of counts."""
+        if self.groups is not None:
+            epoch_iterator = self.groups(epoch_iterator, num_batches, device)
         return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -305,7 +271,8 @@ class StageTrainer(Trainer):
     def _sums(self, output: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
         """Everything that is summed over micro-batches and ranks, as one float64 vector on the device."""
         n = facts["answer_tokens"]
-        counts = torch.tensor([n, facts["tokens"], len(facts["ids"]), len(facts["skipped"])])
+        lengths = [len(facts["ids"]), len(facts["skipped"]), facts["positions"], facts["padding"]]
+        counts = torch.tensor([n, facts["tokens"], *lengths])
         pieces = [counts, output["parts"] * n]
         if self.module.matrix_shape is not None:
             pieces += [output["kl"].flatten() * n, output["matches"].flatten()]
@@ -336,11 +303,11 @@ class StageTrainer(Trainer):
                 stream.write(json.dumps(record) + "\n")
 
     def _record(self, values: list[float]) -> dict[str, Any]:
-        answer_tokens, tokens, rows, skipped = (int(v) for v in values[:4])
+        answer_tokens, tokens, rows, skipped, positions, padding = (int(v) for v in values[:COUNTS])
         now, began = time.perf_counter(), self._step_began
         self._step_began = now
         n, names = max(answer_tokens, 1), self.module.part_names
-        parts = [v / n for v in values[4 : 4 + len(names)]]
+        parts = [v / n for v in values[COUNTS : COUNTS + len(names)]]
         record = {
             "stage": self.stage,
             "step": self.state.global_step + 1,
@@ -350,13 +317,14 @@ class StageTrainer(Trainer):
             "answer_tokens": answer_tokens,
             "rows": rows,
             "skipped_rows": skipped,
+            "padding_share": padding / max(positions, 1),
             "step_seconds": now - began,
             "tokens_per_second": tokens / (now - began),
             "answer_tokens_per_second": answer_tokens / (now - began),
         }
         if self.module.matrix_shape is not None:
             s, l = self.module.matrix_shape
-            start = 4 + len(names)
+            start = COUNTS + len(names)
             kl = [[v / n for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
             start += s * l
             matches = [[int(v) for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
@@ -379,7 +347,7 @@ class StageTrainer(Trainer):
         names = self.module.part_names
         seen = []
         for micro, (sums, facts) in enumerate(self._pending):
-            bad = [name for name, v in zip(names, sums[4 : 4 + len(names)].tolist()) if not math.isfinite(v)]
+            bad = [name for name, v in zip(names, sums[COUNTS : COUNTS + len(names)].tolist()) if not math.isfinite(v)]
             if bad or not bool(torch.isfinite(sums).all()):
                 seen.append(f"rank {rank()}, micro-batch {micro}: {', '.join(bad) or 'KL matrix'}; rows {facts['ids']}")
         everyone = [seen]
