@@ -4,12 +4,10 @@ from functools import cache
 
 import pytest
 import tiny_families as families
-import tiny_runs as runs
 import torch
 from PIL import Image
 from transformers import AttentionInterface
 
-from vlsi_fast import load_config, run
 from vlsi_fast.acceleration import use_packing
 from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.config import ConfigError
@@ -87,7 +85,7 @@ def compare(one, other):
     assert one[2].keys() == other[2].keys()
     scale = max(g.abs().max() for g in one[2].values())
     for name, gradient in one[2].items():
-        torch.testing.assert_close(gradient, other[2][name], rtol=1e-4, atol=2e-6 * float(scale), msg=lambda m: name + m)
+        torch.testing.assert_close(gradient, other[2][name], rtol=1e-4, atol=2e-6 * float(scale), msg=name)
 
 
 @pytest.mark.parametrize("architecture", ["verb_ffn", "decoder"])
@@ -95,11 +93,11 @@ def compare(one, other):
 def test_packed_is_padded(name, architecture):
     """Rows of several images, one and none; decoder verbalizers attend too; under gradient checkpointing."""
     padded, packed = batches(name, ROWS)
-    facts = padded["facts"], packed["facts"]
-    assert facts[0]["padding"] > 20 and facts[1]["padding"] == 0
-    assert facts[1]["positions"] == facts[1]["tokens"] == facts[0]["tokens"] == facts[0]["positions"] - facts[0]["padding"]
+    tokens = padded["facts"]["tokens"]
+    assert packed["facts"]["positions"] == packed["facts"]["tokens"] == tokens and packed["facts"]["padding"] == 0
+    assert padded["facts"]["positions"] - padded["facts"]["padding"] == tokens and padded["facts"]["padding"] > 20
     inputs = packed["batch"]["student"]["inputs"]
-    assert "attention_mask" not in inputs and inputs["input_ids"].shape == (1, facts[1]["tokens"])
+    assert "attention_mask" not in inputs and inputs["input_ids"].shape == (1, tokens)
     assert torch.equal(packed["batch"]["student"]["labels"], padded["batch"]["student"]["labels"])
     compare(spoken(name, padded, architecture), spoken(name, packed, architecture, checkpointing=True))
 
@@ -135,11 +133,16 @@ def test_the_last_token_of_a_row_does_not_predict_the_next_rows_first():
 # ---- attention that gets row bounds instead of a mask ----
 
 
+calls = []
+
+
 def bounded_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, cu_seq_lens_k=None,
                       max_length_q=None, max_length_k=None, scaling=None, **kwargs):  # fmt: skip
-    """What flash-attention's varlen function computes, a row at a time; the vision tower's too (not causal)."""
+    """What flash-attention's varlen function computes, a row at a time."""
     assert attention_mask is None and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
-    assert isinstance(max_length_q, (int, torch.Tensor)) and max_length_q == max_length_k == cu_seq_lens_q.diff().max()
+    assert isinstance(max_length_q, int), "a tensor would be waited for"
+    assert max_length_q == max_length_k == cu_seq_lens_q.diff().max()
+    calls.append(module)
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     bounds = cu_seq_lens_q.tolist()
@@ -157,10 +160,10 @@ def test_row_bounds_reach_the_language_models_attention_alone(name):
     """As flash-attention gets them: without a mask, rows kept apart by their bounds, in backbone and verbalizers."""
     AttentionInterface.register("bounded", bounded_attention)
     padded, packed = batches(name, ROWS)
-    longest = packed["batch"]["student"]["inputs"]["packed"]["max_length_q"]
-    assert isinstance(longest, int), "a tensor would be waited for"
     language_only = {"text_config": "bounded", "vision_config": "sdpa"}
+    calls.clear()
     compare(spoken(name, padded, "decoder"), spoken(name, packed, "decoder", attention=language_only))
+    assert len(calls) == 4 + 3, "four layers of the backbone and three verbalizers"
 
 
 # ---- which runs pack ----
