@@ -13,7 +13,7 @@ from vlsi_fast.config import ConfigError
 from vlsi_fast.lineage import read_record
 from vlsi_fast.loading import load_backbone
 from vlsi_fast.stages.base import StageTrainer
-from vlsi_fast.stages.batches import LengthGroups, UncollatedRows
+from vlsi_fast.stages.batches import LengthGroups, UncollatedRows, to_device
 
 PAIR = {"teacher": "llava_onevision", "student": "qwen3_vl"}
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 def start(folder, output, stage, /, data=None, resume=False, **training):
     tree = runs.settings(folder, output, gradient_accumulation_steps=4, max_steps=2, gradient_checkpointing=True)
-    tree["sft"] = {"start_from": "base"}
+    tree |= {"sft": {"start_from": "base"}, "interact": {"intermediate": "none", "last": "kld"}}
     tree["data"] |= data or {}
     tree["training"] |= training
     return run(load_config(runs.write_config(tree, output.parent / f"{output.name}.yaml")), stage, resume=resume)
@@ -55,22 +55,19 @@ def weights(output):
 # ---- padding_free ----
 
 
-@pytest.mark.parametrize("stage", ["verbalize", "interact", "sft"])
-def test_padding_free_changes_no_loss(folder, stage, capsys):
-    """A pair across families; with sdpa, whose mask is the square of the tokens, as is said."""
-    base = folder / "padding_free"  # of all three stages: interact reads what verbalize made
-    base.mkdir(exist_ok=True)
+def test_padding_free_changes_no_loss(folder, tmp_path, capsys):
+    """Both models of a pair across families; with sdpa, whose mask is the square of the tokens, as is said."""
     for name, asked in (("padded", "auto"), ("packed", True)):
-        start(folder, base / name, stage, {"padding_free": asked})
+        start(folder, tmp_path / name, "interact", {"padding_free": asked})
     assert capsys.readouterr().out.count("the student's attention mask has the square") == 1
-    padded, packed = (runs.metrics(base / name, stage) for name in ("padded", "packed"))
+    padded, packed = (runs.metrics(tmp_path / name, "interact") for name in ("padded", "packed"))
     for one, other in zip(padded, packed, strict=True):
         assert other["padding_share"] == 0 < one["padding_share"] < 1
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
         assert [one[n] for n in ("answer_tokens", "rows")] == [other[n] for n in ("answer_tokens", "rows")]
-    roles = {"sft": ["student"]}.get(stage, ["student", "teacher"])
-    assert read_record(base / "packed" / stage)["summary"]["padding_free"] == dict.fromkeys(roles, True)
-    assert read_record(base / "padded" / stage)["summary"]["padding_free"] == dict.fromkeys(roles, False)
+    for name, packs in (("padded", False), ("packed", True)):
+        summary = read_record(tmp_path / name / "interact")["summary"]
+        assert summary["padding_free"] == {"student": packs, "teacher": packs}
 
 
 def test_an_attention_that_cannot_is_named_before_weights_are_loaded(folder, tmp_path):
@@ -90,18 +87,9 @@ class Killed(Exception):
 
 
 def test_grouped_rows_give_the_same_steps_with_less_padding(folder, tmp_path, monkeypatch):
-    """Same losses and weights in sft, 3 steps of 8 of 24 rows, from a worker; and resumed, as if never stopped."""
+    """Same losses and weights in sft, 3 steps of 8 of 24 rows; from a worker, killed in the third step and resumed."""
     options = dict(lr_scheduler_type="constant", max_steps=3)
     start(folder, tmp_path / "plain", "sft", **options)
-    start(folder, tmp_path / "grouped", "sft", {"num_workers": 1}, group_by_length=True, **options)
-    plain, grouped = (runs.metrics(tmp_path / name, "sft") for name in ("plain", "grouped"))
-    for one, other in zip(plain, grouped, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert other["padding_share"] < one["padding_share"]
-    assert sum(r["padding_share"] for r in grouped) < 0.7 * sum(r["padding_share"] for r in plain)
-    for name, value in weights(tmp_path / "plain").items():
-        torch.testing.assert_close(weights(tmp_path / "grouped")[name], value, rtol=1e-3, atol=2e-4, msg=name)
-
     finish = StageTrainer._finish_step
 
     def killed(trainer):
@@ -112,12 +100,19 @@ def test_grouped_rows_give_the_same_steps_with_less_padding(folder, tmp_path, mo
     options |= dict(group_by_length=True, save_steps=1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(StageTrainer, "_finish_step", killed)
-        start(folder, tmp_path / "resumed", "sft", **options)
-    start(folder, tmp_path / "resumed", "sft", resume=True, **options)
-    assert runs.losses(tmp_path / "resumed", "sft") == runs.losses(tmp_path / "grouped", "sft")
+        start(folder, tmp_path / "grouped", "sft", {"num_workers": 1}, **options)
+    start(folder, tmp_path / "grouped", "sft", resume=True, **options)
+    plain, grouped = (runs.metrics(tmp_path / name, "sft") for name in ("plain", "grouped"))
+    for one, other in zip(plain, grouped, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["padding_share"] < one["padding_share"]
+    assert sum(r["padding_share"] for r in grouped) < 0.7 * sum(r["padding_share"] for r in plain)
+    before, after = weights(tmp_path / "plain"), weights(tmp_path / "grouped")
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-3, atol=2e-4, msg=name)
     # neither option makes it another run
     options["group_by_length"] = False
-    records = start(folder, tmp_path / "resumed", "sft", {"padding_free": True}, resume=True, **options)
+    records = start(folder, tmp_path / "grouped", "sft", {"padding_free": True}, resume=True, **options)
     assert records["sft"]["state"] == "finished"
 
 
@@ -138,6 +133,17 @@ def test_tensors_of_both_models_stay_shared_on_the_way():
     shared = {"input_ids": torch.arange(3)[None]}
     (row,) = UncollatedRows([{"student": shared, "teacher": shared}]).rows()
     assert row["student"] is row["teacher"] and row["student"]["input_ids"].tolist() == [[0, 1, 2]]
+
+
+def test_grouped_batches_reach_the_device(monkeypatch):
+    """Pinned first; what is no tensor stays."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
+    batch = {"batch": {"a": [torch.ones(2), 3]}, "facts": {"ids": ["x"], "n": 4}}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["batch"]["a"][0].device.type == "meta" and len(pinned) == 1
+    assert moved["batch"]["a"][1] == 3 and moved["facts"] == batch["facts"]
+    assert to_device(batch, torch.device("cpu")) is batch
 
 
 @pytest.mark.parametrize(

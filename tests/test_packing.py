@@ -6,7 +6,8 @@ import pytest
 import tiny_families as families
 import torch
 from PIL import Image
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from vlsi_fast.acceleration import use_packing
 from vlsi_fast.backbones import FAMILIES, family_of
@@ -159,6 +160,7 @@ def bounded_attention(module, query, key, value, attention_mask, cu_seq_lens_q=N
 def test_row_bounds_reach_the_language_models_attention_alone(name):
     """As flash-attention gets them: without a mask, rows kept apart by their bounds, in backbone and verbalizers."""
     AttentionInterface.register("bounded", bounded_attention)
+    AttentionMaskInterface.register("bounded", flash_attention_mask)
     padded, packed = batches(name, ROWS)
     language_only = {"text_config": "bounded", "vision_config": "sdpa"}
     calls.clear()
