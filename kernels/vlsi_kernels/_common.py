@@ -168,6 +168,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def widen(t: Tensor) -> Tensor:
+    """`t` in float32, or float64 where it is that."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
 def plan_chunks(rows: int, options: HeadOptions, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """Row and vocabulary chunk such that the tile buffers fill the workspace; rows are split into equal blocks."""
     tile = options.workspace_bytes // (dtype.itemsize * TILE_BUFFERS.get(device.type, TILE_BUFFERS["cuda"]))
