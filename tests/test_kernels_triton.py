@@ -18,6 +18,7 @@ from vlsi_kernels.linear_cross_entropy import reference_linear_cross_entropy, re
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TINY = 1  # bytes of workspace: the smallest tiles there are
@@ -25,15 +26,6 @@ TINY = 1  # bytes of workspace: the smallest tiles there are
 # that of hidden as kept and as returned, that of weight in the tile and as returned.
 GRAD_BAR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 cuda_only = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """In deterministic mode PyTorch fills fresh memory with NaN, so that reading it unwritten shows."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def numbers(*shape, seed, dtype=torch.float32, scale=1.0):

@@ -18,6 +18,7 @@ from vlsi_kernels.verb_ffn import reference_verb_ffn
 
 operator = importlib.import_module("vlsi_kernels.verb_ffn")  # the package's attribute of that name is the function
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 IMPLS = ["torch", pytest.param("triton", marks=needs_triton)]
@@ -43,15 +44,6 @@ FLOOR = {dtype: torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 0.5) 
 @pytest.fixture
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """In deterministic mode PyTorch fills fresh memory with NaN, so that reading it unwritten shows."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -41,7 +41,8 @@ from ..teacher import load_teacher, resolve_mode
 from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from ..watch import watch
-from .base import StageModule, StageTrainer, training_arguments
+from .arguments import training_arguments
+from .base import StageModule, StageTrainer
 
 
 class Role:
