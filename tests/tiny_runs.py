@@ -78,6 +78,13 @@ def losses(output: Path, stage: str) -> list[float]:
     return [record["loss"] for record in metrics(output, stage)]
 
 
+def zero3() -> dict:
+    """The shipped preset with every parameter sharded: tiny ones would otherwise be kept whole."""
+    preset = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    preset["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return preset
+
+
 def write_config(tree: dict, path: Path) -> Path:
     path.write_text(json.dumps(tree))  # JSON is YAML
     return path
@@ -105,3 +112,19 @@ def train(config: Path, stage: str, *arguments: str, ranks: int = 0, timeout: in
     )  # fmt: skip
 
 
+def train_several(mode: str, *jobs: tuple[str, Path], launcher: str = "deepspeed", ranks: int = 2) -> str:
+    """(stage, config) one after the other in one launch, since starting takes longer than tiny models' steps.
+
+    mode: "--fresh" or "--resume"; launcher: "deepspeed" or "torchrun", which starts faster. Returns what was printed.
+    """
+    command = train_command(Path(), "", ranks=ranks if launcher == "deepspeed" else 0)
+    command = command[: command.index(str(ROOT / "vlsi_fast" / "train.py"))]
+    if launcher == "torchrun":
+        port = str(27000 + os.getpid() % 1000)
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
+    command += [str(Path(__file__).with_name("run_several.py")), mode, *(f"{stage}={config}" for stage, config in jobs)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), timeout=900, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout

@@ -28,7 +28,7 @@ def sums_of(module: StageModule, output: dict[str, Tensor], facts: dict[str, Any
 
 
 def own_numbers(waited: float, ranks: int, device: torch.device) -> Tensor:
-    """What follows the sums, [1 + 2 ranks] float64, added over ranks too: seconds waited for data, each rank's peaks."""
+    """What follows the sums, [1 + 2 ranks] float64 to add over ranks: seconds waited for data, each rank's peaks."""
     peaks = torch.zeros(2, ranks, dtype=torch.float64)
     peaks[:, rank()] = torch.tensor([peak_memory_bytes(device), peak_rss_bytes()], dtype=torch.float64)
     return torch.cat([torch.tensor([waited], dtype=torch.float64), peaks.flatten()]).to(device)
