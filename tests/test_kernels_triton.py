@@ -195,6 +195,8 @@ def test_a_frozen_head_costs_nothing_in_backward(monkeypatch):
 @pytest.mark.parametrize("name", ["far", "near", "near_large"])
 def test_layer_kl_in_the_regimes_that_matter(name, dtype):
     """Real vocabulary. KL per token within 1e-4 (relative above 1), gradient within 5e-3, also where they cancel."""
+    if DEVICE.type == "cpu" and name != "near" and dtype != torch.bfloat16:
+        pytest.skip("interpreted kernels are slow, and bfloat16 is the hardest")
     student, student_weight, teacher, weight = (t.to(DEVICE) for t in regime(name, dtype, tokens=3, width=40))
     student.requires_grad_()
     targets = teacher_targets(teacher, weight, student_weight, vocab_size=VOCAB, impl="triton")
