@@ -1,10 +1,7 @@
 """Two DeepSpeed ZeRO-3 ranks on the CPU against one plain process."""
 
 import json
-import os
-import signal
-import subprocess
-import time
+import shutil
 
 import pytest
 import tiny_runs as runs
@@ -31,8 +28,9 @@ def plain(workspace, output, accumulation: int, **training) -> dict:
 def drawing(workspace, verbalized, output):
     """Config of stage interact with sampled matches, on another run's verbalizers."""
     tree = runs.settings(
-        workspace, output, gradient_accumulation_steps=1, max_steps=6, save_steps=2, deepspeed=runs.zero3()
-    ) | {"matching": {}}
+        workspace, output, gradient_accumulation_steps=1, max_steps=6, save_steps=2, save_total_limit=None,
+        deepspeed=runs.zero3(),
+    ) | {"matching": {}}  # fmt: skip
     for role in ("student", "teacher"):
         tree[role]["verbalizers"] = str(verbalized / "verbalize" / role)
     return runs.write_config(tree, output.parent / f"{output.name}.yaml")
@@ -104,25 +102,17 @@ def test_parameters_were_sharded(two_ranks):
 
 
 def test_ranks_draw_their_own_matches(workspace, two_ranks, tmp_path):
-    """And a killed two-rank run resumes to the same losses."""
+    """And a two-rank run continues to the same losses. (test_scaling.py kills ranks.)"""
     whole = runs.metrics(two_ranks.parent / "whole", "interact")
-    config = drawing(workspace, two_ranks, tmp_path / "killed")
     assert any(max(row) == 1 for record in whole for row in record["matches"]), "both ranks always drew alike"
-    process = subprocess.Popen(
-        runs.train_command(config, "interact", ranks=2), cwd=runs.ROOT, env=runs.environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    folder, deadline = tmp_path / "killed" / "interact", time.time() + 300
-    while not list(folder.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = runs.train(config, "interact", "--resume", ranks=2)
-    assert done.returncode == 0, done.stdout[-3000:]
+    shutil.copytree(two_ranks.parent / "whole", tmp_path / "resumed")
+    runs.rewind(tmp_path / "resumed" / "interact", 2)
+    runs.train_several("--resume", ("interact", drawing(workspace, two_ranks, tmp_path / "resumed")))
+    resumed = runs.metrics(tmp_path / "resumed", "interact")
     keep = ("step", "loss", "matches", "answer_tokens")
-    resumed = [{k: r[k] for k in keep} for r in runs.metrics(tmp_path / "killed", "interact")]
-    assert resumed == [{k: r[k] for k in keep} for r in whole]
+    assert [{k: r[k] for k in keep} for r in resumed] == [{k: r[k] for k in keep} for r in whole]
+    times = [[r["step_seconds"] for r in records] for records in (resumed, whole)]
+    assert times[0][:2] == times[1][:2] and times[0][2:] != times[1][2:], "steps 3 to 6 were made again"
 
 
 def other_paths(workspace, output, accumulation, deepspeed=None):

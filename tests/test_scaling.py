@@ -17,7 +17,7 @@ import tiny_runs as runs
 import torch
 
 from vlsi_fast import load_config, run
-from vlsi_fast.lineage import LineageError, read_record, write_record
+from vlsi_fast.lineage import LineageError, read_record
 from vlsi_fast.rescaling import drop_incomplete, universal_where_needed
 
 STAGES = ("verbalize", "interact", "sft")
@@ -45,12 +45,8 @@ def rewound(source, target, stage, step):
     """A copy of a stage's folder as a job that died after checkpoint-`step` leaves it."""
     if stage == "interact":
         shutil.copytree(source / "verbalize", target / "verbalize")
-    folder = target / stage
-    shutil.copytree(source / stage, folder)
-    for checkpoint in folder.glob("checkpoint-*"):
-        if int(checkpoint.name.rsplit("-", 1)[1]) > step:
-            shutil.rmtree(checkpoint)
-    write_record(folder, read_record(folder) | {"state": "running"})
+    shutil.copytree(source / stage, target / stage)
+    runs.rewind(target / stage, step)
 
 
 @pytest.fixture(scope="module")

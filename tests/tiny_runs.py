@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import tiny
 from PIL import Image, ImageDraw
+
+from vlsi_fast.lineage import read_record, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 COLORS = ["red", "green", "blue", "yellow", "black", "gray"]
@@ -110,6 +113,14 @@ def train(config: Path, stage: str, *arguments: str, ranks: int = 0, timeout: in
         train_command(config, stage, *arguments, ranks=ranks),
         cwd=ROOT, env=environment(), timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Leave a finished stage's folder as a job that died after checkpoint-`step` does."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.rsplit("-", 1)[1]) > step:
+            shutil.rmtree(checkpoint)
+    write_record(folder, read_record(folder) | {"state": "running"})
 
 
 def train_several(mode: str, *jobs: tuple[str, Path], launcher: str = "deepspeed", ranks: int = 2) -> str:
