@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from ..config import STAGES, ConfigError, RunConfig
+from ..config import STAGES, ConfigError, RunConfig, load_config
 from .arguments import Machine
 from .build import Models, setup_of, step_of
 from .memory import RESERVE_BYTES, Batch
@@ -210,9 +210,9 @@ def print_plan(plan: dict[str, Any]) -> None:
         console.print(f"planned as teacher.mode zero3: {plan['teacher_mode']} takes other memory and traffic")
 
 
-def main(config: RunConfig, arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Run the command. Returns the exit code: 1 where a stage does not fit."""
-    plan = make_plan(config, arguments)
+    plan = make_plan(load_config(arguments.config, overrides), arguments)
     if arguments.json:
         print(json.dumps(plan, indent=2))
     else:
