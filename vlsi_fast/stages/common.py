@@ -27,6 +27,7 @@ from ..loading import (
     checkpoint_digest,
     load_backbone,
     load_model_config,
+    needed_depth,
     require_same_tokens,
     resolve_folder,
     shared_rows,
@@ -77,12 +78,8 @@ class Role:
 
     @property
     def depth(self) -> int:
-        """Decoder layers that the target layers need, where nothing deeper is asked for.
-
-        One more than the deepest where the family adds to that layer's output: the state is read at the next layer.
-        """
-        deepest = max(self.layers)
-        return deepest + (deepest <= family_of(self.config).layers_added_to(self.config))
+        """Decoder layers that the target layers need, where nothing deeper is asked for."""
+        return needed_depth(self.config, self.layers)
 
     def verbalizer_folder(self) -> Path:
         """Where trained verbalizers of this model are."""
@@ -294,7 +291,10 @@ class Stage:
             lora_dropout=settings.dropout,
             target_modules=settings.target_modules or family_of(model.config).lora_targets,
         )
-        return get_peft_model(model, lora)
+        # Under DeepSpeed the whole engine computes in one dtype, and its master weights are float32 anyway: peft's
+        # float32 would double what adapters gather, and keep a float32 copy of every adapted input.
+        as_backbone = self.args.deepspeed is not None and self.config.dtype == "bfloat16"
+        return get_peft_model(model, lora, autocast_adapter_dtype=not as_backbone)
 
     def enable_checkpointing(self, model: nn.Module) -> None:
         """Gradient checkpointing on a trained backbone. Re-entrant checkpoints would cut target layers' gradients."""
