@@ -228,7 +228,7 @@ def test_gathers_of_the_student_by_hand(paper):
     once = sum(student.parameters)
     assert find("interact", checkpointing=False) == 2 * (once + layers + 2 * lora + 2 * 7 * 3 * 3584**2)
     assert find("interact") - find("interact", checkpointing=False) == 2 * layers
-    assert find("sft") == find("sft", checkpointing=False) == 2 * (once + layers + 152064 * 3584)
+    assert find("sft") == find("sft", checkpointing=False) == 2 * (once + layers + 2 * 152064 * 3584)
     near = find("sft", zero=zero | {"stage3_max_reuse_distance": 10**12})
     assert near == 2 * once  # all of it is kept for backward
 

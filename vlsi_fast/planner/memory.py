@@ -310,11 +310,16 @@ def kept_verbalizers(spoken: Spoken, setup: Setup, between: int) -> int:
 
 
 def _reused(tensors: list[int], between: int, setup: Setup, times: int) -> int:
-    """Elements whose next use is near enough: each later tensor is passed `times` times on the way there."""
+    """Elements whose next use is near enough: each later tensor is passed `times` times on the way there.
+
+    Where backward follows at once, prefetching has also come to the end of the forward with as much as it may hold,
+    finds that backward begins with the same tensors, and keeps those.
+    """
     reach = setup.number("stage3_max_reuse_distance", 1e9)
+    window = setup.number("stage3_max_live_parameters", 1e9) if setup.number("stage3_prefetch_bucket_size", 5e7) else 0
     kept, distance = 0, between
     for n in tensors:
-        if distance >= reach:
+        if distance >= reach and (between or kept + n > window):
             break
         kept, distance = kept + n, distance + times * n
     return kept

@@ -89,8 +89,8 @@ def traffic(step: Step) -> dict[str, float]:
     Tensors above the persistence threshold are gathered for their forward, and those that a gradient runs through once
     more for backward, unless `stage3_max_reuse_distance` keeps them. Under gradient checkpointing the recomputation
     gathers decoder layers. Trained tensors then stay for the backward that follows, but frozen ones are released with
-    the first module of the layer that has finished its backward, and gathered a third time. With prefetching the last
-    tensor of the forward is still there when backward begins.
+    the first module of the layer that has finished its backward, and gathered a third time. With prefetching the
+    deepest layer's last tensor is still there even where a teacher ran between.
     """
     setup, moved = step.setup, Counter()
     e = setup.compute_bytes
@@ -120,11 +120,12 @@ def _for_backward(step: Step, role: str, limit: float) -> int:
     spoken, setup, shape = step.roles[role], step.setup, step.roles[role].shape
     large = [[n for n in layer if n > limit] for layer in shape.layers]
     kept = kept_for_backward(spoken, setup, after(step, role)) // setup.compute_bytes
-    again = max(0, sum(map(sum, large)) - kept)
-    if setup.number("stage3_prefetch_bucket_size", 5e7) and again:
+    again = max(0, sum(map(sum, large)) - max(0, kept - (shape.head if spoken.mode == "full" else 0)))
+    if setup.number("stage3_prefetch_bucket_size", 5e7) and not kept:
         again -= max(large[-1], default=0)
     if spoken.mode == "full":
-        ends = shape.head if again and not shape.tied else 0  # the embedding; the head is still there
+        ends = shape.head if again and not shape.tied else 0  # the embedding
+        ends += 0 if kept else shape.head
         return again + ends + (sum(n for n in shape.vision if n > limit) if spoken.train_vision else 0)
     lora = [n for layer in shape.lora[: spoken.trained_layers] for n in layer if n > limit]
     total = again + sum(n for layer in shape.lora for n in layer if n > limit) + (sum(lora) if again else 0)
