@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .config import STAGES, ConfigError, RunConfig
+from .config import STAGES, ConfigError, RunConfig, load_config
 from .data.dataset import AnswerMismatchError, check_same_answers
 from .data.encoding import IGNORED, configure_image_bounds, encode
 from .data.images import load_image
@@ -450,8 +450,9 @@ def require_ready(config: RunConfig, stage: str, roles: dict[str, Any], ranks: i
         raise PreflightError(f"stage {stage} cannot start (preflight: false goes past this):\n{as_text(results)}")
 
 
-def main(config: RunConfig, arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`vlsi-fast check`. Returns the exit code: 1 where a check failed."""
+    config = load_config(arguments.config, overrides)
     if arguments.rows < 1:
         raise ConfigError("--rows must be at least 1")
     ranks = max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1

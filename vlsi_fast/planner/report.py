@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from ..config import STAGES, ConfigError, RunConfig
+from ..config import STAGES, ConfigError, RunConfig, load_config
 from .arguments import Machine
 from .build import Models, setup_of, step_of
 from .memory import RESERVE_BYTES, Batch
@@ -250,9 +250,9 @@ def print_plan(plan: dict[str, Any]) -> None:
     console.print("int8 and nf4: the time of their conversions is not counted")
 
 
-def main(config: RunConfig, arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Run the command. Returns the exit code: 1 where a stage does not fit."""
-    plan = make_plan(config, arguments)
+    plan = make_plan(load_config(arguments.config, overrides), arguments)
     if arguments.json:
         print(json.dumps(plan, indent=2))
     else:
