@@ -6,15 +6,15 @@
 **Held.** Under ZeRO-3 (DeepSpeed's stage3.py), every tensor of n elements leaves ceil(n / W) of them on a rank:
 
     frozen    e a shard element
-    trained   e (compute copy; LoRA 4) + 4 (master) + 8 (Adam) + 4 (`grad_accum_dtype` fp32: the flat gradients)
+    trained   e (compute copy) + 4 (master) + 8 (Adam) + 4 (`grad_accum_dtype` fp32: the flat gradients)
     also      e x `reduce_bucket_size` (ipg buffer), and whole tensors up to `stage3_param_persistence_threshold`
 
 Without DeepSpeed: frozen e, trained 4 + 4 + 8 a parameter (`_keep_master_weights`).
 
 **A decoder layer keeps for backward**, bytes a position, read off the stock code (RMSNorm computes in float32; rotary
 embedding keeps only cos and sin; SwiGLU keeps gate, silu(gate), up and their product; SDPA keeps q, k, v, its output
-and a logsumexp; LoRA keeps its bottleneck, and since peft holds it in float32, under bfloat16 a float32 copy of each
-adapted layer's input as well):
+and a logsumexp; LoRA keeps its bottleneck, and without DeepSpeed, where peft holds it in float32, under bfloat16 a
+float32 copy of each adapted layer's input as well):
 
     norms 2 (4 d + e d) [+ 2 e d where trained]; attention e (2 q + 2 k) + 4 heads; FFN 4 e f; LoRA e ranks
 
