@@ -1,14 +1,126 @@
-"""Command lines: `train.py` / `vlsi-fast train`, `vlsi-fast demo`, `plan`, `check` and `data`."""
+"""The `vlsi-fast` command and `train.py`: one table of commands, each with its options and its example.
+
+A command is a line in `COMMANDS`. Its options come from a module that imports nothing heavy, so that `--help` and shell
+completion are quick; its `main(arguments, overrides) -> exit code` is imported only when it runs. Exit codes: 0 all
+well, 1 something did not work, 2 bad input.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
+from dataclasses import dataclass
 
 from . import __version__
+from .config_files import ConfigError
 
 STAGE_CHOICES = ("verbalize", "interact", "sft", "all")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of `vlsi-fast`."""
+
+    name: str
+    summary: str
+    """A line for `vlsi-fast --help`."""
+    options: str
+    """`module:function` that adds its options to a parser."""
+    main: str
+    """`module:function`, called as (arguments, overrides)."""
+    examples: str
+    """Shown below the options."""
+    takes_overrides: bool = False
+    """Whether `--section.field VALUE` of the config may follow."""
+
+
+COMMANDS = (
+    Command(
+        "demo", "distil a tiny model end to end on easy-VQA, minutes on a laptop",
+        ".demo.run:add_arguments", ".demo.run:main",
+        "vlsi-fast demo --fresh",
+    ),
+    Command(
+        "train", "run stages of a config (in one process; see train.py for launchers)",
+        ".cli:add_train_arguments", ".cli:train",
+        "vlsi-fast train --stage all --config configs/demo.yaml --output_dir runs/mine",
+        takes_overrides=True,
+    ),
+    Command(
+        "plan", "memory, time and communication of a run, on paper",
+        ".planner.arguments:add_plan_arguments", ".planner.report:main",
+        "vlsi-fast plan --config configs/qwen2vl_72b_to_7b.yaml --gpus 8 --gpu-memory 80GiB",
+        takes_overrides=True,
+    ),
+    Command(
+        "check", "look at everything that a run needs, before it starts",
+        ".planner.arguments:add_check_arguments", ".preflight:main",
+        "vlsi-fast check --config configs/demo.yaml",
+        takes_overrides=True,
+    ),
+    Command(
+        "data", "convert, check and count the rows of a config",
+        ".data.command:add_arguments", ".data.command:main",
+        "vlsi-fast data stats --config configs/demo.yaml",
+        takes_overrides=True,
+    ),
+    Command(
+        "completion", "print a script that completes these commands in a shell",
+        ".completion:add_arguments", ".completion:main",
+        'eval "$(vlsi-fast completion bash)"      # or add the output to your shell\'s completions',
+    ),
+)  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `vlsi-fast` with all commands."""
+    parser = argparse.ArgumentParser(prog="vlsi-fast", description=__import__("vlsi_fast").__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"vlsi-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        child = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        _named(command.options)(child)
+        child.epilog = f"example:\n  {command.examples}"
+        if command.takes_overrides:
+            child.epilog = f"any option of the config can be overridden: --section.field VALUE\n\n{child.epilog}"
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `vlsi-fast` command. Returns the exit code."""
+    parser = build_parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    command = next(c for c in COMMANDS if c.name == arguments.command)
+    if overrides and not command.takes_overrides:
+        parser.error(f"unknown arguments: {' '.join(overrides)}")
+    try:
+        return _named(command.main)(arguments, overrides)
+    except (ConfigError, FileNotFoundError) as error:
+        return report(error, 2)
+
+
+def _named(path: str):
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module, __package__), name)
+
+
+def report(error: Exception, code: int) -> int:
+    """Errors whose message is the whole story: no traceback, and once a machine."""
+    # What every rank finds is said once a machine; what one rank's rows did, by that rank.
+    if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in ("AnswerMismatchError", "NoUsableRowError"):
+        print(f"vlsi-fast: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+# ---- train ----
 
 
 class _ListOptions(argparse.Action):
@@ -28,7 +140,8 @@ class _ListOptions(argparse.Action):
         parser.exit()
 
 
-def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `train` and `train.py`."""
     parser.add_argument("--stage", required=True, choices=STAGE_CHOICES, help="which stage to run, or all in order")
     parser.add_argument("--config", required=True, help="YAML file of the run, e.g. configs/demo.yaml")
     parser.add_argument("--resume", action="store_true", help="continue this run from its last checkpoint")
@@ -37,24 +150,24 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train_main(argv: list[str] | None = None) -> int:
-    """Parse `--stage --config [--resume] [--field value ..]`, run. Returns the exit code (2: bad input)."""
+    """`train.py`: parse `--stage --config [--resume] [--field value ..]`, run. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Run stages of VLsI. Any option of the config can be overridden: --section.field VALUE.",
         allow_abbrev=False,
     )
-    _add_train_arguments(parser)
-    arguments, overrides = parser.parse_known_args(argv)
-    return _train(arguments, overrides)
+    add_train_arguments(parser)
+    return train(*parser.parse_known_args(argv))
 
 
-def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from .config import ConfigError, load_config
+def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Run stages. Returns the exit code."""
+    from .config import load_config
 
     try:
         config = load_config(arguments.config, overrides)
     except (ConfigError, FileNotFoundError) as error:
-        return _report(error, 2)
+        return report(error, 2)
     import torch
 
     from .data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
@@ -64,65 +177,9 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     try:
         run(config, arguments.stage, arguments.resume)
     except (ConfigError, LineageError, FileNotFoundError) as error:
-        return _report(error, 2)
+        return report(error, 2)
     except (AnswerMismatchError, NoUsableRowError, NonFiniteLossError, TooManySkippedRows) as error:
-        return _report(error, 1)
+        return report(error, 1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
-
-
-def _look_ahead(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """`plan` and `check`: 0 all well, 1 something will not work, 2 bad input."""
-    from .config import ConfigError, load_config
-    from .planner.report import main as plan
-    from .preflight import main as check
-
-    try:
-        config = load_config(arguments.config, overrides)
-        return (plan if arguments.command == "plan" else check)(config, arguments)
-    except (ConfigError, FileNotFoundError) as error:
-        return _report(error, 2)
-
-
-def _report(error: Exception, code: int) -> int:
-    """Errors whose message is the whole story: no traceback, and once a machine."""
-    # What every rank finds is said once a machine; what one rank's rows did, by that rank.
-    if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in ("AnswerMismatchError", "NoUsableRowError"):
-        print(f"vlsi-fast: {error}", file=sys.stderr, flush=True)
-    return code
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The `vlsi-fast` command."""
-    parser = argparse.ArgumentParser(prog="vlsi-fast", description=__import__("vlsi_fast").__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"vlsi-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="run stages of a config (in one process; see train.py for launchers)")
-    _add_train_arguments(train)
-    demo = commands.add_parser("demo", help="distil a tiny model end to end on easy-VQA, minutes on a laptop")
-    from .demo.run import add_arguments
-
-    add_arguments(demo)
-    data = commands.add_parser("data", help="convert, check and count the rows of a config", allow_abbrev=False)
-    from .data.command import add_arguments as add_data_arguments
-    from .planner.arguments import add_check_arguments, add_plan_arguments
-
-    add_data_arguments(data)
-    add_plan_arguments(commands.add_parser("plan", help="memory, time and communication of a run, on paper"))
-    add_check_arguments(commands.add_parser("check", help="look at everything that a run needs, before it starts"))
-    arguments, overrides = parser.parse_known_args(argv)
-    if arguments.command == "train":
-        return _train(arguments, overrides)
-    if arguments.command in ("plan", "check"):
-        return _look_ahead(arguments, overrides)
-    if arguments.command == "data":
-        from .data.command import main as data_main
-
-        if arguments.data_command != "verify" or not overrides:
-            return data_main(arguments, overrides)
-    if overrides:
-        parser.error(f"unknown arguments: {' '.join(overrides)}")
-    from .demo.run import main as demo_main
-
-    return demo_main(arguments)

@@ -37,6 +37,8 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Runs one command. Returns the exit code: 0, 1 (too many rows dropped, or a damaged folder), 2 (bad input)."""
     try:
         if arguments.data_command == "verify":
+            if overrides:
+                raise ConfigError(f"data verify reads no config and takes no {overrides[0]}; remove it")
             return _verify(arguments)
         return {"build": _build, "stats": _stats}[arguments.data_command](arguments, overrides)
     except TooManySkippedRows as error:

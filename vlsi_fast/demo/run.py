@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="delete an earlier run of the demo in the same folder")
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Run the demo. Returns the exit code."""
+def main(arguments: argparse.Namespace, overrides: list[str] = ()) -> int:
+    """Run the demo (it takes no overrides: its control must fit it). Returns the exit code."""
     overrides = {}
     if arguments.output_dir:
         overrides["output_dir"] = arguments.output_dir

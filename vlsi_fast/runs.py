@@ -1,0 +1,91 @@
+"""A run's folder as its tools see it: what the stages recorded, and where the models and verbalizers lie."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import STAGES, ConfigError, RunConfig
+from .lineage import FORMAT, RECORD_NAME, read_record
+
+METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that stages of one run wrote; `open_run` makes it."""
+
+    folder: Path
+    records: dict[str, dict[str, Any]]
+    """Stage name -> its `vlsi_stage.json`, in the stages' order; a stage that was not run is absent."""
+
+    @property
+    def last_stage(self) -> str:
+        """Name of the last stage with a record."""
+        return list(self.records)[-1]
+
+    @property
+    def config(self) -> RunConfig:
+        """Every setting, as the last stage recorded it."""
+        return RunConfig(**self.records[self.last_stage]["config"])
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage ran to its end."""
+        return self.records.get(stage, {}).get("state") == "finished"
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """One record an optimizer step; a last line that is being written, or was cut off, is left out."""
+        path = self.folder / stage / METRICS_NAME
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    @property
+    def student(self) -> Path:
+        """The trained student: that of the last finished stage which makes one.
+
+        Raises:
+            FileNotFoundError: neither interact nor sft is finished.
+        """
+        for stage in ("sft", "interact"):
+            if self.finished(stage):
+                return self.folder / stage / "student"
+        raise FileNotFoundError(f"{self.folder}: neither interact nor sft is finished; run --stage interact first")
+
+    def base(self, role: str) -> str:
+        """Path or Hub name of the student or teacher that the run started from."""
+        return self.records[self.last_stage]["config"][role]["path"]
+
+    def verbalizers(self, role: str) -> Path:
+        """Folder of a role's verbalizers: those named in the config, or this run's own.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
+        named = self.records[self.last_stage]["config"][role].get("verbalizers")
+        folder = Path(named) if named else self.folder / "verbalize" / role
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} holds no verbalizers of the {role}; run --stage verbalize first")
+        return folder
+
+
+def open_run(folder: str | Path) -> Run:
+    """Read a run's folder (its `output_dir`), or the folder of one of its stages.
+
+    Raises:
+        FileNotFoundError: no stage has written there.
+        ConfigError: a record of a newer format.
+    """
+    folder = Path(folder)
+    if (folder / RECORD_NAME).is_file():
+        folder = folder.parent
+    records = {stage: record for stage in STAGES if (record := read_record(folder / stage)) is not None}
+    if not records:
+        raise FileNotFoundError(
+            f"{folder} holds no run: no stage has left a {RECORD_NAME} there; give a run's output_dir, e.g. runs/demo"
+        )
+    for stage, record in records.items():
+        if record.get("format", 0) > FORMAT:
+            raise ConfigError(f"{folder / stage}: its record has format {record['format']}; update vlsi-fast")
+    return Run(folder, records)
