@@ -277,7 +277,8 @@ def _easy_vqa_rows(folder: Path, split: str, count: int, seed: int) -> list[str]
     training = split.endswith("train")
     source = Path(easy_vqa.__file__).parent / "data" / ("train" if training else "test")
     triples = json.loads((source / "questions.json").read_text())
-    mine = {"teacher_train": (0, 1, 2), "teacher_more_train": (0, 1, 2), "train": (3,), "validation": (0, 1), "test": (2, 3)}.get(split, ())
+    own = {"train": (3,), "validation": (0, 1), "test": (2, 3)}
+    mine = own.get(split, (0, 1, 2) if training else ())
     triples = [triple for triple in triples if triple[2] % 4 in mine]
     lines = []
     for question, answer, number in random.Random(f"{seed} easy_vqa {split}").sample(triples, count):
