@@ -2,8 +2,8 @@
 
 Sizes are a small fraction of the demo's. A teacher learns from the large split: descriptions first (all of a picture in
 one answer), then every question, then mostly short answers, which the long ones had outweighed. A student gets the
-teacher's vision blocks (as the sizes of Qwen2-VL share one) and learns from `STUDENT_ROWS` rows of the same split: it can
-read the questions, and is wrong on many of them. What studies train on, `train`, is new to both.
+teacher's vision blocks (as the sizes of Qwen2-VL share one) and learns from `STUDENT_ROWS` rows of the same split: it
+can read the questions, and is wrong on many of them. What studies train on, `train`, is new to both.
 """
 
 from __future__ import annotations
