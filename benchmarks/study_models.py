@@ -27,7 +27,7 @@ SIZES = {
     "student": {"hidden_size": 64, "layers": 4, "intermediate_size": 128, "heads": 4, "kv_heads": 2},
     "student_small": {"hidden_size": 48, "layers": 4, "intermediate_size": 96, "heads": 3, "kv_heads": 1},
 }
-STUDENT_ROWS = 2000
+STUDENT_ROWS = 6000
 COMMON = {
     "training.per_device_train_batch_size": 64,
     "training.learning_rate": 3e-3,
@@ -38,7 +38,7 @@ COMMON = {
     "sft.training": {},
     "sft.train_vision": True,
 }
-STEPS = {"captions": 300, "questions": 900, "short": 1200, "student": 250}
+STEPS = {"captions": 300, "questions": 900, "short": 1200, "student": 600}
 
 
 def keep_rows() -> None:
