@@ -38,7 +38,8 @@ COMMON = {
     "sft.training": {},
     "sft.train_vision": True,
 }
-STEPS = {"captions": 300, "questions": 900, "short": 1200, "student": 600}
+STEPS = {"captions": 300, "questions": 900, "short": 1200, "more": 700, "student": 600}
+CHANGES = {"more": {"seed": 1, "training.learning_rate": 2e-3, "sft.train_vision": False}}
 
 
 def keep_rows() -> None:
@@ -90,6 +91,7 @@ def _make(work: Path, role: str, processor, steps: dict[str, int]) -> None:
         "captions": [rows_of(data / "captions.jsonl")],
         "questions": [everything],
         "short": [short | {"weight": 0.8}, everything | {"weight": 0.2}],
+        "more": [short | {"weight": 0.8}, everything | {"weight": 0.2}],
     }
     if role.startswith("student"):
         share_vision(model, load_backbone(work / "models" / "teacher", "float32"))
@@ -102,7 +104,7 @@ def _make(work: Path, role: str, processor, steps: dict[str, int]) -> None:
         output = work / "making" / role / name
         changes = {"output_dir": str(output), "student.path": str(start), "teacher.path": str(start)}
         changes |= {"data.train": sources, "training.max_steps": steps[name]}
-        run(load_config(CONFIG, COMMON | changes), "sft", resume=True)
+        run(load_config(CONFIG, COMMON | changes | CHANGES.get(name, {})), "sft", resume=True)
         start = output / "sft" / "student"
     partial = work / "models" / f"{role}.partial"
     shutil.rmtree(partial, ignore_errors=True)
