@@ -38,7 +38,7 @@ COMMON = {
     "sft.training": {},
     "sft.train_vision": True,
 }
-STEPS = {"captions": 300, "questions": 900, "short": 1200, "more": 700, "student": 120}
+STEPS = {"captions": 300, "questions": 900, "short": 1200, "more": 700, "student": 250}
 CHANGES = {"more": {"seed": 1, "training.learning_rate": 2e-3, "sft.train_vision": False}}
 
 
