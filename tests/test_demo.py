@@ -73,7 +73,24 @@ def test_scoring_counts_right_answers(workspace):
     found = exact_match(workspace / "student", config.data, batch_size=2, max_new_tokens=4)
     assert found["rows"] == 5 and found["correct"] == found["accuracy"] * 5
     alone = exact_match(workspace / "student", config.data, batch_size=1, max_new_tokens=4)
-    assert alone["correct"] == found["correct"]
+    assert alone["correct"] == found["correct"] == sum(found["right"]) and len(found["right"]) == 5
+
+
+def test_scoring_searches_with_beams(workspace, monkeypatch):
+    """What is asked for reaches stock `generate`; beams stay the caller's choice."""
+    from transformers import GenerationMixin
+
+    asked, generate = [], GenerationMixin.generate
+    monkeypatch.setattr(
+        GenerationMixin, "generate", lambda self, **options: asked.append(options) or generate(self, **options)
+    )
+    tree = runs.settings(workspace, workspace / "unused")
+    tree["data"]["eval"] = [tree["data"]["train"][0] | {"limit": 2}]
+    config = load_config(runs.write_config(tree, workspace / "beams.yaml"))
+    for beams in (1, 5):
+        assert exact_match(workspace / "student", config.data, num_beams=beams, max_new_tokens=4)["rows"] == 2
+    assert [options["num_beams"] for options in asked] == [1, 5]
+    assert not any(options["do_sample"] for options in asked)
 
 
 @pytest.fixture(scope="module")
