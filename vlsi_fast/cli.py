@@ -67,6 +67,11 @@ COMMANDS = (
         takes_overrides=True,
     ),
     Command(
+        "report", "one HTML page of a run: accuracy, cost, layers, matches; several runs compared",
+        ".report.command:add_arguments", ".report.command:main",
+        "vlsi-fast report runs/demo --open",
+    ),
+    Command(
         "completion", "print a script that completes these commands in a shell",
         ".completion:add_arguments", ".completion:main",
         'eval "$(vlsi-fast completion bash)"      # or add the output to your shell\'s completions',

@@ -1,0 +1,2 @@
+def what_layers_say(run, count, max_new_tokens):
+    return None
