@@ -108,6 +108,10 @@ def test_demo_writes_its_summary(demo_run):
     control = json.loads((output / "control" / "sft" / "vlsi_stage.json").read_text())
     assert control["summary"]["optimizer_steps"] == 6, "the control has the three stages' steps"
     assert "student after VLsI" in done.stdout
+    page = (output / "report.html").read_text()
+    assert str(output / "report.html") in done.stdout.replace("\n", "")
+    for cell in ("student before", "student after", "teacher"):  # each of four questions was put to all three models
+        assert page.count(f'<th class="text" scope="col">{cell}</th>') == 4
 
 
 def test_demo_does_not_overwrite(demo_run):

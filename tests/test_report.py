@@ -2,19 +2,24 @@
 
 import json
 import random
+import shutil
 from html.parser import HTMLParser
 
 import chromium
 import numpy as np
 import pytest
+import tiny_runs as runs
 
 from vlsi_fast.cli import main
-from vlsi_fast.config import RunConfig
+from vlsi_fast.config import RunConfig, load_config
 from vlsi_fast.lineage import write_record
-from vlsi_fast.report import collect
+from vlsi_fast.report import collect, samples
 from vlsi_fast.report.command import write_report
 from vlsi_fast.runs import open_run
+from vlsi_fast.speech import open_speaker
+from vlsi_fast.stages import run as run_stages
 
+MODELS = ["student before", "student after", "teacher"]
 STUDENTS, TEACHERS, STEPS = [2, 6, 10], [2, 6, 10, 14, 18], 90
 
 
@@ -67,6 +72,15 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(run, tmp_path_factory):
     return write_report([run.folder], tmp_path_factory.mktemp("page") / "page.html", samples=0)
+
+
+@pytest.fixture(scope="module")
+def finished_run(workspace, tmp_path_factory):
+    """Three real stages of a step each."""
+    folder = tmp_path_factory.mktemp("finished")
+    tree = runs.settings(workspace, folder / "run", max_steps=1)
+    run_stages(load_config(runs.write_config(tree, folder / "config.yaml")))
+    return folder / "run"
 
 
 class References(HTMLParser):
@@ -227,3 +241,33 @@ def test_a_broken_script_is_noticed(page, tmp_path):
     broken.write_text(page.read_text().replace("const draw", "undefinedFunction(); const draw"))
     _, console = chromium.run(broken, "return 1", tmp_path)
     assert any("undefinedFunction" in line for line in console)
+
+
+# ---- what layers say ----
+
+
+def test_samples_are_the_speakers_words(workspace, finished_run):
+    run = open_run(finished_run)
+    found = samples.what_layers_say(run, 2, max_new_tokens=3)
+    assert found["reason"] == "" and [r["models"] for r in found["rows"]] == [MODELS] * 2
+    speaker = open_speaker(run.student, run.verbalizers("student"))
+    row = json.loads((workspace / "rows.jsonl").read_text().splitlines()[0])
+    question = row["messages"][0]["content"].removeprefix("<image>")
+    assert found["rows"][0]["question"] == question
+    said = speaker.speak([workspace / row["images"][0]], question, max_new_tokens=3)
+    column = {r["layer"]: r["cells"][1] for r in found["rows"][0]["rows"]}
+    assert {s.layer or "answer": s.text for s in said} == {k: c["text"] for k, c in column.items() if c}
+    assert column[5] is None, "the student has no target layer 5"
+
+
+def test_samples_say_what_is_missing(workspace, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "verbalize" / "teacher")
+    found = samples.what_layers_say(open_run(tmp_path / "run"), 1, max_new_tokens=1)
+    assert found["rows"][0]["models"] == MODELS[:2] and "teacher is missing" in found["reason"]
+    (tmp_path / "rows").mkdir()
+    record = json.loads((tmp_path / "run" / "sft" / "vlsi_stage.json").read_text())
+    record["config"]["data"]["train"][0]["path"] = str(tmp_path / "rows.jsonl")
+    write_record(tmp_path / "run" / "sft", record)
+    page = write_report([tmp_path / "run"], tmp_path / "page.html", samples=1)
+    assert "No samples" in page.read_text()

@@ -1,4 +1,4 @@
-"""`vlsi-fast demo`: score the models, run the three stages and the control, score again, print a table.
+"""`vlsi-fast demo`: score the models, run the three stages and the control, score again, print a table, write a report.
 
 Everything goes through the public entry: `deepspeed vlsi_fast/train.py --stage all --config configs/demo.yaml`.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import STAGES, RunConfig, load_config
+from ..report.command import write_report
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 
@@ -72,7 +73,9 @@ def main(arguments: argparse.Namespace, overrides: list[str] = ()) -> int:
     scores |= _score(config, finals)
     summary = _collect(config, scores, stages, output) | {"seconds": time.perf_counter() - began}
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    _print_table(summary, output)
+    _say("Asking every layer, writing the report")
+    report = write_report([output])
+    _print_table(summary, output, report)
     return 0
 
 
@@ -146,7 +149,7 @@ def _collect(config: RunConfig, scores: dict[str, dict], stages: dict[str, dict]
     }
 
 
-def _print_table(summary: dict[str, Any], output: Path) -> None:
+def _print_table(summary: dict[str, Any], output: Path, report: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -168,5 +171,6 @@ def _print_table(summary: dict[str, Any], output: Path) -> None:
     console.print(table)
     console.print(
         f"peak memory of training {summary['peak_rss_bytes'] / 2**30:.2f} GiB, all in all {summary['seconds']:.0f} s\n"
-        f"distilled student: {output / 'sft' / 'student'}\nsummary: {output / 'summary.json'}"
+        f"distilled student: {output / 'sft' / 'student'}\nsummary: {output / 'summary.json'}\n"
+        f"report, with what each layer says: {report}"
     )

@@ -1,2 +1,115 @@
-def what_layers_say(run, count, max_new_tokens):
-    return None
+"""What each layer says about rows of the run's own data: base student, trained student and teacher side by side."""
+
+from __future__ import annotations
+
+import base64
+import io
+from functools import partial
+from typing import Any
+
+from ..data.images import load_image
+from ..data.skipped import UnusableRow
+from ..data.sources import build_source
+from ..runs import Run
+from ..scoring import normalise
+
+THUMBNAIL = 256
+"""Longest side, pixels, of an image on the page; smaller ones are shown as they are."""
+
+
+def what_layers_say(run: Run, count: int, max_new_tokens: int = 64) -> dict[str, Any]:
+    """Answers of every target layer, and of the model itself, to `count` questions.
+
+    Args:
+        run: its base student, trained student and teacher are loaded one after the other.
+        count: rows of data.eval (of data.train where there is none), spread evenly; those with one question only.
+        max_new_tokens: length of an answer.
+
+    Returns:
+        {"rows": [{"images": [data URI], "question", "answer", "models": [name], "rows": [{"layer", "cells"}]}],
+        "reason": what is missing and why, or ""}; a cell is {"text", "right"} or None where a model has no such layer.
+    """
+    models, problems = _models(run), []
+    try:
+        questions = _questions(run, count)
+    except (ValueError, FileNotFoundError) as error:
+        return {"rows": [], "reason": f"No samples, since the run's data cannot be read: {error}"}
+    answers: dict[str, list[dict]] = {}
+    for name, load in models.items():
+        try:
+            speaker = load()
+            answers[name] = [_answers(speaker, q, max_new_tokens) for q in questions]
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(f"{name} is missing: {error}.")
+    rows = [_row(q, {name: found[i] for name, found in answers.items()}) for i, q in enumerate(questions)]
+    return {"rows": rows if answers else [], "reason": " ".join(problems)}
+
+
+def _models(run: Run) -> dict[str, Any]:
+    """Column -> how its speaker is made. Both students are heard through the base student's verbalizers (4.4)."""
+    from ..speech import open_speaker
+
+    config = run.config
+
+    def load(role: str, checkpoint):
+        own = getattr(config, role)
+        bounds = {name: getattr(own, name) or getattr(config.data, name) for name in ("min_pixels", "max_pixels")}
+        return open_speaker(checkpoint(), run.verbalizers(role), dtype=config.dtype, **bounds)
+
+    return {
+        "student before": partial(load, "student", lambda: run.base("student")),
+        "student after": partial(load, "student", lambda: run.student),
+        "teacher": partial(load, "teacher", lambda: run.base("teacher")),
+    }
+
+
+def _questions(run: Run, count: int) -> list[dict[str, Any]]:
+    """Up to `count` usable rows: a question, its images and the answer."""
+    data = run.config.data
+    source = build_source(data.eval or data.train)
+    found = []
+    for i in range(len(source)):  # a row that cannot be used gives its place to the next one
+        if len(found) == count or i >= 20 * count:
+            break
+        try:
+            row = source[(i * max(1, len(source) // count)) % len(source) + i // count]
+            user, assistant = row.messages
+            text = "".join(part.get("text", "") for part in user["content"])
+            images = [load_image(image, max_image_pixels=data.max_image_pixels) for image in row.images]
+        except (UnusableRow, ValueError, IndexError):
+            continue
+        answer = "".join(part.get("text", "") for part in assistant["content"])
+        found.append({"question": text.strip(), "images": images, "answer": answer})
+    if not found:
+        raise ValueError("no row of one question and one answer could be used")
+    return found
+
+
+def _answers(speaker, question: dict[str, Any], max_new_tokens: int) -> dict[int | None, str]:
+    said = speaker.speak(question["images"], question["question"], max_new_tokens=max_new_tokens)
+    return {speech.layer: speech.text for speech in said}
+
+
+def _row(question: dict[str, Any], answers: dict[str, dict[int | None, str]]) -> dict[str, Any]:
+    layers = sorted({k for found in answers.values() for k in found if k is not None})
+    right = normalise(question["answer"])
+
+    def cells(layer: int | None) -> list[dict[str, Any] | None]:
+        texts = [found.get(layer) for found in answers.values()]
+        return [None if t is None else {"text": t, "right": normalise(t) == right} for t in texts]
+
+    return {
+        "images": [_thumbnail(image) for image in question["images"]],
+        "question": question["question"],
+        "answer": question["answer"],
+        "models": list(answers),
+        "rows": [{"layer": layer or "answer", "cells": cells(layer)} for layer in (*layers, None)],
+    }
+
+
+def _thumbnail(image) -> str:
+    image = image.copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
