@@ -72,6 +72,14 @@ COMMANDS = (
         "vlsi-fast report runs/demo --open",
     ),
     Command(
+        "eval", "score checkpoints on your rows, or on the paper's benchmarks",
+        ".evaluation.arguments:add_arguments", ".evaluation.command:main",
+        "vlsi-fast eval --run runs/demo --model vlsi_fast/demo/models/student\n"
+        "  vlsi-fast eval --model Qwen/Qwen2-VL-2B-Instruct --data rows.jsonl --reader messages\n"
+        "  vlsi-fast eval --run runs/mine --benchmarks mmb,mmmu,mmstar",
+        takes_overrides=True,
+    ),
+    Command(
         "completion", "print a script that completes these commands in a shell",
         ".completion:add_arguments", ".completion:main",
         'eval "$(vlsi-fast completion bash)"      # or add the output to your shell\'s completions',
