@@ -11,7 +11,9 @@ import pytest
 import tiny_runs as runs
 
 from vlsi_fast.cli import main
-from vlsi_fast.config import RunConfig, load_config
+from vlsi_fast.config import ConfigError, RunConfig, load_config
+from vlsi_fast.evaluation.answers import Answer
+from vlsi_fast.evaluation.report import summarise
 from vlsi_fast.lineage import write_record
 from vlsi_fast.report import collect, samples
 from vlsi_fast.report.command import write_report
@@ -153,12 +155,17 @@ def test_settings_tell_what_differs(run, tmp_path):
     assert [n for n, _ in collect.differing_settings(configs)] == ["output_dir", "interact.temperature"]
 
 
-def test_results_of_eval(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"models": [{"model": "mine", "accuracy": 0.5, "rows": 10}]}))
-    assert collect.read_results(tmp_path / "a.json") == [("mine", 0.5, 10)]
-    for text in ("{}", "no json"):
-        (tmp_path / "b.json").write_text(text)
-        with pytest.raises(ValueError, match="vlsi-fast eval --json"):
+def test_results_of_eval(run, tmp_path):
+    answers = [Answer(id=str(i), question="?", answer="red", prediction="red" if i < 3 else "blue", type="other",
+                      source="rows") for i in range(4)]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(summarise({"mine": answers}, {"mine": {}})))
+    (found,) = collect.read_results(tmp_path / "a.json")
+    assert (found["name"], found["accuracy"], found["rows"]) == ("mine", 0.75, 4)
+    text = write_report([run.folder], tmp_path / "page.html", [tmp_path / "a.json"], samples=0).read_text()
+    assert "75.00%" in text and f"{100 * found['interval'][0]:.2f}% to" in text
+    for bad in ("{}", "no json", "[1]", '{"models": {"mine": {}}}'):
+        (tmp_path / "b.json").write_text(bad)
+        with pytest.raises(ConfigError, match="vlsi-fast eval --json"):
             collect.read_results(tmp_path / "b.json")
 
 

@@ -149,32 +149,18 @@ def accuracies(run: Run) -> tuple[dict[str, float], dict[str, Any] | None]:
     return {label: value for label, value in found.items() if value is not None}, summary
 
 
-def read_results(path: Path) -> list[tuple[str, float, int | None]]:
-    """Rows of a `vlsi-fast eval --json` file: name, accuracy (0 to 1), number of questions.
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Exact matches of a `vlsi-fast eval --json` file: {"name", "accuracy" (0 to 1), "rows", "interval" (95%)} each.
 
     Raises:
-        ConfigError: no JSON, or no accuracy in it.
+        ConfigError: another kind of file.
     """
     try:
-        tree = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); write it with vlsi-fast eval --json") from None
-    found: list[tuple[str, float, int | None]] = []
-
-    def walk(node: Any, name: str) -> None:
-        if isinstance(node, list):
-            for item in node:
-                walk(item, name)
-        elif isinstance(node, dict) and isinstance(node.get("accuracy"), (int, float)):
-            found.append((str(node.get("name") or node.get("model") or name), node["accuracy"], node.get("rows")))
-        elif isinstance(node, dict):
-            for key, item in node.items():
-                walk(item, key)
-
-    walk(tree, path.stem)
-    if not found:
-        raise ConfigError(f"{path} holds no accuracy; write it with vlsi-fast eval --json")
-    return found
+        models = json.loads(path.read_text())["models"]
+        scores = [{"name": name, **found["exact_match"]} for name, found in models.items()]
+        return [{key: score[key] for key in ("name", "accuracy", "rows", "interval")} for score in scores]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{path} holds no scores of vlsi-fast eval; write it with vlsi-fast eval --json") from None
 
 
 def settings(config: dict[str, Any]) -> list[tuple[str, str, bool]]:

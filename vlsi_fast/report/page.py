@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..evaluation.report import short_names
 from ..runs import Run
 from . import collect
 from .charts import lines
@@ -15,13 +16,13 @@ TEMPLATE = "page.html.j2"
 
 
 def build_page(
-    runs: list[Run], results: list[tuple[str, float, int | None]] = (), samples: dict[Path, Any] | None = None
+    runs: list[Run], results: list[dict[str, Any]] = (), samples: dict[Path, Any] | None = None
 ) -> str:
     """The HTML of one run, or of several compared.
 
     Args:
         runs: at least one.
-        results: further rows of the headline table: name, accuracy (0 to 1), number of questions or None.
+        results: further accuracies, as `collect.read_results` reads them.
         samples: run folder -> what its layers say, or the reason why that is missing (see samples.py).
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -31,7 +32,8 @@ def build_page(
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "percent": percent, "gib": gib, "duration": duration, "tint": tint}
-    names = _names(runs)
+    short = short_names(str(run.folder.resolve()) for run in runs)
+    names = list(short.values())
     return environment.get_template(TEMPLATE).render(
         title="VLsI: " + ", ".join(names),
         version=__version__,
@@ -41,16 +43,6 @@ def build_page(
         differing=collect.differing_settings([_config(run) for run in runs]) if len(runs) > 1 else [],
         runs=[_one(run, name, (samples or {}).get(run.folder)) for run, name in zip(runs, names)],
     )
-
-
-def _names(runs: list[Run]) -> list[str]:
-    """A short name for each run: its folder's, with as much of the path as tells them apart."""
-    parts = [run.folder.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-depth:]) for p in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def _config(run: Run) -> dict[str, Any]:
@@ -66,7 +58,7 @@ def _headline(runs: list[Run], names: list[str], results) -> dict[str, Any]:
         "labels": labels,
         "accuracies": [table for table, _ in found],
         "questions": [summary["questions"] if summary else None for _, summary in found],
-        "results": [{"name": n, "accuracy": a, "rows": rows} for n, a, rows in results],
+        "results": list(results),
         "seconds": [sum(c["seconds"] for c in cost) for cost in costs],
         "steps": [sum(c["optimizer_steps"] for c in cost) for cost in costs],
         "memory": [max((c["peak_memory_bytes"] for c in cost), default=math.nan) for cost in costs],

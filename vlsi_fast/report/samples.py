@@ -10,8 +10,8 @@ from typing import Any
 from ..data.images import load_image
 from ..data.skipped import UnusableRow
 from ..data.sources import build_source
+from ..evaluation.metrics import normalise
 from ..runs import Run
-from ..scoring import normalise
 
 THUMBNAIL = 256
 """Longest side, pixels, of an image on the page; smaller ones are shown as they are."""
