@@ -13,6 +13,7 @@ from vlsi_fast.config import BackboneConfig, ConfigError
 from vlsi_fast.lineage import (
     RECORD_NAME,
     LineageError,
+    checkpoint_digest,
     last_checkpoint,
     open_stage,
     read_record,
@@ -21,7 +22,6 @@ from vlsi_fast.lineage import (
     write_record,
 )
 from vlsi_fast.loading import (
-    checkpoint_digest,
     require_same_tokens,
     resolve_folder,
     target_layers,

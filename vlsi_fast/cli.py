@@ -146,7 +146,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file of the run, e.g. configs/demo.yaml")
     parser.add_argument("--resume", action="store_true", help="continue this run from its last checkpoint")
     parser.add_argument("--options", nargs=0, action=_ListOptions, help="list every --section.field with its meaning")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from deepspeed
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed
 
 
 def train_main(argv: list[str] | None = None) -> int:

@@ -53,6 +53,26 @@ class Run:
                 return self.folder / stage / "student"
         raise FileNotFoundError(f"{self.folder}: neither interact nor sft is finished; run --stage interact first")
 
+    def student_of(self, stage: str) -> Path:
+        """Folder of the student that a finished stage made; it may have been deleted since.
+
+        Raises:
+            FileNotFoundError: the stage makes none, or is not finished.
+        """
+        if stage not in ("interact", "sft") or not self.finished(stage):
+            made = "makes no student" if stage == "verbalize" else "is not finished"
+            raise FileNotFoundError(f"{self.folder}: stage {stage} {made}; run --stage interact or sft to its end first")
+        return self.folder / stage / "student"
+
+    def stages_behind(self, stage: str) -> list[str]:
+        """The stages whose results are in what `stage` made, itself included, in order; those with a record."""
+        names = [name for name in STAGES if name in self.records and STAGES.index(name) <= STAGES.index(stage)]
+        if stage == "sft" and self.records["sft"]["config"]["sft"]["start_from"] == "base":
+            return ["sft"]
+        settings = self.records.get("interact", {}).get("config", {}).get("interact", {})
+        speaks = settings.get("intermediate", "kld") != "none" and not settings.get("headless")
+        return [name for name in names if name != "verbalize" or speaks]
+
     def base(self, role: str) -> str:
         """Path or Hub name of the student or teacher that the run started from."""
         return self.records[self.last_stage]["config"][role]["path"]
