@@ -67,6 +67,16 @@ COMMANDS = (
         takes_overrides=True,
     ),
     Command(
+        "export", "write a run's student as a checkpoint to publish, with a model card",
+        ".export.arguments:add_arguments", ".export.command:main",
+        "vlsi-fast export --run runs/demo --out exported/demo-student --license apache-2.0",
+    ),
+    Command(
+        "inspect", "tell what a folder holds: a run, a stage, a checkpoint, verbalizers, data",
+        ".inspection.arguments:add_arguments", ".inspection.command:main",
+        "vlsi-fast inspect runs/demo",
+    ),
+    Command(
         "completion", "print a script that completes these commands in a shell",
         ".completion:add_arguments", ".completion:main",
         'eval "$(vlsi-fast completion bash)"      # or add the output to your shell\'s completions',

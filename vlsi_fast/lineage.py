@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def code_commit() -> str | None:
-    """The git commit of this code, `-dirty` where tracked files differ; None where it is not in a checkout of its own."""
+    """The git commit of this code, `-dirty` where tracked files differ; None where it is in no checkout of its own."""
     package = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:

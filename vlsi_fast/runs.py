@@ -27,9 +27,14 @@ class Run:
         return list(self.records)[-1]
 
     @property
+    def config_tree(self) -> dict[str, Any]:
+        """Every setting, as the last stage recorded it, not checked: a record of an older version may lack some."""
+        return self.records[self.last_stage]["config"]
+
+    @property
     def config(self) -> RunConfig:
         """Every setting, as the last stage recorded it."""
-        return RunConfig(**self.records[self.last_stage]["config"])
+        return RunConfig(**self.config_tree)
 
     def finished(self, stage: str) -> bool:
         """Whether a stage ran to its end."""
@@ -61,7 +66,7 @@ class Run:
         """
         if stage not in ("interact", "sft") or not self.finished(stage):
             made = "makes no student" if stage == "verbalize" else "is not finished"
-            raise FileNotFoundError(f"{self.folder}: stage {stage} {made}; run --stage interact or sft to its end first")
+            raise FileNotFoundError(f"{self.folder}: stage {stage} {made}; run --stage interact or sft first")
         return self.folder / stage / "student"
 
     def stages_behind(self, stage: str) -> list[str]:
