@@ -11,6 +11,8 @@ from .config import STAGES, ConfigError, RunConfig
 from .lineage import FORMAT, RECORD_NAME, read_record
 
 METRICS_NAME = "metrics.jsonl"
+VERBALIZER_CONFIG = "verbalizer_config.json"
+VERBALIZER_WEIGHTS = "verbalizer.safetensors"
 
 
 @dataclass(frozen=True)

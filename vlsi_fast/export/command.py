@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 1
     for notice in notices:
         print(f"notice: {notice}")
-    print(f"Fill in what {arguments.out / 'README.md'} leaves open, then: hf upload NAME/{choices.title} {arguments.out}")
+    print(f"Fill in what {arguments.out}/README.md leaves open, then: hf upload NAME/{choices.title} {arguments.out}")
     return 0
 
 
