@@ -66,7 +66,8 @@ def _print(console, header: list[str], rows: list[list[str]], head: bool) -> Non
     from rich.markup import escape
     from rich.table import Column, Table
 
-    table = Table(*(Column(name, overflow="fold") for name in header), box=None, show_header=head, padding=(0, 2, 0, 0), pad_edge=False)
+    columns = [Column(name, overflow="fold") for name in header]
+    table = Table(*columns, box=None, show_header=head, padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:
         if row[1] != "":
             table.add_row(*map(escape, row))

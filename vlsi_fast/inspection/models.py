@@ -65,7 +65,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _depth(weights: Weights) -> int:
-    return len({found[1] for name in weights.tensors if (found := LAYER.search(name)) and not PARTS["vision"].search(name)})
+    names = (name for name in weights.tensors if not PARTS["vision"].search(name))
+    return len({found[1] for name in names if (found := LAYER.search(name))})
 
 
 def _parts(weights: Weights) -> dict[str, int]:
