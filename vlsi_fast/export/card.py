@@ -15,7 +15,7 @@ from .. import __version__
 from ..runs import Run
 from ..sizes import format_count, format_size
 from .checkpoint import Written
-from .scores import Score, summary_scores
+from .scores import THIS, Score, summary_scores
 
 FILL = "**[to be filled in]**"
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -245,8 +245,8 @@ def _results(asked: str, summary: list[tuple[str, float]], scores: list[Score]) 
         blocks.append(f"Exact match on {asked}:")
         blocks.append(table(["model", "exact match"], [[label, f"{100 * value:.2f}%"] for label, value in summary]))
     if scores:
-        rows = [[s.name, s.metric, _percent(s.value), _interval(s), s.rows or ""] for s in scores]
-        blocks.append(table(["data", "metric", "value", "95% interval", "rows"], rows))
+        rows = [[s.model, s.name, s.metric, _percent(s.value), _interval(s), s.rows or ""] for s in scores]
+        blocks.append(table(["model", "data", "metric", "value", "95% interval", "rows"], rows))
     return "\n\n".join(blocks) or f"{FILL}: no results were given (`vlsi-fast export --results FILE`)."
 
 
@@ -259,10 +259,10 @@ def _interval(score: Score) -> str:
 
 
 def _eval_results(choices: Choices, run: Run, summary: list[tuple[str, float]]) -> list[EvalResult]:
-    """Entries of the card's model-index: whole benchmarks only."""
-    scores = [score for score in choices.scores if score.whole]
+    """Entries of the card's model-index: this model's, on whole benchmarks."""
+    scores = [score for score in choices.scores if score.whole and score.model == THIS]
     names = [source["name"] or source["reader"] for source in run.config_tree["data"]["eval"]]
-    own = [value for label, value in summary if "this model" in label]
+    own = [value for label, value in summary if label == THIS]
     scores += [Score("+".join(names) or "data.eval", "exact_match", value) for value in own]
     return [
         EvalResult(

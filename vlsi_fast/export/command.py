@@ -30,13 +30,14 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
         stage = arguments.stage or _last_student(run)
         source = find_source(run, stage)
         _require_free(run, arguments.out, arguments.overwrite)
+        places = [run.student_of(stage), arguments.out]
         choices = Choices(
             title=arguments.model_name or arguments.out.resolve().name,
             license=arguments.license,
             base_model=arguments.base_model,
             teacher_model=arguments.teacher_model,
             datasets=arguments.datasets,
-            scores=[score for path in arguments.results for score in read_scores(path)],
+            scores=[score for path in arguments.results for score in read_scores(path, places)],
         )
         notices = _export(run, stage, source, choices, arguments)
     except (ConfigError, LineageError, FileNotFoundError) as error:

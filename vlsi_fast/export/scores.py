@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..config import ConfigError
 from ..runs import Run
 
 METRIC = re.compile(r"(relaxed_|mean_)?accuracy|exact_match|anls|f1|cider|score")
+THIS = "this model"
 NAMES = ("name", "label", "benchmark", "task", "dataset")
 COUNTS = ("rows", "questions", "samples", "n")
 INTERVALS = ("interval", "accuracy_interval", "confidence_interval", "ci", "ci95")
@@ -30,10 +31,16 @@ class Score:
     interval: tuple[float, float] | None = None
     whole: bool = True
     """False for a part of a benchmark, such as one type of question."""
+    model: str = THIS
+    """Whose score it is, where a file has those of several."""
 
 
-def read_scores(path: Path) -> list[Score]:
-    """The scores of a JSON file: of every mapping in it with an accuracy or the like, whatever lies around them.
+def read_scores(path: Path, students: Iterable[Path]) -> list[Score]:
+    """The scores of a JSON file: those of `vlsi-fast eval --json`, else of every mapping with an accuracy or the like.
+
+    Args:
+        path: the file.
+        students: folders in which the exported student lies; in a file of several models it is known by its folder.
 
     Raises:
         FileNotFoundError: no such file.
@@ -45,10 +52,38 @@ def read_scores(path: Path) -> list[Score]:
         tree = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"--results {path} is not valid JSON: {error}") from None
-    found = list(_walk(tree, path.stem, whole=True))
+    models = tree.get("models") if isinstance(tree, dict) else None
+    if isinstance(models, dict) and all(isinstance(entry, dict) for entry in models.values()):
+        own = {folder.resolve() for folder in students}
+        found = []
+        for name, entry in models.items():
+            is_own = len(models) == 1 or Path(str(entry.get("path", ""))).resolve() in own
+            found += _of_model(THIS if is_own else name, entry, path.stem)
+    else:
+        found = list(_walk(tree, path.stem, whole=True))
     if not found:
         raise ConfigError(f"--results {path} holds no score: no mapping in it has a field accuracy or exact_match")
     return found
+
+
+def _of_model(model: str, entry: dict[str, Any], stem: str) -> Iterator[Score]:
+    """One model of `vlsi-fast eval`: metric -> accuracy, rows, interval, and these by source and type of question."""
+    for metric, share in entry.items():
+        if not (isinstance(share, dict) and _is_number(share.get("accuracy"))):
+            continue
+        sources = share.get("by_source") or {}
+        data = ", ".join(sources) or stem
+        yield _score(data, metric, share["accuracy"], share, True, model)
+        parts = (share.get("by_type") or {}) | (sources if len(sources) > 1 else {})
+        for name, part in parts.items():
+            yield _score(f"{data}: {name}", metric, part["accuracy"], part, False, model)
+
+
+def _score(name: str, metric: str, value: float, entry: dict[str, Any], whole: bool, model: str = THIS) -> Score:
+    rows = next((entry[key] for key in COUNTS if isinstance(entry.get(key), int)), None)
+    ranges = (entry[key] for key in INTERVALS if isinstance(entry.get(key), list) and len(entry[key]) == 2)
+    interval = next((tuple(pair) for pair in ranges if all(map(_is_number, pair))), None)
+    return Score(name, metric, float(value), rows, interval, whole, model)
 
 
 def _walk(tree: Any, name: str, whole: bool) -> Iterator[Score]:
@@ -59,11 +94,8 @@ def _walk(tree: Any, name: str, whole: bool) -> Iterator[Score]:
         return
     named = next((tree[key] for key in NAMES if isinstance(tree.get(key), str)), name)
     metrics = {key: value for key, value in tree.items() if METRIC.fullmatch(key) and _is_number(value)}
-    rows = next((tree[key] for key in COUNTS if isinstance(tree.get(key), int)), None)
-    ranges = (tree[key] for key in INTERVALS if isinstance(tree.get(key), list) and len(tree[key]) == 2)
-    interval = next((tuple(pair) for pair in ranges if all(map(_is_number, pair))), None)
     for metric, value in metrics.items():
-        yield Score(named, metric, float(value), rows, interval, whole)
+        yield _score(named, metric, value, tree, whole)
     for key, value in tree.items():
         if isinstance(value, (dict, list)):
             below = f"{named}, {key}" if metrics else key
@@ -88,7 +120,7 @@ def summary_scores(run: Run) -> tuple[str, list[tuple[str, float]]]:
         labels = {
             "teacher_accuracy": "teacher",
             "student_before_accuracy": "student before",
-            "student_after_accuracy": "**this model**",
+            "student_after_accuracy": THIS,
             "sft_only_accuracy": "control: the student after plain sft alone, equally many optimizer steps",
         }
         rows = [(label, float(summary[key])) for key, label in labels.items() if summary.get(key) is not None]
