@@ -5,6 +5,7 @@ Nothing is invented: what the run does not know, licences above all, is left to 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from .. import __version__
 from ..runs import Run
 from ..sizes import format_count, format_size
 from .checkpoint import Written
-from .scores import THIS, Score, summary_scores
+from .scores import THIS, Score, source_label, summary_scores
 
 FILL = "**[to be filled in]**"
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 TEMPLATE = Path(__file__).with_name("card.md")
 
 
@@ -118,7 +120,8 @@ def _parents(run: Run, stages: list[str], choices: Choices) -> list[Parent]:
             continue
         named, folder = record["config"][role]["path"], Path(record["facts"][role]["path"])
         # a Hub name was resolved to a folder of the cache, a folder to itself
-        hub_id = given or (None if Path(named) == folder else named)
+        is_hub_name = HUB_NAME.fullmatch(named) and Path(named) != folder
+        hub_id = given or (named if is_hub_name else None)
         parents.append(Parent(role, hub_id or folder.name, hub_id, _license_of(folder)))
     return parents
 
@@ -228,9 +231,8 @@ def _data(record: dict[str, Any]) -> str:
     found = record.get("sources")
     rows = []
     for i, source in enumerate(record["config"]["data"]["train"]):
-        path = source["path"][0] if isinstance(source["path"], list) else source["path"]
-        name = source["name"] or (found[i][0] if found else Path(path or source["reader"]).stem)
-        rows.append([name, source["reader"], found[i][1] if found else source["count"] or "not recorded", FILL])
+        count = found[i][1] if found else source["count"] or "not recorded"
+        rows.append([source_label(source), source["reader"], count, FILL])
     skipped = sum(record.get("summary", {}).get("skipped_rows", {}).values())
     text = table(["source", "format", "rows", "licence"], rows)
     return text + (f"\n\n{skipped} rows could not be used and were skipped in the last stage." if skipped else "")
@@ -261,9 +263,8 @@ def _interval(score: Score) -> str:
 def _eval_results(choices: Choices, run: Run, summary: list[tuple[str, float]]) -> list[EvalResult]:
     """Entries of the card's model-index: this model's, on whole benchmarks."""
     scores = [score for score in choices.scores if score.whole and score.model == THIS]
-    names = [source["name"] or source["reader"] for source in run.config_tree["data"]["eval"]]
-    own = [value for label, value in summary if label == THIS]
-    scores += [Score("+".join(names) or "data.eval", "exact_match", value) for value in own]
+    name = ", ".join(map(source_label, run.config_tree["data"]["eval"]))
+    scores += [Score(name, "exact_match", value) for label, value in summary if label == THIS]
     return [
         EvalResult(
             task_type="visual-question-answering", dataset_type=score.name, dataset_name=score.name,

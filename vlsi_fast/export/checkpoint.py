@@ -18,9 +18,11 @@ from ..runs import Run
 from ..weights import read_weights
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-TOLERANCES = {"unchanged": 1e-5, "cast": 5e-2}
-"""Largest relative error (norm of the difference / norm) of the logits after reloading. Unchanged weights give the same
-numbers, but for the order of sums; rounding to bfloat16 errs by 2^-9 a weight, which grows over the layers."""
+LOADED_TOLERANCE = 1e-5
+"""Largest relative error (norm of the difference / norm) of the logits after loading: the same weights in the same code
+give the same numbers, but for the order of sums."""
+CAST_TOLERANCE = 0.1
+"""The same, of a cast: rounding to bfloat16 errs by 2^-9 a weight and step. Small random models showed 0.02."""
 
 
 class ExportError(RuntimeError):
@@ -46,8 +48,10 @@ class Written:
     tensors: int
     parameters: int
     bytes: int
-    error: float
-    """Of the logits, see `TOLERANCES`."""
+    loaded_error: float
+    """Of the logits after loading, see `LOADED_TOLERANCE`."""
+    cast_error: float | None
+    """Of the logits by the cast; None without one."""
     tokenizer: str
     """Digest."""
 
@@ -103,13 +107,18 @@ def write_checkpoint(run: Run, stage: str, source: Source, out: Path, dtype: str
     own = str(model.dtype).removeprefix("torch.")
     dtype = dtype or own
     inputs = _example(processor)
-    expected, parameters = _logits(model, inputs), model.num_parameters()
-    model.to(getattr(torch, dtype)).save_pretrained(out, max_shard_size=shard_bytes)
+    expected, cast_error, parameters = _logits(model, inputs), None, model.num_parameters()
+    if dtype != own:
+        for parameter in model.parameters():  # alone: rotary buffers stay float32, as they are after loading
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+        before, expected = expected, _logits(model, inputs)
+        cast_error = _require_close(expected, before, CAST_TOLERANCE, f"cast to {dtype}, the student")
+    model.save_pretrained(out, max_shard_size=shard_bytes)
     processor.save_pretrained(out)
     architecture = type(model).__name__
     del model
     gc.collect()  # before it is loaded a second time
-    error = _compare(out, inputs, expected, TOLERANCES["unchanged" if dtype == own else "cast"])
+    loaded_error = _require_close(_load_stock(out, inputs), expected, LOADED_TOLERANCE, f"the checkpoint in {out}")
     weights = read_weights(out)
     if weights.problems or weights.parameters != parameters:
         raise ExportError(f"{out} holds {weights.parameters} parameters, the student has {parameters}")
@@ -117,7 +126,7 @@ def write_checkpoint(run: Run, stage: str, source: Source, out: Path, dtype: str
         raise ExportError(f"the tokenizer written to {out} is not the one that the run recorded")
     size = sum(file.stat().st_size for file in out.iterdir())
     digest = tokenizer_digest(processor.tokenizer)
-    return Written(architecture, dtype, len(weights.tensors), parameters, size, error, digest)
+    return Written(architecture, dtype, len(weights.tensors), parameters, size, loaded_error, cast_error, digest)
 
 
 def _load(run: Run, stage: str, source: Source) -> tuple[nn.Module, Any]:
@@ -153,19 +162,22 @@ def _logits(model: nn.Module, inputs) -> torch.Tensor:
     return model(**inputs.to(dtype=model.dtype)).logits.float()
 
 
-def _compare(out: Path, inputs, expected: torch.Tensor, tolerance: float) -> float:
-    """Relative error of the logits of the checkpoint in `out`, loaded by stock code alone."""
+def _load_stock(out: Path, inputs) -> torch.Tensor:
+    """Logits of the checkpoint in `out`, loaded by stock code alone. Raises ExportError where it is not whole."""
     from transformers import AutoModelForImageTextToText
 
     model, info = AutoModelForImageTextToText.from_pretrained(out, dtype="auto", output_loading_info=True)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise ExportError(f"{out} does not load as a whole: {wrong}")
-    found = _logits(model.eval(), inputs)
+    return _logits(model.eval(), inputs)
+
+
+def _require_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> float:
+    """Relative error; ExportError above the tolerance, and for what is not finite."""
     error = float((found - expected).norm() / expected.norm())
     if not error <= tolerance:
         raise ExportError(
-            f"the checkpoint in {out} gives other logits than the run's student: relative error {error:.1e}, at most "
-            f"{tolerance:.0e} expected"
+            f"{what} gives other logits than the run's: relative error {error:.1e}, at most {tolerance:.0e} expected"
         )
     return error

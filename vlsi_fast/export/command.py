@@ -81,7 +81,8 @@ def _export(run: Run, stage: str, source, choices, arguments: argparse.Namespace
     print(
         f"{out}: student of stage {stage}{made}, {written.architecture}, {format_count(written.parameters)} parameters "
         f"in {written.tensors} tensors, {written.dtype}, {format_size(written.bytes)}\n"
-        f"loaded again by stock code: all tensors, logits of the run's student (relative error {written.error:.1e})"
+        f"loaded again by stock code: all tensors, logits as written (relative error {written.loaded_error:.1e})"
+        + (f"; the cast changed them by {written.cast_error:.1e}" if written.cast_error is not None else "")
     )
     return notices
 

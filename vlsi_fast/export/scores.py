@@ -98,8 +98,8 @@ def _walk(tree: Any, name: str, whole: bool) -> Iterator[Score]:
         yield _score(named, metric, value, tree, whole)
     for key, value in tree.items():
         if isinstance(value, (dict, list)):
-            below = f"{named}, {key}" if metrics else key
-            yield from _walk(value, below, whole and not metrics)
+            still_whole = whole and not metrics
+            yield from _walk(value, key if still_whole else f"{named}: {key}", still_whole)
 
 
 def _is_number(value: Any) -> bool:
@@ -127,5 +127,11 @@ def summary_scores(run: Run) -> tuple[str, list[tuple[str, float]]]:
         questions = summary.get("questions")
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); delete it, or run the demo again") from None
-    names = ", ".join(source["name"] or source["reader"] for source in run.config_tree["data"]["eval"])
-    return f"{names or 'the data of `data.eval`'}, {questions} questions", rows
+    names = ", ".join(map(source_label, run.config_tree["data"]["eval"]))
+    return f"{names}, {questions} questions", rows
+
+
+def source_label(source: dict[str, Any]) -> str:
+    """What a source of the config is called; no folders, since cards are published."""
+    path = source["path"][0] if isinstance(source["path"], list) else source["path"]
+    return source["name"] or (Path(path).name if path else source["reader"])
