@@ -217,7 +217,7 @@ def _settings(run: Run, stages: list[str], stage: str) -> str:
     data = record["config"]["data"]
     bounds = [f"{name} {data[name]}" for name in ("min_pixels", "max_pixels") if data[name] is not None]
     rows.append(["rows", ", ".join([f"at most {data['max_length']} tokens", *bounds])])
-    rows.append(["precision in training", f"{record['config']['dtype']}, trained weights in float32"])
+    rows.append(["precision in training", f"{record['config']['dtype']}, a float32 copy of trained weights"])
     rows.append(["seed", record["config"]["seed"]])
     return table(["setting", "value"], rows)
 
