@@ -66,6 +66,7 @@ def make_card(run: Run, stage: str, written: Written, choices: Choices) -> tuple
             notices.append(f"the {parent.role} is a folder ({parent.label}): name its Hub model with {flag}")
     if not choices.datasets:
         notices.append("the card's metadata name no data set: --datasets takes their names on the Hub")
+    scores = _eval_results(choices, run, summary)
     data = ModelCardData(
         **license,
         base_model=[parent.hub_id for parent in parents if parent.hub_id] or None,
@@ -73,8 +74,8 @@ def make_card(run: Run, stage: str, written: Written, choices: Choices) -> tuple
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["vlsi-fast", "vision-language", *(["distillation", "vlsi"] if len(parents) == 2 else ["sft"])],
-        eval_results=_eval_results(choices, run, summary) or None,
-        model_name=choices.title,
+        eval_results=scores or None,
+        model_name=choices.title if scores else None,  # of the model-index
         **({"base_model_relation": "finetune"} if any(parent.hub_id for parent in parents) else {}),
     )
     record = run.records[stage]
