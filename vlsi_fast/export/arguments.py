@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must be new or empty")
     parser.add_argument("--stage", choices=("interact", "sft"), help="whose student (default: the last finished stage)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: as in the run)")
-    parser.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+    parser.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="of a file (5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     card = parser.add_argument_group("model card")
     card.add_argument("--model-name", help="its title (default: the name of --out)")
