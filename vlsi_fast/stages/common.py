@@ -34,6 +34,7 @@ from ..lineage import (
 from ..loading import (
     load_backbone,
     load_model_config,
+    needed_depth,
     require_same_tokens,
     resolve_folder,
     shared_rows,
@@ -85,12 +86,8 @@ class Role:
 
     @property
     def depth(self) -> int:
-        """Decoder layers that the target layers need, where nothing deeper is asked for.
-
-        One more than the deepest where the family adds to that layer's output: the state is read at the next layer.
-        """
-        deepest = max(self.layers)
-        return deepest + (deepest <= family_of(self.config).layers_added_to(self.config))
+        """Decoder layers that the target layers need, where nothing deeper is asked for."""
+        return needed_depth(self.config, self.layers)
 
     def verbalizer_folder(self) -> Path:
         """Where trained verbalizers of this model are."""
