@@ -7,6 +7,7 @@ setup(
     package_dir={"vlsi_kernels": "kernels/vlsi_kernels"},
     package_data={
         "vlsi_fast.demo": ["models/*/*"],
+        "vlsi_fast.export": ["card.md"],
         "vlsi_fast.paper": ["*.json"],
         "vlsi_fast.report": ["*.j2"],
     },

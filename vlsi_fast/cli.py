@@ -80,6 +80,16 @@ COMMANDS = (
         takes_overrides=True,
     ),
     Command(
+        "export", "write a run's student as a checkpoint to publish, with a model card",
+        ".export.arguments:add_arguments", ".export.command:main",
+        "vlsi-fast export --run runs/demo --out exported/demo-student --license apache-2.0",
+    ),
+    Command(
+        "inspect", "tell what a folder holds: a run, a stage, a checkpoint, verbalizers, data",
+        ".inspection.arguments:add_arguments", ".inspection.command:main",
+        "vlsi-fast inspect runs/demo",
+    ),
+    Command(
         "completion", "print a script that completes these commands in a shell",
         ".completion:add_arguments", ".completion:main",
         'eval "$(vlsi-fast completion bash)"      # or add the output to your shell\'s completions',
@@ -159,7 +169,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file of the run, e.g. configs/demo.yaml")
     parser.add_argument("--resume", action="store_true", help="continue this run from its last checkpoint")
     parser.add_argument("--options", nargs=0, action=_ListOptions, help="list every --section.field with its meaning")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from deepspeed
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed
 
 
 def train_main(argv: list[str] | None = None) -> int:

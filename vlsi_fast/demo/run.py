@@ -26,7 +26,8 @@ DEFAULT_CONFIG = "configs/demo.yaml"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `demo` command."""
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file of the demo (default: %(default)s)")
-    parser.add_argument("--output_dir", help="folder of the run (default: the config's, runs/demo)")
+    parser.add_argument("--output-dir", help="folder of the run (default: the config's, runs/demo)")
+    parser.add_argument("--output_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older spelling
     parser.add_argument("--ranks", type=int, default=2, help="ZeRO-3 ranks on CPU; on GPUs at most their number")
     parser.add_argument("--seed", type=int, help="another seed than the config's")
     parser.add_argument("--no-control", dest="control", action="store_false", help="skip the sft-only control")
