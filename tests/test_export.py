@@ -208,7 +208,7 @@ EVAL = {
 }
 
 
-def test_scores_of_eval_and_of_others(tmp_path):
+def test_scores_of_eval(tmp_path):
     path = tmp_path / "mmbench.json"
     path.write_text(json.dumps(EVAL))
     found = [(s.model, s.name, s.metric, s.value, s.rows, s.whole) for s in read_scores(path, [Path("/out/student")])]
@@ -218,14 +218,7 @@ def test_scores_of_eval_and_of_others(tmp_path):
         ("this model", "rows: yes/no", "exact_match", 0.6, 10, False),
         ("this model", "rows", "relaxed_accuracy", 0.75, 100, True),
     ]
-    for tree, expected in (
-        ({"accuracy": 0.4, "rows": 5}, [("mmbench", 0.4, True)]),
-        ([{"task": "mme", "score": 2190}, {"dataset": "ai", "accuracy": 1}], [("mme", 2190, True), ("ai", 1, True)]),
-        ({"all": {"a": {"accuracy": 1, "by": {"x": {"accuracy": 0}}}}}, [("a", 1, True), ("a: by: x", 0, False)]),
-    ):
-        path.write_text(json.dumps(tree))
-        assert [(s.name, s.value, s.whole) for s in read_scores(path, [])] == expected
-    for text, said in (("{", "not valid JSON"), ('{"accuracy": "high"}', "holds no score")):
+    for text, said in (("{", "not valid JSON"), ('{"accuracy": 0.5}', "holds no score"), ("[1]", "holds no score")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):
             read_scores(path, [])

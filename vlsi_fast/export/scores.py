@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,7 @@ from typing import Any
 from ..config import ConfigError
 from ..runs import Run
 
-METRIC = re.compile(r"(relaxed_|mean_)?accuracy|exact_match|anls|f1|cider|score")
 THIS = "this model"
-NAMES = ("name", "label", "benchmark", "task", "dataset")
-COUNTS = ("rows", "questions", "samples", "n")
-INTERVALS = ("interval", "accuracy_interval", "confidence_interval", "ci", "ci95")
-
 
 @dataclass(frozen=True)
 class Score:
@@ -36,7 +30,7 @@ class Score:
 
 
 def read_scores(path: Path, students: Iterable[Path]) -> list[Score]:
-    """The scores of a JSON file: those of `vlsi-fast eval --json`, else of every mapping with an accuracy or the like.
+    """The scores of a file that `vlsi-fast eval --json` wrote.
 
     Args:
         path: the file.
@@ -53,57 +47,30 @@ def read_scores(path: Path, students: Iterable[Path]) -> list[Score]:
     except ValueError as error:
         raise ConfigError(f"--results {path} is not valid JSON: {error}") from None
     models = tree.get("models") if isinstance(tree, dict) else None
-    if isinstance(models, dict) and all(isinstance(entry, dict) for entry in models.values()):
-        own = {folder.resolve() for folder in students}
-        found = []
-        for name, entry in models.items():
-            is_own = len(models) == 1 or Path(str(entry.get("path", ""))).resolve() in own
-            found += _of_model(THIS if is_own else name, entry, path.stem)
-    else:
-        found = list(_walk(tree, path.stem, whole=True))
+    own, found = {folder.resolve() for folder in students}, []
+    for name, entry in models.items() if isinstance(models, dict) else ():
+        is_own = len(models) == 1 or Path(str(entry.get("path", ""))).resolve() in own
+        found += _of_model(THIS if is_own else name, entry, path.stem)
     if not found:
-        raise ConfigError(f"--results {path} holds no score: no mapping in it has a field accuracy or exact_match")
+        raise ConfigError(f"--results {path} holds no scores; write it with vlsi-fast eval --json")
     return found
 
 
 def _of_model(model: str, entry: dict[str, Any], stem: str) -> Iterator[Score]:
     """One model of `vlsi-fast eval`: metric -> accuracy, rows, interval, and these by source and type of question."""
     for metric, share in entry.items():
-        if not (isinstance(share, dict) and _is_number(share.get("accuracy"))):
+        if not (isinstance(share, dict) and "accuracy" in share):  # its path, rows skipped
             continue
         sources = share.get("by_source") or {}
         data = ", ".join(sources) or stem
-        yield _score(data, metric, share["accuracy"], share, True, model)
+        yield _score(data, metric, share, True, model)
         parts = (share.get("by_type") or {}) | (sources if len(sources) > 1 else {})
         for name, part in parts.items():
-            yield _score(f"{data}: {name}", metric, part["accuracy"], part, False, model)
+            yield _score(f"{data}: {name}", metric, part, False, model)
 
 
-def _score(name: str, metric: str, value: float, entry: dict[str, Any], whole: bool, model: str = THIS) -> Score:
-    rows = next((entry[key] for key in COUNTS if isinstance(entry.get(key), int)), None)
-    ranges = (entry[key] for key in INTERVALS if isinstance(entry.get(key), list) and len(entry[key]) == 2)
-    interval = next((tuple(pair) for pair in ranges if all(map(_is_number, pair))), None)
-    return Score(name, metric, float(value), rows, interval, whole, model)
-
-
-def _walk(tree: Any, name: str, whole: bool) -> Iterator[Score]:
-    if isinstance(tree, list):
-        for item in tree:
-            yield from _walk(item, name, whole)
-    if not isinstance(tree, dict):
-        return
-    named = next((tree[key] for key in NAMES if isinstance(tree.get(key), str)), name)
-    metrics = {key: value for key, value in tree.items() if METRIC.fullmatch(key) and _is_number(value)}
-    for metric, value in metrics.items():
-        yield _score(named, metric, value, tree, whole)
-    for key, value in tree.items():
-        if isinstance(value, (dict, list)):
-            still_whole = whole and not metrics
-            yield from _walk(value, key if still_whole else f"{named}: {key}", still_whole)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _score(name: str, metric: str, share: dict[str, Any], whole: bool, model: str) -> Score:
+    return Score(name, metric, share["accuracy"], share["rows"], tuple(share["interval"]), whole, model)
 
 
 def summary_scores(run: Run) -> tuple[str, list[tuple[str, float]]]:
