@@ -67,6 +67,17 @@ COMMANDS = (
         takes_overrides=True,
     ),
     Command(
+        "verbalize", "what each target layer answers: base student, distilled student, teacher",
+        ".viewer.options:add_verbalize_arguments", ".viewer.command:main",
+        "vlsi-fast verbalize --run demo\n"
+        "  vlsi-fast verbalize --run runs/mine --image cat.png --question 'what is it?' --html cat.html",
+    ),
+    Command(
+        "app", "a local page to ask two models and see every layer's answer",
+        ".viewer.options:add_app_arguments", ".viewer.app:main",
+        "vlsi-fast app --run demo",
+    ),
+    Command(
         "completion", "print a script that completes these commands in a shell",
         ".completion:add_arguments", ".completion:main",
         'eval "$(vlsi-fast completion bash)"      # or add the output to your shell\'s completions',
