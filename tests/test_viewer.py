@@ -178,7 +178,8 @@ def test_the_shipped_run_speaks_at_once(capsys, tmp_path, monkeypatch):
     tree = json.loads(capsys.readouterr().out)
     layers = [[layer["layer"] for layer in model["layers"]] for model in tree["models"]]
     assert layers == [[1, 2, 3, None], [1, 2, 3, None], [1, 2, 3, 4, 5, 6, None]]
-    assert tree["models"][2]["layers"][-1]["text"] in ("yes", "no"), tree["question"]
+    answers = [[layer["text"] for layer in model["layers"]] for model in tree["models"]]
+    assert tree["question"] == "what shape is present?" and all(said[-1] == "circle" != said[0] for said in answers)
 
 
 def test_the_shipped_run_is_small_whole_and_names_no_machine():
@@ -188,7 +189,7 @@ def test_the_shipped_run_is_small_whole_and_names_no_machine():
     assert list(run.records) == ["verbalize", "interact", "sft"] and all(map(run.finished, run.records))
     assert [len(run.metrics(stage)) for stage in run.records] == [100, 300, 200]
     for file in files:
-        if file.suffix in (".json", ".jsonl"):
+        if file.suffix in (".json", ".jsonl") and file.name != "tokenizer.json":
             assert not re.search(r'"(?:/|\.\./\.\.)', file.read_text()), f"{file} holds an absolute path"
 
 

@@ -25,8 +25,9 @@ OVERRIDES = {
     "training.report_to": [],
 }
 """Of `configs/demo.yaml`."""
-TEST_IMAGE = 0
-"""Number of the easy-VQA test image that is asked about where the user names none."""
+TEST_QUESTION = 44
+"""Number of the easy-VQA test question asked where the user asks none: of those that are no yes/no questions the
+first that all three models answer right and no first layer does."""
 
 
 def example_run() -> Run:
@@ -35,7 +36,7 @@ def example_run() -> Run:
 
 
 def example_question() -> tuple[Path, str]:
-    """A test image of easy-VQA and the first question about it.
+    """A test image of easy-VQA and a question about it.
 
     Raises:
         FileNotFoundError: easy-vqa is not installed.
@@ -48,8 +49,8 @@ def example_question() -> tuple[Path, str]:
             "--image and --question"
         ) from None
     questions, _, images = easy_vqa.get_test_questions()
-    path = Path(easy_vqa.__file__).parent / easy_vqa.get_test_image_paths()[TEST_IMAGE]
-    return path.resolve(), questions[images.index(TEST_IMAGE)]
+    path = Path(easy_vqa.__file__).parent / easy_vqa.get_test_image_paths()[images[TEST_QUESTION]]
+    return path.resolve(), questions[TEST_QUESTION]
 
 
 def main() -> int:
@@ -82,7 +83,10 @@ def pack(run: Run, target: Path) -> None:
             save_file({n: t.bfloat16() for n, t in load_file(file).items()}, copied, metadata={"format": "pt"})
         elif file.suffix == ".json":
             tree = _with_paths(json.loads(file.read_text()), run)
-            copied.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+            if file.name == "config.json":
+                text = text.replace('"dtype": "float32"', '"dtype": "bfloat16"')
+            copied.write_text(text)
         else:
             shutil.copyfile(file, copied)
 

@@ -95,7 +95,8 @@ def build(gradio, answer: Answerer, title: str):
         except ValueError as error:
             raise gradio.Error(str(error)) from error
 
-    with gradio.Blocks(title=title, analytics_enabled=False) as page:
+    # uploads are deleted from Gradio's folder of temporary files within two hours, and when the app ends
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(f"### {title}")
         with gradio.Row():
             image = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="image")
@@ -106,6 +107,5 @@ def build(gradio, answer: Answerer, title: str):
                 button = gradio.Button("Ask", variant="primary")
         answers = gradio.HTML()
         inputs = [image, question, beams, probabilities]
-        for event in (button.click, question.submit):
-            event(respond, inputs, answers, api_name="ask", show_progress="minimal")
+        gradio.on([button.click, question.submit], respond, inputs, answers, api_name="ask", show_progress="minimal")
     return page

@@ -69,7 +69,7 @@ def find_run(name: str) -> Run:
 
 
 def _what_to_ask(arguments: argparse.Namespace) -> tuple[list[Path], str]:
-    """Images and question; for the shipped example a test image and its first question, unless others are given."""
+    """Images and question; for the shipped example a test image and a question, unless others are given."""
     if arguments.question is None and not arguments.image and arguments.run == NAME:
         image, question = example_question()
         return [image], question

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..speech import Speech
 from .columns import Column
-from .terminal import aligned, label, visible
+from .terminal import aligned, label, rivals, visible
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -98,8 +98,8 @@ def _tokens(speech: Speech) -> str:
     if not speech.alternatives:
         return ""
     rows = []
-    for token, p, rivals in zip(speech.tokens, speech.token_probabilities, speech.alternatives):
-        others = ", ".join(f"<code>{_safe(other)}</code> {q:.2f}" for other, q in rivals if other != token)
+    for token, p, alternatives in zip(speech.tokens, speech.token_probabilities, speech.alternatives):
+        others = ", ".join(f"<code>{_safe(other)}</code> {q:.2f}" for other, q in rivals(token, alternatives))
         bar = f'<span class="bar" style="--p: {p:.3f}"></span>'
         rows.append(f"<tr><td><code>{_safe(token)}</code></td><td>{p:.2f}</td><td>{bar}</td><td>{others}</td></tr>")
     return f"<details><summary>token probabilities</summary><table>{''.join(rows)}</table></details>"

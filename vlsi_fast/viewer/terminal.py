@@ -33,6 +33,11 @@ def label(speech: Speech) -> str:
     return "last layer" if speech.layer is None else f"layer {speech.layer}"
 
 
+def rivals(token: str, alternatives: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """What else might have been said: up to two other tokens of at least one percent."""
+    return [(other, p) for other, p in alternatives if other != token and p >= 0.01][:2]
+
+
 def print_table(columns: Sequence[Column], question: str, probabilities: bool, console: Console | None = None) -> None:
     """Models side by side, layers from shallow (top) to deep."""
     table = Table(title=Text(visible(question)), show_lines=True)
@@ -55,6 +60,6 @@ def _cell(speech: Speech, probabilities: bool) -> Text:
     if probabilities:
         for i, (token, p) in enumerate(zip(speech.tokens, speech.token_probabilities)):
             cell.append(f"\n{visible(token)!r} {p:.2f}", style="not dim green" if p >= 0.5 else "not dim yellow")
-            others = [f"{visible(t)!r} {q:.2f}" for t, q in speech.alternatives[i] if t != token][:2]
-            cell.append("   " + ", ".join(others), style="dim")
+            others = [f"{visible(t)!r} {q:.2f}" for t, q in rivals(token, speech.alternatives[i])]
+            cell.append("  " * bool(others) + ", ".join(others), style="dim")
     return cell
