@@ -121,13 +121,16 @@ def _original(run: Run, name: str, role: str) -> Source:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}, or leave it out: --compare without {name}") from error
     checkpoint = run.base(role)
-    made_for = read_spec(folder).made_for.get("checkpoint")
-    if made_for is not None and made_for != checkpoint_digest(resolve_folder(checkpoint, f"{role}.path")):
+    made_for, note = read_spec(folder).made_for, "heard through its own verbalizers"
+    trained_on = made_for.get("checkpoint")
+    if trained_on is not None and trained_on != checkpoint_digest(resolve_folder(checkpoint, f"{role}.path")):
         raise ConfigError(
             f"{folder}: these verbalizers were trained on another checkpoint than {checkpoint} is now; "
             "restore that one, or run --stage verbalize again"
         )
-    return Source(name, role, checkpoint, folder, "heard through its own verbalizers")
+    if made_for.get("quantization"):
+        note += f", which were trained on it in {made_for['quantization']}; here it is not quantised"
+    return Source(name, role, checkpoint, folder, note)
 
 
 def _other(run: Run, checkpoint: str) -> Source:
