@@ -12,6 +12,15 @@ from kernels_util import make_interpreter_round_to_nearest  # noqa: E402
 make_interpreter_round_to_nearest()
 
 
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """In deterministic mode PyTorch fills fresh memory with NaN, so that reading it unwritten shows."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):
     """Folder with a tiny teacher, a tiny student and a dataset; tests write elsewhere."""

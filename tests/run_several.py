@@ -1,5 +1,6 @@
 """Several stages, of configs of their own, in one launch: `run_several.py --resume|--fresh stage=config ..`."""
 
+import gc
 import sys
 
 from vlsi_fast import load_config, run
@@ -9,3 +10,4 @@ if __name__ == "__main__":
     for job in jobs:
         stage, config = job.split("=", 1)
         run(load_config(config), stage, resume == "--resume")
+        gc.freeze()  # imported modules are not looked through again: that takes longer than a tiny stage

@@ -190,7 +190,7 @@ def test_autocast_does_not_round_logits():
         ({"labels": torch.tensor([0, -1])}, ValueError, r"label -1 is outside"),
         ({"labels": torch.tensor([0, 19]), "vocab_size": 10}, ValueError, r"label 19 is outside 0\.\.9"),
         ({"labels": torch.zeros(2)}, TypeError, "labels.long"),
-        ({"labels": torch.zeros(3, dtype=torch.long)}, ValueError, "one per row"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, ValueError, "one per token"),
         ({"labels": torch.zeros(2, dtype=torch.long, device="meta")}, ValueError, "one device"),
         ({"reduction": "avg"}, ValueError, "choose one of 'mean', 'sum', 'none'"),
         ({"impl": "cuda"}, ValueError, "is unknown; choose one of"),

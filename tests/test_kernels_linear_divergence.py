@@ -14,15 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlsi_kernels import DEFAULT_WORKSPACE_BYTES, layer_kl_matrix, teacher_targets
 from vlsi_kernels._common import HeadOptions
-from vlsi_kernels.linear_divergence import (
-    TILE_COLUMNS,
-    DivergenceOptions,
-    HeadPair,
-    _plan,
-    linear_divergence,
-    reference_linear_divergence,
-)
+from vlsi_kernels.divergence_triton import TILE_COLUMNS, DivergenceOptions, HeadPair, plan
+from vlsi_kernels.linear_divergence import linear_divergence, reference_linear_divergence
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 TRITON = pytest.param("triton", marks=needs_triton)
@@ -32,15 +27,6 @@ TINY = 1  # bytes of workspace: the smallest chunks there are
 # Relative error (Frobenius) of a gradient. One rounding to bfloat16 costs 1.7e-3 on average, and a gradient sees two:
 # that of hidden as kept and as returned, that of weight in Triton's tile and as returned.
 GRAD_BAR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """In deterministic mode PyTorch fills fresh memory with NaN, so that reading it unwritten shows."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def problem(n=7, v=600, ds=12, dl=9, dtype=torch.float32, scale=1.0):
@@ -374,7 +360,7 @@ def test_plan_keeps_to_the_workspace(rows, vocab, width, workspace, with_product
     weight = torch.empty(vocab, width, dtype=torch.bfloat16, device="meta")
     hidden = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
     options = DivergenceOptions(HeadOptions(vocab, 1.0, "triton", workspace), 0.5)
-    row_chunk, columns = _plan(HeadPair(hidden, weight, hidden, weight), options, with_product)
+    row_chunk, columns = plan(HeadPair(hidden, weight, hidden, weight), options, with_product)
     assert 1 <= row_chunk <= rows and 1 <= columns <= TILE_COLUMNS
     used = row_chunk * (columns * 2 * 4 + with_product * (columns * 2 * 2 + 2 * 4 * width)) + columns * width * 2
     assert used <= workspace * 1.05

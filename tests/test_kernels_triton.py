@@ -18,6 +18,7 @@ from vlsi_kernels.linear_cross_entropy import reference_linear_cross_entropy, re
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TINY = 1  # bytes of workspace: the smallest tiles there are
@@ -25,15 +26,6 @@ TINY = 1  # bytes of workspace: the smallest tiles there are
 # that of hidden as kept and as returned, that of weight in the tile and as returned.
 GRAD_BAR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 cuda_only = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """In deterministic mode PyTorch fills fresh memory with NaN, so that reading it unwritten shows."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def numbers(*shape, seed, dtype=torch.float32, scale=1.0):
@@ -203,6 +195,8 @@ def test_a_frozen_head_costs_nothing_in_backward(monkeypatch):
 @pytest.mark.parametrize("name", ["far", "near", "near_large"])
 def test_layer_kl_in_the_regimes_that_matter(name, dtype):
     """Real vocabulary. KL per token within 1e-4 (relative above 1), gradient within 5e-3, also where they cancel."""
+    if DEVICE.type == "cpu" and name != "near" and dtype != torch.bfloat16:
+        pytest.skip("interpreted kernels are slow, and bfloat16 is the hardest")
     student, student_weight, teacher, weight = (t.to(DEVICE) for t in regime(name, dtype, tokens=3, width=40))
     student.requires_grad_()
     targets = teacher_targets(teacher, weight, student_weight, vocab_size=VOCAB, impl="triton")

@@ -10,12 +10,15 @@ import torch
 from kernels_util import randn, relative_error
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from vlsi_kernels import _common, verb_ffn
+from vlsi_kernels import _common, rms_norm, verb_ffn
+from vlsi_kernels._launch import launch_kernel
 from vlsi_kernels._triton import triton
+from vlsi_kernels.rms_norm import NormOptions, RMSNorm
 from vlsi_kernels.verb_ffn import reference_verb_ffn
 
 operator = importlib.import_module("vlsi_kernels.verb_ffn")  # the package's attribute of that name is the function
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 IMPLS = ["torch", pytest.param("triton", marks=needs_triton)]
@@ -43,25 +46,17 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """In deterministic mode PyTorch fills fresh memory with NaN, so that reading it unwritten shows."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def launches(monkeypatch):
     """Every launch of a kernel: (kernel, grid, arguments, launch)."""
-    seen, launch = [], operator._launch
+    seen = []
 
     def record(kernel, grid, arguments, config, device):
         seen.append((kernel, grid, arguments, config))
-        launch(kernel, grid, arguments, config, device)
+        launch_kernel(kernel, grid, arguments, config, device)
 
-    monkeypatch.setattr(operator, "_launch", record)
+    for module in (operator, rms_norm):
+        monkeypatch.setattr(module, "launch_kernel", record)
     return seen
 
 
@@ -173,12 +168,12 @@ def test_norm_of_long_rows(dtype, device):
     wide = [t.detach().double().requires_grad_() for t in inputs]
     plain = [t.detach().clone().requires_grad_() for t in inputs]
     upstream = randn(66, 2100, seed=2, dtype=dtype).to(device).T.contiguous().T
-    ours = operator._RMSNorm.apply(*inputs, operator._Options(triton=True, keep=True, norm_eps=1e-6))
+    ours = RMSNorm.apply(*inputs, NormOptions(triton=True, eps=1e-6))
     same = qwen_norm(*plain)
     true = wide[0] * (wide[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * wide[1]
     results = [(ours, inputs, upstream), (same, plain, upstream), (true, wide, upstream.double())]
     gradients = [torch.autograd.grad(*r) for r in results]
-    again = torch.autograd.grad(operator._RMSNorm.apply(*inputs, operator._Options(True, True, 1e-6)), inputs, upstream)
+    again = torch.autograd.grad(RMSNorm.apply(*inputs, NormOptions(triton=True, eps=1e-6)), inputs, upstream)
     assert all(torch.equal(a, b) for a, b in zip(gradients[0], again)), "the same sums, in the same order"
     for value, baseline, expected in zip(*([r[0], *g] for r, g in zip(results, gradients))):
         assert relative_error(value, expected) <= 2 * max(relative_error(baseline, expected), FLOOR[dtype])
@@ -188,7 +183,7 @@ def test_norm_of_long_rows(dtype, device):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_norm_is_transformers_norm_bit_for_bit(impl, dtype, device):
     """For Triton with squares that sum exactly: it rounds at the same places, but sums in an order of its own."""
-    options = operator._Options(impl == "triton", keep=False, norm_eps=1e-6)
+    options = NormOptions(impl == "triton", eps=1e-6)
     for rows, width in ((33, 64), (9, 37), (5, 2048)):
         x, weight = randn(rows, width, seed=1, scale=4.0), 1 + randn(width, seed=2, scale=0.3)
         if impl == "triton":
@@ -196,7 +191,7 @@ def test_norm_is_transformers_norm_bit_for_bit(impl, dtype, device):
                 continue
             x = (x * 4).round() / 4
         x, weight = x.to(device, dtype), weight.to(device, dtype)
-        ours = operator._RMSNorm.apply(x, weight, options)
+        ours = RMSNorm.apply(x, weight, options)
         assert ours.dtype == dtype
         assert torch.equal(ours, qwen_norm(x, weight))
 
@@ -244,7 +239,8 @@ def test_backward_finds_the_same_a(dtype, device):
 @needs_triton
 def test_every_launch_is_in_builds(device, launches):
     """What the compile checks look at is what runs."""
-    builds = {(b.kernel, frozenset(b.constants.items()), b.num_warps, b.num_stages) for b in operator.BUILDS}
+    listed = operator.BUILDS + rms_norm.BUILDS
+    builds = {(b.kernel, frozenset(b.constants.items()), b.num_warps, b.num_stages) for b in listed}
     for case, dtype in (("even", torch.bfloat16), ("one_layer", torch.bfloat16), ("stacked", torch.float32)):
         for wanted in range(5):
             inputs = [t.requires_grad_(i == wanted) for i, t in enumerate(tensors(case, dtype, device, norm="own"))]
@@ -254,16 +250,16 @@ def test_every_launch_is_in_builds(device, launches):
         constants = {name: None for name, value in zip(kernel.arg_names, arguments) if value is None}
         launch = (frozenset((constants | config.constants).items()), config.num_warps, config.num_stages)
         assert (kernel, *launch) in builds, (kernel, launch)
-    assert {kernel for kernel, *_ in launches} == {b.kernel for b in operator.BUILDS}
+    assert {kernel for kernel, *_ in launches} == {b.kernel for b in listed}
 
 
 @needs_triton
 def test_empty_grids_are_not_launched(device):
-    config = operator._NORM
-    operator._launch(None, (0,), (), config, device)
-    operator._launch(None, (3, 0), (), config, device)
+    config = operator._SWIGLU_BACKWARD
+    launch_kernel(None, (0,), (), config, device)
+    launch_kernel(None, (3, 0), (), config, device)
     with pytest.raises(TypeError):
-        operator._launch(None, (1,), (), config, device)
+        launch_kernel(None, (1,), (), config, device)
 
 
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])

@@ -1,5 +1,7 @@
 """The planner against independent counts, hand arithmetic, and measured memory of true training steps."""
 
+import copy
+import dataclasses
 import json
 import math
 from functools import partial
@@ -109,7 +111,10 @@ def test_zero3_bytes_by_hand(paper):
         student, teacher = models.shapes["student"], models.shapes["teacher"]
         verbalizers = {"student": [3584 * 3584] * 21, "teacher": [8192 * 8192] * 60}
         trained, frozen = [], student.parameters
-        if stage == "verbalize":
+        teachers = sum(math.ceil(n / 8) for n in teacher.parameters)
+        if stage == "verbalize":  # nothing reads the two layers above 26 of 28, and above 78 of 80
+            frozen = student.vision + student.ends + [n for layer in student.layers[:26] for n in layer]
+            teachers -= sum(math.ceil(n / 8) for layer in teacher.layers[78:] for n in layer)
             trained = verbalizers["student"] + verbalizers["teacher"]
         elif stage == "interact":
             trained = [n for layer in student.lora for n in layer]
@@ -118,10 +123,9 @@ def test_zero3_bytes_by_hand(paper):
             frozen, trained = student.vision, student.ends + [n for layer in student.layers for n in layer]
         mine = sum(math.ceil(n / 8) for n in trained)
         assert found["optimizer"] == 12 * mine and found["gradients"] == 4 * mine
-        copies = 4 if stage == "interact" else 2  # peft holds LoRA in float32
-        assert found["parameters"] + found.get("teacher", 0) == copies * mine + 2 * (
+        assert found["parameters"] + found.get("teacher", 0) == 2 * mine + 2 * (
             0 + sum(math.ceil(n / 8) for n in frozen)
-            + (sum(math.ceil(n / 8) for n in teacher.parameters) if stage != "sft" else 0)
+            + (teachers if stage != "sft" else 0)
             + (sum(math.ceil(n / 8) for n in verbalizers["teacher"]) if stage == "interact" else 0)
         )  # fmt: skip
     assert shards([10, 7], 4) == 3 + 2
@@ -212,6 +216,87 @@ def test_traffic_by_hand(paper):
     assert found["gradients"] == 2 * sum(map(sum, paper.models.shapes["student"].lora))
 
 
+def test_gathers_of_the_student_by_hand(paper):
+    """Frozen layers three times under checkpointing, two times without; trained ones twice."""
+    student = paper.models.shapes["student"]
+    zero = ZERO | {"stage3_max_reuse_distance": 0}
+    setup = dataclasses.replace(setup_of(paper.models.config, "interact", 8), zero=zero)
+    find = lambda stage, **changed: traffic(  # noqa: E731
+        step_of(paper.models, stage, dataclasses.replace(setup, **changed), lambda shape: Batch(1, 64, 8, 0))
+    )["student gathers"]
+    layers, lora = sum(map(sum, student.layers)), sum(map(sum, student.lora))
+    once = sum(student.parameters)
+    assert find("interact", checkpointing=False) == 2 * (once + layers + 2 * lora + 2 * 7 * 3 * 3584**2)
+    assert find("interact") - find("interact", checkpointing=False) == 2 * layers
+    assert find("sft") == find("sft", checkpointing=False) == 2 * (once + layers + 2 * 152064 * 3584)
+    near = find("sft", zero=zero | {"stage3_max_reuse_distance": 10**12})
+    assert near == 2 * once  # all of it is kept for backward
+
+
+@pytest.mark.parametrize("mode,gib", [("zero3", 17.1), ("replicated", 136.7), ("int8", None), ("nf4", None)])
+def test_teacher_modes_by_hand(paper, mode, gib):
+    """Bytes of the 72B teacher on a GPU: 2 P / 8 or 2 P; int8 and nf4 only of the decoder's linear layers."""
+    setup = dataclasses.replace(setup_of(paper.models.config, "interact", 8), teacher_mode=mode)
+    step = step_of(paper.models, "interact", setup, lambda shape: Batch(1, 64, 8, 0))
+    verbalizers = 60 * 8192**2 * 2 / 8
+    found = held(step.roles, setup, step.batches)["teacher"] - verbalizers
+    d, f, kv = 8192, 29568, 1024
+    linear = 80 * (2 * d * d + 2 * d * kv + 3 * d * f)
+    rest = 2 * (73_405_560_320 - linear)
+    outputs = 80 * (2 * d + 2 * kv + 2 * f + d)
+    nf4 = linear * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 80 * 7 * 1088  # and tables of 272 numbers a tensor
+    if gib is None:
+        expected = {"int8": rest + linear + 4 * outputs, "nf4": rest + nf4}[mode]
+        assert found == pytest.approx(expected, rel=1e-5)
+    else:
+        assert found / 2**30 == pytest.approx(gib, abs=0.05)
+    moved = traffic(step)
+    assert ("student gathers" in moved) and (moved["teacher gathers"] > 2 * 70e9) == (mode == "zero3")
+    assert operations(step) == operations(mean_step(paper, "interact", batch=lambda shape: Batch(1, 64, 8, 0)))
+
+
+def test_offload_by_hand(paper):
+    """Under ZeRO-3 shards cross PCIe and are gathered; without it each GPU takes the whole teacher over PCIe."""
+    from vlsi_fast.planner.speed import over_pcie
+
+    teacher = paper.models.shapes["teacher"]
+    batch = lambda shape: Batch(1, 64, 8, 0)  # noqa: E731
+    setup = dataclasses.replace(setup_of(paper.models.config, "interact", 8), zero=ZERO, teacher_mode="offload")
+    step = step_of(paper.models, "interact", setup, batch)
+    assert over_pcie(step) == 2 * sum(teacher.parameters) / 8
+    assert held(step.roles, setup, step.batches)["teacher"] == 2 * 8192 + 2 * 60 * 8192**2 / 8
+    plain = dataclasses.replace(setup, zero=None)
+    step = step_of(paper.models, "interact", plain, batch)
+    assert over_pcie(step) == 2 * (sum(teacher.parameters) - 8192 - 152064 * 8192)  # final norm and head are there
+    found = speed(step, Machine(pcie_bytes=1e9))
+    assert found.pcie_seconds == pytest.approx(16 * over_pcie(step) / 1e9)
+    assert found.exposed == found.compute_seconds + found.communication_seconds + found.pcie_seconds
+
+
+def test_mode_is_resolved_as_the_trainer_does(paper):
+    config = load_config(PAPER, {"training.deepspeed": None})
+    assert setup_of(config, "interact", 8).teacher_mode == "replicated"
+    assert setup_of(paper.models.config, "interact", 8).teacher_mode == "zero3"
+    config = load_config(PAPER, {"training.deepspeed": None, "teacher.mode": "zero3"})
+    assert setup_of(config, "sft", 8).zero is None  # it has no teacher
+    with pytest.raises(ConfigError, match="teacher.mode is zero3"):
+        setup_of(config, "interact", 8)
+
+
+def test_layers_that_nothing_reads_are_not_planned(paper):
+    for last, depth in (("kld", 80), ("ce", 78), ("none", 78)):
+        config = paper.models.config.model_copy(deep=True)
+        config.interact.last = last
+        models = copy.copy(paper.models)
+        models.config = config
+        step = step_of(models, "interact", setup_of(config, "interact", 8), lambda shape: Batch(1, 64, 8, 0))
+        assert step.roles["teacher"].shape.depth == depth and step.roles["student"].shape.depth == 28
+    step = mean_step(paper, "verbalize")
+    assert [spoken.shape.depth for spoken in step.roles.values()] == [26, 78]
+    layer = sum(paper.models.shapes["teacher"].layers[0])
+    assert operations(step)["teacher forward"] == pytest.approx(78 * 1024 * (2 * layer + 4 * 8192 * 1024))
+
+
 def test_ring_times():
     one, two = Machine(gpus=8, nodes=1), Machine(gpus=8, nodes=2)
     assert communication_seconds(300e9, one) == pytest.approx(7 / 8)
@@ -263,6 +348,9 @@ def test_command(paper, capsys):
         assert sum(stage["peak"]["bytes"].values()) == stage["peak"]["total"]
         assert stage["largest_micro_batch"] >= stage["micro_batch"] and stage["fits"]
         assert [at["nodes"] for at in stage["scaling"]] == [1, 2, 8, 64]
+    modes = plan["teacher_modes"]
+    assert list(modes) == ["zero3", "replicated", "offload", "int8", "nf4"] and plan["teacher_mode"] == "zero3"
+    assert modes["zero3"]["fits"] and not modes["replicated"]["fits"]
     assert main([*arguments, "--gpus", "1"]) == 1
     text = capsys.readouterr().out
     assert "TOO MUCH" in text and "Prediction on paper" in text

@@ -1,11 +1,7 @@
 """Two DeepSpeed ZeRO-3 ranks on the CPU against one plain process."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 
 import pytest
 import tiny_runs as runs
@@ -16,13 +12,6 @@ from vlsi_fast.loading import load_backbone
 from vlsi_fast.verbalizer import Verbalizers
 
 STAGES = ("verbalize", "interact", "sft")
-
-
-def zero3() -> dict:
-    """The shipped preset with every parameter sharded: tiny ones would otherwise be kept whole."""
-    preset = json.loads((runs.ROOT / "configs" / "zero3.json").read_text())
-    preset["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return preset
 
 
 def plain(workspace, output, accumulation: int, **training) -> dict:
@@ -36,13 +25,24 @@ def plain(workspace, output, accumulation: int, **training) -> dict:
     return tree
 
 
+def drawing(workspace, verbalized, output):
+    """Config of stage interact with sampled matches, on another run's verbalizers."""
+    tree = runs.settings(
+        workspace, output, gradient_accumulation_steps=1, max_steps=6, save_steps=2, save_total_limit=None,
+        deepspeed=runs.zero3(),
+    ) | {"matching": {}}  # fmt: skip
+    for role in ("student", "teacher"):
+        tree[role]["verbalizers"] = str(verbalized / "verbalize" / role)
+    return runs.write_config(tree, output.parent / f"{output.name}.yaml")
+
+
 @pytest.fixture(scope="module")
 def two_ranks(workspace, tmp_path_factory):
+    """All stages in `run`; beside it `whole`, for the test of drawn matches."""
     folder = tmp_path_factory.mktemp("ranks")
-    tree = plain(workspace, folder / "run", 2, deepspeed=zero3(), gradient_checkpointing=True)
+    tree = plain(workspace, folder / "run", 2, deepspeed=runs.zero3(), gradient_checkpointing=True)
     config = runs.write_config(tree, folder / "config.yaml")
-    done = runs.train(config, "all", ranks=2)
-    assert done.returncode == 0, done.stdout[-3000:]
+    runs.train_several("--fresh", ("all", config), ("interact", drawing(workspace, folder / "run", folder / "whole")))
     return folder / "run"
 
 
@@ -68,14 +68,7 @@ def test_two_zero3_ranks_equal_one(two_ranks, one_rank, stage):
 def test_torchrun_without_deepspeed_equals_one(workspace, one_rank, tmp_path):
     """Plain data parallelism, by torch's own launcher."""
     config = runs.write_config(plain(workspace, tmp_path / "run", 2), tmp_path / "config.yaml")
-    port = str(28500 + os.getpid() % 1000)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    command = runs.train_command(config, "all")
-    done = subprocess.run(
-        [command[0], *launcher, *command[1:]], cwd=runs.ROOT, env=runs.environment(), timeout=600, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    runs.train_several("--fresh", ("all", config), launcher="torchrun")
     for stage in STAGES:
         assert runs.losses(tmp_path / "run", stage) == pytest.approx(runs.losses(one_rank, stage), rel=1e-4)
 
@@ -109,63 +102,48 @@ def test_parameters_were_sharded(two_ranks):
 
 
 def test_ranks_draw_their_own_matches(workspace, two_ranks, tmp_path):
-    """And a killed two-rank run resumes to the same losses."""
-    for name in ("whole", "killed"):
-        shutil.copytree(two_ranks / "verbalize", tmp_path / name / "verbalize")
-    configs = {}
-    for name in ("whole", "killed"):
-        tree = runs.settings(
-            workspace, tmp_path / name, gradient_accumulation_steps=1, max_steps=6, save_steps=2, deepspeed=zero3()
-        )
-        configs[name] = runs.write_config(tree | {"matching": {}}, tmp_path / f"{name}.yaml")
-    done = runs.train(configs["whole"], "interact", ranks=2)
-    assert done.returncode == 0, done.stdout[-3000:]
-    whole = runs.metrics(tmp_path / "whole", "interact")
+    """And a two-rank run continues to the same losses. (test_scaling.py kills ranks.)"""
+    whole = runs.metrics(two_ranks.parent / "whole", "interact")
     assert any(max(row) == 1 for record in whole for row in record["matches"]), "both ranks always drew alike"
-    process = subprocess.Popen(
-        runs.train_command(configs["killed"], "interact", ranks=2), cwd=runs.ROOT, env=runs.environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    folder, deadline = tmp_path / "killed" / "interact", time.time() + 300
-    while not list(folder.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = runs.train(configs["killed"], "interact", "--resume", ranks=2)
-    assert done.returncode == 0, done.stdout[-3000:]
+    shutil.copytree(two_ranks.parent / "whole", tmp_path / "resumed")
+    runs.rewind(tmp_path / "resumed" / "interact", 2)
+    runs.train_several("--resume", ("interact", drawing(workspace, two_ranks, tmp_path / "resumed")))
+    resumed = runs.metrics(tmp_path / "resumed", "interact")
     keep = ("step", "loss", "matches", "answer_tokens")
-    resumed = [{k: r[k] for k in keep} for r in runs.metrics(tmp_path / "killed", "interact")]
-    assert resumed == [{k: r[k] for k in keep} for r in whole]
+    assert [{k: r[k] for k in keep} for r in resumed] == [{k: r[k] for k in keep} for r in whole]
+    times = [[r["step_seconds"] for r in records] for records in (resumed, whole)]
+    assert times[0][:2] == times[1][:2] and times[0][2:] != times[1][2:], "steps 3 to 6 were made again"
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_other_paths_go_through_on_two_ranks(workspace, tmp_path, launcher):
-    """Decoder verbalizers, no loss on the last layer, trained student verbalizers: same as in one process."""
-    sections = {
+def other_paths(workspace, output, accumulation, deepspeed=None):
+    """Config: decoder verbalizers, no loss on the last layer, trained student verbalizers."""
+    tree = plain(workspace, output, accumulation, deepspeed=deepspeed) | {
         "verbalizer": {"architecture": "decoder", "norm": True},
         "interact": {"last": "none", "train_student_verbalizers": True},
         "verbalize": {"training": {"max_steps": 2}},
     }
-    found = {}
-    for name, accumulation in (("two", 1), ("one", 2)):
-        deepspeed = zero3() if (name, launcher) == ("two", "deepspeed") else None
-        tree = plain(workspace, tmp_path / name, accumulation, deepspeed=deepspeed) | sections
-        tree["training"]["max_steps"] = 3
-        config = runs.write_config(tree, tmp_path / f"{name}.yaml")
-        for stage in ("verbalize", "interact"):
-            command = runs.train_command(config, stage, ranks=2 * (name == "two" and launcher == "deepspeed"))
-            if (name, launcher) == ("two", "torchrun"):
-                port = str(28000 + os.getpid() % 500)
-                command[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-            done = subprocess.run(
-                command, cwd=runs.ROOT, env=runs.environment(), timeout=600, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stdout[-3000:]
-        found[name] = [runs.losses(tmp_path / name, stage) for stage in ("verbalize", "interact")]
-    for two, one in zip(found["two"], found["one"], strict=True):
-        assert two == pytest.approx(one, rel=2e-4)
+    tree["training"]["max_steps"] = 3
+    return runs.write_config(tree, output.parent / f"{output.name}.yaml")
+
+
+@pytest.fixture(scope="module")
+def other_paths_on_one_rank(workspace, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other") / "one"
+    config = other_paths(workspace, folder, 2)
+    for stage in ("verbalize", "interact"):
+        run(load_config(config), stage)
+    return folder
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_other_paths_go_through_on_two_ranks(workspace, other_paths_on_one_rank, tmp_path, launcher):
+    """Same as in one process."""
+    stages = ("verbalize", "interact")
+    config = other_paths(workspace, tmp_path / "two", 1, runs.zero3() if launcher == "deepspeed" else None)
+    runs.train_several("--fresh", *((stage, config) for stage in stages), launcher=launcher)
+    for stage in stages:
+        expected = runs.losses(other_paths_on_one_rank, stage)
+        assert runs.losses(tmp_path / "two", stage) == pytest.approx(expected, rel=2e-4)
 
 
 def test_zero3_preset_is_what_deepspeed_reads():

@@ -1,7 +1,6 @@
 """Another number of ranks than before, and ranks that die."""
 
 import contextlib
-import json
 import re
 import shutil
 import signal
@@ -18,7 +17,7 @@ import tiny_runs as runs
 import torch
 
 from vlsi_fast import load_config, run
-from vlsi_fast.lineage import LineageError, read_record, write_record
+from vlsi_fast.lineage import LineageError, read_record
 from vlsi_fast.rescaling import drop_incomplete, universal_where_needed
 
 STAGES = ("verbalize", "interact", "sft")
@@ -30,18 +29,11 @@ LOSS_TOLERANCE = 2e-6
 EXACT = ("step", "rows", "answer_tokens", "matches", "learning_rate")
 
 
-def zero3() -> dict:
-    """The shipped preset with every parameter sharded: tiny ones would otherwise be kept whole."""
-    preset = json.loads((runs.ROOT / "configs" / "zero3.json").read_text())
-    preset["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return preset
-
-
 def config_of(workspace, output, accumulation=2, **training):
     """Eight steps of eight rows, AdamW with weight decay, a falling learning rate, sampled matches."""
     defaults = {
         "gradient_accumulation_steps": accumulation, "max_steps": 8, "save_steps": 2, "save_total_limit": None,
-        "deepspeed": zero3(), "weight_decay": 0.1, "learning_rate": 5e-2, "extra": {"adam_epsilon": EPSILON},
+        "deepspeed": runs.zero3(), "weight_decay": 0.1, "learning_rate": 5e-2, "extra": {"adam_epsilon": EPSILON},
     }  # fmt: skip
     tree = runs.settings(workspace, output, **(defaults | training)) | {"matching": {}}
     tree["sft"] = {"start_from": "base"}
@@ -53,25 +45,8 @@ def rewound(source, target, stage, step):
     """A copy of a stage's folder as a job that died after checkpoint-`step` leaves it."""
     if stage == "interact":
         shutil.copytree(source / "verbalize", target / "verbalize")
-    folder = target / stage
-    shutil.copytree(source / stage, folder)
-    for checkpoint in folder.glob("checkpoint-*"):
-        if int(checkpoint.name.rsplit("-", 1)[1]) > step:
-            shutil.rmtree(checkpoint)
-    write_record(folder, read_record(folder) | {"state": "running"})
-
-
-def launch(mode, configs, ranks):
-    """All stages in one launch, since starting takes longer than tiny models' steps. Returns what it printed."""
-    jobs = [f"{stage}={config}" for stage, config in configs.items()]
-    command = runs.train_command(Path(), "", ranks=ranks)
-    command = [*command[: command.index(str(runs.ROOT / "vlsi_fast" / "train.py"))]]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("run_several.py")), mode, *jobs], cwd=runs.ROOT,
-        env=runs.environment(), timeout=900, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+    shutil.copytree(source / stage, target / stage)
+    runs.rewind(target / stage, step)
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +55,15 @@ def rescaled(workspace, tmp_path_factory):
     `two/<stage>` (one's step 4 continued on 2 ranks)."""
     folder = tmp_path_factory.mktemp("rescaled")
     config = config_of(workspace, folder / "whole")
-    launch("--fresh", {stage: config for stage in STAGES}, ranks=2)
+    runs.train_several("--fresh", *((stage, config) for stage in STAGES))
     for name, step, ranks, said in (("one", 2, 1, "is of 2 ranks"), ("two", 4, 2, "is of 1 ranks")):
         configs = {}
         for stage in STAGES:
             source = folder / "whole" if name == "one" else folder / "one" / stage
             rewound(source, folder / name / stage, stage, step)
             configs[stage] = config_of(workspace, folder / name / stage, accumulation=4 // ranks)
-        assert launch("--resume", configs, ranks).count(f"checkpoint-{step} {said}; converting it") == 3
+        printed = runs.train_several("--resume", *configs.items(), ranks=ranks)
+        assert printed.count(f"checkpoint-{step} {said}; converting it") == 3
     return folder
 
 

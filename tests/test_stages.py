@@ -191,7 +191,7 @@ def test_loss_is_the_mean_over_answer_tokens(workspace, tmp_path):
 def test_killed_and_resumed_equals_uninterrupted(workspace, tmp_path):
     """kill -9 after a checkpoint, then --resume: the same losses to the last digit, sampled matches included."""
     sections = {"matching": {"strategy": "multinomial"}}
-    steps = {"max_steps": 16, "save_steps": 2, "save_total_limit": 1}
+    steps = {"max_steps": 12, "save_steps": 2, "save_total_limit": 1}
     start(workspace, tmp_path / "whole", "verbalize", training={"max_steps": 2})
     start(workspace, tmp_path / "whole", "interact", training=steps, **sections)
     copy_run(tmp_path / "whole", tmp_path / "killed", "verbalize")
@@ -208,8 +208,8 @@ def test_killed_and_resumed_equals_uninterrupted(workspace, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(runs.metrics(tmp_path / "killed", "interact")) < 16
-    assert runs.train(config, "interact", "--resume").returncode == 0
+    assert len(runs.metrics(tmp_path / "killed", "interact")) < 12
+    run(load_config(config), "interact", resume=True)
     keep = ("step", "loss", "kl", "matches", "learning_rate", "answer_tokens")
     whole, resumed = (
         [{k: record[k] for k in keep} for record in runs.metrics(tmp_path / name, "interact")]

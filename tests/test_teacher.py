@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import shutil
-import subprocess
 
 import pytest
 import tiny_runs as runs
@@ -21,13 +18,6 @@ STAGES = ("verbalize", "interact")
 MODES = ("zero3", "replicated", "offload")
 
 
-def zero3() -> dict:
-    """The shipped preset with every parameter sharded: tiny ones would otherwise be kept whole."""
-    preset = json.loads((runs.ROOT / "configs" / "zero3.json").read_text())
-    preset["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return preset
-
-
 def tree_of(workspace, output, mode, accumulation=2, **training) -> dict:
     """SGD without clipping: its steps show the gradients' scale."""
     tree = runs.settings(
@@ -36,19 +26,6 @@ def tree_of(workspace, output, mode, accumulation=2, **training) -> dict:
     )  # fmt: skip
     tree["teacher"]["mode"] = mode
     return tree
-
-
-def launch(config, stage, *arguments) -> str:
-    """Run a stage on two ranks, by torch's launcher, which starts faster than DeepSpeed's."""
-    command = runs.train_command(config, stage, *arguments)
-    port = str(27000 + os.getpid() % 500)
-    command[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    done = subprocess.run(
-        command, cwd=runs.ROOT, env=runs.environment(), timeout=600, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
 
 
 def in_process(workspace, output, mode, stage, sections=None, **training):
@@ -66,11 +43,13 @@ def in_process(workspace, output, mode, stage, sections=None, **training):
 def on_two_ranks(workspace, tmp_path_factory):
     """Folder with one run a mode, two ranks under DeepSpeed ZeRO-3."""
     folder = tmp_path_factory.mktemp("modes")
+    jobs = []
     for mode in MODES:
-        tree = tree_of(workspace, folder / mode, mode, save_steps=2, deepspeed=zero3(), gradient_checkpointing=True)
+        training = {"save_steps": 2, "deepspeed": runs.zero3(), "gradient_checkpointing": True}
+        tree = tree_of(workspace, folder / mode, mode, **training)
         config = runs.write_config(tree, folder / f"{mode}.yaml")
-        for stage in STAGES:
-            launch(config, stage)
+        jobs += [(stage, config) for stage in STAGES]
+    runs.train_several("--fresh", *jobs, launcher="torchrun")
     return folder
 
 
@@ -110,13 +89,12 @@ def test_same_loss_in_one_process(in_one_process, stage):
 @pytest.mark.slow
 def test_a_run_is_continued_in_another_mode(on_two_ranks):
     """Placement is no part of a run's identity, and a checkpoint holds nothing of the teacher."""
-    folder = on_two_ranks / "zero3" / "interact"
     expected = runs.losses(on_two_ranks / "zero3", "interact")
-    record = json.loads((folder / "vlsi_stage.json").read_text())
-    (folder / "vlsi_stage.json").write_text(json.dumps(record | {"state": "running"}))
-    shutil.rmtree(folder / "checkpoint-3")
-    config = on_two_ranks / "zero3.yaml"
-    launch(config, "interact", "--resume", "--teacher.mode", "offload")
+    runs.rewind(on_two_ranks / "zero3" / "interact", 2)
+    tree = json.loads((on_two_ranks / "zero3.yaml").read_text())
+    tree["teacher"]["mode"] = "offload"
+    config = runs.write_config(tree, on_two_ranks / "continued.yaml")
+    runs.train_several("--resume", ("interact", config), launcher="torchrun")
     assert runs.losses(on_two_ranks / "zero3", "interact") == expected
 
 
@@ -254,6 +232,6 @@ def test_what_a_quantized_teacher_made_belongs_to_it(workspace, in_one_process, 
 
 
 def test_offload_keeps_the_runs_numbers_for_gathering():
-    config = teacher.offload_config(zero3(), "bfloat16", True)["zero_optimization"]
+    config = teacher.offload_config(runs.zero3(), "bfloat16", True)["zero_optimization"]
     assert config["stage"] == 3 and config["offload_param"] == {"device": "cpu", "pin_memory": True}
     assert config["stage3_max_live_parameters"] == 1000000000 and config["stage3_param_persistence_threshold"] == 0

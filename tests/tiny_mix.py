@@ -39,7 +39,8 @@ def make_downloads(root: Path) -> dict[str, int]:
                 (root / image_folder / image).write_bytes(png(i))
 
     ask = "<image>\nWhat is it?"
-    put("sharegpt-4o/image_conversations/gpt-4o.jsonl", [llava("1.jpg", ask, "A.")], "sharegpt-4o/images")
+    unpacked = "sharegpt-4o/mnt/petrelfs/wangwenhai/workspace_cef/4o/image"
+    put("sharegpt-4o/image_conversations/gpt-4o.jsonl", [llava("1.jpg", ask, "A.")], unpacked)
     rows = [
         llava(f"{folder}/{i}.jpg", ask, "C") for i, folder in enumerate(("coco/train2017", "sam/images", "wikiart"))
     ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import tiny
 from PIL import Image, ImageDraw
+
+from vlsi_fast.lineage import read_record, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 COLORS = ["red", "green", "blue", "yellow", "black", "gray"]
@@ -78,6 +81,13 @@ def losses(output: Path, stage: str) -> list[float]:
     return [record["loss"] for record in metrics(output, stage)]
 
 
+def zero3() -> dict:
+    """The shipped preset with every parameter sharded: tiny ones would otherwise be kept whole."""
+    preset = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    preset["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return preset
+
+
 def write_config(tree: dict, path: Path) -> Path:
     path.write_text(json.dumps(tree))  # JSON is YAML
     return path
@@ -105,3 +115,27 @@ def train(config: Path, stage: str, *arguments: str, ranks: int = 0, timeout: in
     )  # fmt: skip
 
 
+def rewind(folder: Path, step: int) -> None:
+    """Leave a finished stage's folder as a job that died after checkpoint-`step` does."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.rsplit("-", 1)[1]) > step:
+            shutil.rmtree(checkpoint)
+    write_record(folder, read_record(folder) | {"state": "running"})
+
+
+def train_several(mode: str, *jobs: tuple[str, Path], launcher: str = "deepspeed", ranks: int = 2) -> str:
+    """(stage, config) one after the other in one launch, since starting takes longer than tiny models' steps.
+
+    mode: "--fresh" or "--resume"; launcher: "deepspeed" or "torchrun", which starts faster. Returns what was printed.
+    """
+    command = train_command(Path(), "", ranks=ranks if launcher == "deepspeed" else 0)
+    command = command[: command.index(str(ROOT / "vlsi_fast" / "train.py"))]
+    if launcher == "torchrun":
+        port = str(27000 + os.getpid() % 1000)
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
+    command += [str(Path(__file__).with_name("run_several.py")), mode, *(f"{stage}={config}" for stage, config in jobs)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), timeout=900, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout

@@ -64,6 +64,15 @@ def target_layers(settings: BackboneConfig, config, role: str) -> list[int]:
     return list(layers)
 
 
+def needed_depth(config, layers: list[int]) -> int:
+    """Decoder layers that must run for the target layers' states.
+
+    One more than the deepest where the family adds to that layer's output: the state is read at the next layer.
+    """
+    deepest = max(layers)
+    return deepest + (deepest <= family_of(config).layers_added_to(config))
+
+
 def load_backbone(
     folder: str | Path,
     dtype: str,

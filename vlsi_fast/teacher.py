@@ -41,14 +41,7 @@ def resolve_mode(mode: str, device: torch.device) -> str:
     Raises:
         ConfigError: the mode cannot work here; names the fix.
     """
-    zero3 = is_deepspeed_zero3_enabled()
-    if mode == "auto":
-        return "zero3" if zero3 else "replicated"
-    if mode == "zero3" and not zero3:
-        raise ConfigError(
-            "teacher.mode is zero3, but this stage does not train with ZeRO-3: set training.deepspeed to a ZeRO stage "
-            "3 config (configs/zero3.json) and start with `deepspeed`, or teacher.mode to auto, replicated or offload"
-        )
+    mode = mode_under(mode, is_deepspeed_zero3_enabled())
     if mode in QUANTIZED:
         if device.type != "cuda":
             raise ConfigError(f"teacher.mode {mode} needs an NVIDIA GPU, this run is on {device.type}; use {OTHERS}")
@@ -57,6 +50,18 @@ def resolve_mode(mode: str, device: torch.device) -> str:
                 f"teacher.mode {mode} needs bitsandbytes, which is not installed: pip install bitsandbytes, or use "
                 f"{OTHERS}"
             )
+    return mode
+
+
+def mode_under(mode: str, zero3: bool) -> str:
+    """`teacher.mode` with auto resolved, for a run with or without ZeRO-3. Raises ConfigError: zero3 without it."""
+    if mode == "auto":
+        return "zero3" if zero3 else "replicated"
+    if mode == "zero3" and not zero3:
+        raise ConfigError(
+            "teacher.mode is zero3, but this stage does not train with ZeRO-3: set training.deepspeed to a ZeRO stage "
+            "3 config (configs/zero3.json) and start with `deepspeed`, or teacher.mode to auto, replicated or offload"
+        )
     return mode
 
 

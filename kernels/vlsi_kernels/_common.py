@@ -1,4 +1,4 @@
-"""What the vocabulary operators share: input checks, options, chunk sizes, and full-precision matrix products.
+"""What the operators share: input checks, options, reductions, chunk sizes, and full-precision matrix products.
 
 Dimension letters used throughout the package:
     N tokens, V vocabulary (rows of a language head), D width; S / L student / teacher layers, Ds / Dl their widths.
@@ -15,6 +15,7 @@ from torch import Tensor
 from ._triton import interpreted, triton
 
 IMPLS = ("auto", "torch", "reference", "triton")
+REDUCTIONS = ("mean", "sum", "none")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Bytes of scratch that one call may keep alive, by device type. CPU: on one busy Zen 4 core (32 MiB L3), 10 + 5 layers
@@ -121,6 +122,34 @@ def check_no_grad(name: str, tensor: Tensor | None, reason: str) -> None:
         raise ValueError(f"{name} requires a gradient, but {reason}; pass {name}.detach()")
 
 
+def check_reduction(reduction: str) -> None:
+    """Refuses a name that `reduce_tokens` does not know."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} is unknown; choose one of {', '.join(map(repr, REDUCTIONS))}")
+
+
+def check_labels(labels: Tensor, tokens: int) -> None:
+    """Checks that `labels` are whole numbers, one for each of `tokens`."""
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels has dtype {labels.dtype}; convert it with labels.long()")
+    if labels.shape != (tokens,):
+        raise ValueError(
+            f"labels must have shape [{tokens}], one per token, got {list(labels.shape)}; flatten both over batch and "
+            "position"
+        )
+
+
+def reduce_tokens(loss: Tensor, kept: Tensor | None, reduction: str) -> Tensor:
+    """Loss [N] to what the user asked for; kept [N] bool: the tokens that count, None: all. No token: the mean is 0."""
+    if kept is not None:
+        loss = loss.masked_fill(~kept, 0.0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (max(1, loss.shape[0]) if kept is None else kept.sum().clamp(min=1))
+
+
 def make_options(
     vocab_size: int | None,
     heads: tuple[Tensor, ...],
@@ -166,6 +195,11 @@ def _rows_that_count(vocab_size: int | None, vocab_rows: int, shard: VocabularyS
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 when any input is float64, else float32: half precision is never accumulated in."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def widen(t: Tensor) -> Tensor:
+    """`t` in float32, or float64 where it is that."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def plan_chunks(rows: int, options: HeadOptions, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:

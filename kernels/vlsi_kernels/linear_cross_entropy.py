@@ -19,6 +19,8 @@ from ._common import (
     HeadOptions,
     VocabularyShard,
     accumulate,
+    check_labels,
+    check_reduction,
     check_same_device,
     check_tensor,
     check_width,
@@ -30,13 +32,11 @@ from ._common import (
     plan_chunks,
     plan_tiles,
     product,
+    reduce_tokens,
     spans,
 )
 from ._triton import Build, jit, tl
 from .head_statistics import block_of, stream_head_statistics
-
-REDUCTIONS = ("mean", "sum", "none")
-
 
 # ---- reference ----
 
@@ -412,8 +412,7 @@ def linear_cross_entropy(
             would wait for the device).
         TypeError: other dtypes; float64 for impl="triton". ImportError: impl="triton" without Triton.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r} is unknown; choose one of {', '.join(map(repr, REDUCTIONS))}")
+    check_reduction(reduction)
     if shard is not None and vocab_size is None:
         raise ValueError("a sharded head needs vocab_size, the rows of the whole vocabulary, to check the labels")
     options = _checked_options(hidden, weight, labels, vocab_size, temperature, impl, workspace_bytes, shard)
@@ -439,10 +438,7 @@ def linear_cross_entropy(
         loss = _apply(hidden, weight, columns, options)
     if labels.device.type != "cpu":
         loss = loss * torch.where(inside | ~kept, 1.0, float("nan")).to(loss.dtype)
-    loss = loss.masked_fill(~kept, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum().clamp(min=1)
+    return reduce_tokens(loss, kept, reduction)
 
 
 def _checked_options(
@@ -453,12 +449,6 @@ def _checked_options(
     check_tensor("weight", weight, ("V", "D"))
     check_width("hidden", hidden.shape[1], "weight", weight.shape[1])
     if labels is not None:
-        if labels.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"labels has dtype {labels.dtype}; convert it with labels.long()")
-        if labels.shape != hidden.shape[:1]:
-            raise ValueError(
-                f"labels must have shape [{hidden.shape[0]}], one per row of hidden, got {list(labels.shape)}; "
-                "flatten both over batch and position"
-            )
+        check_labels(labels, hidden.shape[0])
     check_same_device(hidden=hidden, weight=weight, labels=labels)
     return make_options(vocab_size, (weight,), temperature, impl, workspace_bytes, (hidden,), shard)

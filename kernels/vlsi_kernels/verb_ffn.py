@@ -6,23 +6,24 @@
 Shapes: x [.., Din], norm_weight [Din], gate and up [Dh, Din], down [Dout, Dh] -> y [.., Dout]; or all with a leading
 layer axis K: x [K, .., Din], norm_weight [Din] or [K, Din], gate and up [K, Dh, Din], down [K, Dout, Dh] ->
 y [K, .., Dout]. Dh hidden width, R rows of a layer.
-Backward keeps h, g and u and computes a again; between the products everything is float32, rounded once. The norm
-rounds where transformers' Qwen2RMSNorm does: statistics in float32, x / rms to x's dtype, then the weight.
+Backward keeps h, g and u and computes a again; between the products everything is float32, rounded once. The norm is
+in rms_norm.py.
 
 Triton: gate, up and SwiGLU are one kernel, so that h is read once and g and u are written only where a gradient needs
 them. The other products have nothing to fuse with and stay with the library.
 """
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._common import check_same_device, check_tensor, launch_on, resolve_impl
+from ._common import check_same_device, check_tensor, resolve_impl, widen
+from ._launch import Launch, build_of, launch_kernel, layered, unit_stride
 from ._triton import Build, constant, interpreted, jit, tl, triton
+from .rms_norm import NormOptions, RMSNorm, check_norm, reference_rms_norm
 
 # ---- reference ----
 
@@ -34,9 +35,7 @@ def reference_verb_ffn(
     x, gate, up, down = (t.double() for t in (x, gate, up, down))
     rows = x.flatten(1, -2) if gate.dim() == 3 else x
     if norm_weight is not None:
-        weight = norm_weight.double()
-        weight = weight[:, None] if weight.dim() == 2 else weight
-        rows = weight * rows * (rows.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
+        rows = reference_rms_norm(rows, norm_weight, norm_eps)
     y = (torch.nn.functional.silu(rows @ gate.mT) * (rows @ up.mT)) @ down.mT
     return y.reshape(*x.shape[:-1], down.shape[-2])
 
@@ -134,113 +133,13 @@ def _swiglu_backward_kernel(
         tl.store(grad_g_ptr + index, grad_a * u * (sigmoid + silu * (1.0 - sigmoid)), mask=mask)
 
 
-@jit
-def _norm_kernel(
-    x_ptr,  # [K, R, Din]
-    weight_ptr,  # [Din], or [K, Din]
-    y_ptr,  # [K, R, Din], written
-    rstd_ptr,  # [K, R] float32, written
-    rows, width, inverse_width, eps, x_stride_layer, x_stride_row,
-    weight_stride_layer,  # 0: one weight for all layers
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y = weight * (x * rstd), rounded to x's dtype before the weight. Grid: K R, one row each."""
-    index = tl.program_id(0).to(tl.int64)
-    layer, row = index // rows, index % rows
-    x_row = x_ptr + layer * x_stride_layer + row * x_stride_row
-    column = tl.arange(0, BLOCK)
-    squares = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, width, BLOCK):
-        x = tl.load(x_row + start + column, mask=column < width - start, other=0.0).to(tl.float32)
-        squares += x * x
-    rstd = tl.rsqrt(tl.sum(squares) * inverse_width + eps)
-    tl.store(rstd_ptr + index, rstd)
-    for start in range(0, width, BLOCK):
-        mask = column < width - start
-        x = tl.load(x_row + start + column, mask=mask, other=0.0)
-        weight = tl.load(weight_ptr + layer * weight_stride_layer + start + column, mask=mask, other=0.0)
-        normalized = (x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32)
-        tl.store(y_ptr + index * width + start + column, normalized * weight.to(tl.float32), mask=mask)
-
-
-@jit
-def _norm_backward_kernel(
-    grad_y_ptr,  # [K, R, Din]
-    x_ptr,  # [K, R, Din]
-    weight_ptr,  # [Din], or [K, Din]
-    rstd_ptr,  # [K, R] float32
-    grad_x_ptr,  # [K, R, Din], written
-    rows, width, inverse_width, x_stride_layer, x_stride_row, weight_stride_layer, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """grad_x = rstd * (w - n mean(w n)) with w = grad_y * weight and n = x * rstd. Grid: K R, one row each."""
-    index = tl.program_id(0).to(tl.int64)
-    layer, row = index // rows, index % rows
-    x_row = x_ptr + layer * x_stride_layer + row * x_stride_row
-    grad_row = grad_y_ptr + index * width
-    weight_row = weight_ptr + layer * weight_stride_layer
-    rstd = tl.load(rstd_ptr + index)
-    column = tl.arange(0, BLOCK)
-    products = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, width, BLOCK):
-        mask = column < width - start
-        x = tl.load(x_row + start + column, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_row + start + column, mask=mask, other=0.0).to(tl.float32)
-        weighted = tl.load(grad_row + start + column, mask=mask, other=0.0).to(tl.float32) * weight
-        products += weighted * (x * rstd)
-    mean = tl.sum(products) * inverse_width
-    for start in range(0, width, BLOCK):
-        mask = column < width - start
-        x = tl.load(x_row + start + column, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_row + start + column, mask=mask, other=0.0).to(tl.float32)
-        weighted = tl.load(grad_row + start + column, mask=mask, other=0.0).to(tl.float32) * weight
-        tl.store(grad_x_ptr + index * width + start + column, rstd * (weighted - x * rstd * mean), mask=mask)
-
-
-@jit
-def _norm_weight_backward_kernel(
-    grad_y_ptr,  # [K, R, Din]
-    x_ptr,  # [K, R, Din]
-    rstd_ptr,  # [K, R] float32
-    partial_ptr,  # [K, ceil(R / ROWS), Din] float32, written
-    rows, width, x_stride_layer, x_stride_row, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Sums grad_y * (x * rstd, as rounded) over ROWS rows of one layer. Grid: K * row blocks, column blocks."""
-    blocks = tl.cdiv(rows, ROWS)
-    layer = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * ROWS
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = column < width
-    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, ROWS, BLOCK_M):
-        row = first + start + tl.arange(0, BLOCK_M)
-        row_mask = row < rows
-        mask = row_mask[:, None] & column_mask[None, :]
-        index = layer * rows + row
-        x_row = x_ptr + layer * x_stride_layer + row.to(tl.int64) * x_stride_row
-        x = tl.load(x_row[:, None] + column[None, :], mask=mask, other=0.0)
-        rstd = tl.load(rstd_ptr + index, mask=row_mask, other=0.0)
-        grad = tl.load(grad_y_ptr + index[:, None] * width + column[None, :], mask=mask, other=0.0)
-        total += grad.to(tl.float32) * (x.to(tl.float32) * rstd[:, None]).to(x.dtype).to(tl.float32)
-    block = tl.program_id(0).to(tl.int64)
-    tl.store(partial_ptr + block * width + column, tl.sum(total, axis=0), mask=column_mask)
-
-
 # ---- launchers ----
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """How a kernel is launched: its constexpr arguments and options."""
-
-    constants: dict[str, int]
-    num_warps: int
-    num_stages: int = 1
-
-
-def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> _Launch:
+def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Launch:
     # GROUP_M 8: eight row tiles and the weights they meet are a few MB, well inside any L2
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8}
-    return _Launch(sizes, num_warps, num_stages)
+    return Launch(sizes, num_warps, num_stages)
 
 
 # (bytes of an element, rows of a layer, kind of GPU) -> tile of _gate_up_kernel. None is measured yet; they follow from
@@ -263,11 +162,7 @@ _GATE_UP = {
     **{(4, "few", kind): _tile(16, 64, 16, 4, 2) for kind in ("hopper", "other")},
 }
 # Backward's elementwise part: 8 elements a thread, one 16-byte access of each 2-byte tensor.
-_SWIGLU_BACKWARD = _Launch({"BLOCK": 1024}, num_warps=4)
-# Norm: 16 elements a thread; a row of 1536 is read in one step, 3584 in two, 8192 in four, and again from L1.
-_NORM = _Launch({"BLOCK": 2048}, num_warps=4)
-# Its weight's gradient: 32 sums a thread; 64 rows a program are 224 programs at 512 rows of width 3584.
-_NORM_WEIGHT_BACKWARD = _Launch({"ROWS": 64, "BLOCK_M": 32, "BLOCK_N": 128}, num_warps=4)
+_SWIGLU_BACKWARD = Launch({"BLOCK": 1024}, num_warps=4)
 
 _FEW_ROWS = 64  # one row of small tiles; a large one would be at least half empty
 _ENOUGH_TILES = 66  # fewer large tiles than this leave more than half of an H200's 132 multiprocessors idle
@@ -281,7 +176,7 @@ def _gpu_kind(device: torch.device) -> str:
     return "hopper" if torch.cuda.get_device_capability(device) == (9, 0) else "other"
 
 
-def _gate_up_launch(layers: int, rows: int, hidden: int, even: bool, itemsize: int, kind: str) -> _Launch:
+def _gate_up_launch(layers: int, rows: int, hidden: int, even: bool, itemsize: int, kind: str) -> Launch:
     """The tile for x [layers, rows, Din] and gate [layers, hidden, Din]; even: sizes are multiples of 16."""
     if not even and itemsize == 2:
         return _GATE_UP[itemsize, "ragged", kind]
@@ -290,22 +185,15 @@ def _gate_up_launch(layers: int, rows: int, hidden: int, even: bool, itemsize: i
     return _GATE_UP[itemsize, "few", kind] if few else large
 
 
-def _tiles(launch: _Launch, layers: int, rows: int, hidden: int) -> int:
+def _tiles(launch: Launch, layers: int, rows: int, hidden: int) -> int:
     sizes = launch.constants
     return layers * triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(hidden, sizes["BLOCK_N"])
-
-
-def _launch(kernel, grid: tuple[int, ...], arguments: tuple, launch: _Launch, device: torch.device) -> None:
-    """An empty grid is nothing to do."""
-    if math.prod(grid):
-        with launch_on(device):
-            kernel[grid](*arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
 
 
 def _triton_gate_up(x: Tensor, gate: Tensor, up: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """a, and g and u where `keep`, each [.., R, Dh] in x's dtype. x [.., R, Din], gate and up [.., Dh, Din]."""
     shape = (*x.shape[:-1], gate.shape[-2])
-    x, gate, up = (_unit_stride(_layered(t)) for t in (x, gate, up))
+    x, gate, up = (unit_stride(layered(t)) for t in (x, gate, up))
     layers, rows, width = x.shape
     hidden = gate.shape[1]
     a, g, u = (x.new_empty(shape) if wanted else None for wanted in (True, keep, keep))
@@ -313,7 +201,7 @@ def _triton_gate_up(x: Tensor, gate: Tensor, up: Tensor, keep: bool) -> tuple[Te
     even = all(n % 16 == 0 for n in (hidden, width, *strides))
     launch = _gate_up_launch(layers, rows, hidden, even, x.element_size(), _gpu_kind(x.device))
     arguments = (x, gate, up, a, g, u, rows, hidden, width, *strides)
-    _launch(_gate_up_kernel, (_tiles(launch, layers, rows, hidden),), arguments, launch, x.device)
+    launch_kernel(_gate_up_kernel, (_tiles(launch, layers, rows, hidden),), arguments, launch, x.device)
     return a, g, u
 
 
@@ -326,79 +214,8 @@ def _triton_swiglu_backward(
     a = torch.empty_like(g) if need_a else None
     grid = (triton.cdiv(g.numel(), _SWIGLU_BACKWARD.constants["BLOCK"]),)
     arguments = (grad_a, g, u, grad_g, grad_u, a, g.numel())
-    _launch(_swiglu_backward_kernel, grid, arguments, _SWIGLU_BACKWARD, g.device)
+    launch_kernel(_swiglu_backward_kernel, grid, arguments, _SWIGLU_BACKWARD, g.device)
     return grad_g, grad_u, a
-
-
-def _triton_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y [.., R, Din] in the dtype of x * weight; rstd [.., R, 1] float32. x [.., R, Din], weight [Din] or [K, Din]."""
-    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
-    rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    x, weight = _unit_stride(_layered(x)), _unit_stride(weight)
-    layers, rows, width = x.shape
-    arguments = (x, weight, y, rstd, rows, width, 1.0 / width, eps, *x.stride()[:2], _layer_stride(weight))
-    _launch(_norm_kernel, (layers * rows,), arguments, _NORM, x.device)
-    return y, rstd
-
-
-def _triton_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_x: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """grad_x like x, grad_weight like weight. grad, x [.., R, Din], rstd [.., R, 1]."""
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
-    x, weight, grad = _unit_stride(_layered(x)), _unit_stride(weight), grad.contiguous()
-    layers, rows, width = x.shape
-    if need_x:
-        arguments = (grad, x, weight, rstd, grad_x, rows, width, 1.0 / width, *x.stride()[:2], _layer_stride(weight))
-        _launch(_norm_backward_kernel, (layers * rows,), arguments, _NORM, x.device)
-    if not need_weight:
-        return grad_x, None
-    sizes = _NORM_WEIGHT_BACKWARD.constants
-    blocks = triton.cdiv(rows, sizes["ROWS"])
-    partial = rstd.new_empty(layers, blocks, width)
-    grid = (layers * blocks, triton.cdiv(width, sizes["BLOCK_N"]))
-    arguments = (grad, x, rstd, partial, rows, width, *x.stride()[:2])
-    _launch(_norm_weight_backward_kernel, grid, arguments, _NORM_WEIGHT_BACKWARD, x.device)
-    return grad_x, partial.sum(1 if weight.dim() == 2 else (0, 1)).to(weight.dtype)
-
-
-def _unit_stride(t: Tensor) -> Tensor:
-    """`t`, copied only where its last dimension is not contiguous, or rows are too far apart for int32 in a tile."""
-    near = t.dim() == 1 or t.stride(-2) < 2**24
-    return t if near and (t.stride(-1) == 1 or t.shape[-1] == 1) else t.contiguous()
-
-
-def _layered(t: Tensor) -> Tensor:
-    """[K, ..] of a stack, or of one layer."""
-    return t if t.dim() == 3 else t[None]
-
-
-def _layer_stride(norm_weight: Tensor) -> int:
-    """0 for one weight that all layers share."""
-    return norm_weight.stride(0) if norm_weight.dim() == 2 else 0
-
-
-def _build(
-    name: str, kernel, launch: _Launch, element: str, absent: tuple[str, ...] = (), even: bool = True, **more
-) -> Build:
-    """A build in which `absent` arguments are None; the types follow from the arguments' names.
-
-    even: sizes and strides are multiples of 16, as those of real models are; only counts of rows are not.
-    """
-    types = {}
-    for argument in kernel.arg_names:
-        if argument in ("rstd_ptr", "partial_ptr"):
-            types[argument] = "*fp32"
-        elif argument.endswith("_ptr"):
-            types[argument] = f"*{element}"
-        else:
-            types[argument] = "fp32" if argument in ("inverse_width", "eps") else "i32"
-    constants = dict.fromkeys(absent) | launch.constants
-    types = {argument: kind for argument, kind in types.items() if argument not in constants}
-    aligned = tuple(
-        n for n, kind in types.items() if kind[0] == "*" or even and kind == "i32" and n not in ("rows", "size")
-    )
-    return Build(name, kernel, types, constants, launch.num_warps, launch.num_stages, aligned=aligned, **more)
 
 
 def _builds() -> list[Build]:
@@ -410,18 +227,15 @@ def _builds() -> list[Build]:
         more["even"] = rows != "ragged"
         for suffix, absent in (("", ("g_ptr", "u_ptr")), ("_keep", ())):
             name = f"gate_up_{element}_{rows}_rows{suffix}"
-            builds.append(_build(name, _gate_up_kernel, launch, element, absent, **more))
+            builds.append(build_of(name, _gate_up_kernel, launch, element, absent, **more))
     for element in ("bf16", "fp32"):
         frozen_down, down_alone = ("a_ptr",), ("grad_a_ptr", "grad_g_ptr", "grad_u_ptr")
         for name, kernel, launch, absent in (
             ("swiglu_backward", _swiglu_backward_kernel, _SWIGLU_BACKWARD, ()),
             ("swiglu_backward_frozen_down", _swiglu_backward_kernel, _SWIGLU_BACKWARD, frozen_down),
             ("swiglu_backward_down_alone", _swiglu_backward_kernel, _SWIGLU_BACKWARD, down_alone),
-            ("norm", _norm_kernel, _NORM, ()),
-            ("norm_backward", _norm_backward_kernel, _NORM, ()),
-            ("norm_weight_backward", _norm_weight_backward_kernel, _NORM_WEIGHT_BACKWARD, ()),
         ):
-            builds.append(_build(f"{name}_{element}", kernel, launch, element, absent))
+            builds.append(build_of(f"{name}_{element}", kernel, launch, element, absent))
     return builds
 
 
@@ -434,47 +248,7 @@ BUILDS = _builds() if triton is not None else []
 class _Options:
     triton: bool
     keep: bool  # whether a gradient may be asked for
-    norm_eps: float
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, options: _Options) -> Tensor:
-        if options.triton:
-            y, rstd = _triton_norm(x, weight, options.norm_eps)
-        else:
-            wide = _wide(x)
-            rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + options.norm_eps)
-            y = _per_row(weight) * (wide * rstd).to(x.dtype)
-        ctx.options = options
-        ctx.save_for_backward(x, weight, rstd)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, weight, rstd = ctx.saved_tensors
-        need_x, need_weight, _ = ctx.needs_input_grad
-        if ctx.options.triton:
-            return *_triton_norm_backward(grad, x, weight, rstd, need_x, need_weight), None
-        wide_grad, normalized = _wide(grad), _wide(x) * rstd
-        grad_x = grad_weight = None
-        if need_weight:
-            products = wide_grad * normalized.to(x.dtype)
-            grad_weight = products.sum(-2 if weight.dim() == 2 else tuple(range(x.dim() - 1))).to(weight.dtype)
-        if need_x:
-            weighted = wide_grad * _per_row(weight)
-            grad_x = (rstd * (weighted - normalized * (weighted * normalized).mean(-1, keepdim=True))).to(x.dtype)
-        return grad_x, grad_weight, None
-
-
-def _per_row(norm_weight: Tensor) -> Tensor:
-    """[Din], or [K, 1, Din]."""
-    return norm_weight[:, None] if norm_weight.dim() == 2 else norm_weight
+    norm_eps: float  # used where a norm is in front
 
 
 class _VerbFFN(torch.autograd.Function):
@@ -484,7 +258,7 @@ class _VerbFFN(torch.autograd.Function):
             a, g, u = _triton_gate_up(x, gate, up, options.keep)
         else:
             g, u = x @ gate.mT, x @ up.mT  # [.., R, Dh]
-            a = torch.nn.functional.silu(_wide(g)).mul_(_wide(u)).to(x.dtype)
+            a = torch.nn.functional.silu(widen(g)).mul_(widen(u)).to(x.dtype)
         ctx.options = options
         if options.keep:
             need_weights = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
@@ -516,13 +290,13 @@ def _torch_swiglu_backward(
     grad_a: Tensor | None, g: Tensor, u: Tensor, need_a: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As _triton_swiglu_backward."""
-    dtype, g, u = g.dtype, _wide(g), _wide(u)
+    dtype, g, u = g.dtype, widen(g), widen(u)
     sigmoid = g.sigmoid()
     silu = g * sigmoid
     a = (silu * u).to(dtype) if need_a else None
     if grad_a is None:
         return None, None, a
-    grad_a = _wide(grad_a)
+    grad_a = widen(grad_a)
     return (grad_a * u * (sigmoid + silu * (1 - sigmoid))).to(dtype), (grad_a * silu).to(dtype), a
 
 
@@ -570,7 +344,7 @@ def _run(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, norm_weight: Tens
     """[.., R, Din] -> [.., R, Dout]."""
     with torch.autocast(device_type=rows.device.type, enabled=False):
         if norm_weight is not None:
-            rows = _RMSNorm.apply(rows, norm_weight, options)
+            rows = RMSNorm.apply(rows, norm_weight, NormOptions(options.triton, options.norm_eps))
         return _VerbFFN.apply(rows.to(gate.dtype), gate, up, down, options)
 
 
@@ -588,7 +362,7 @@ def _checked(
     check_tensor("down", down, (*lead, "Dout", "Dh"))
     check_tensor("x", x, ("..",) * max(x.dim(), len(lead) + 1) if x.dim() else ("Din",))
     if norm_weight is not None:
-        _check_norm(norm_weight, norm_eps, gate)
+        check_norm(norm_weight, norm_eps, gate)
     check_same_device(x=x, gate=gate, up=up, down=down, norm_weight=norm_weight)
     if up.shape != gate.shape or down.shape[-1] != gate.shape[-2] or down.shape[:-2] != gate.shape[:-2]:
         raise ValueError(
@@ -611,16 +385,3 @@ def _checked(
         listed = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
         raise ValueError(f"{listed}; convert them to one dtype, or use autocast")
     return x, gate, up, down
-
-
-def _check_norm(norm_weight: Tensor, norm_eps: float, gate: Tensor) -> None:
-    width = gate.shape[-1]
-    stacked = gate.dim() == 3 and isinstance(norm_weight, Tensor) and norm_weight.dim() == 2
-    check_tensor("norm_weight", norm_weight, ("K", "Din") if stacked else ("Din",))
-    if norm_weight.shape != ((gate.shape[0], width) if stacked else (width,)):
-        raise ValueError(
-            f"norm_weight is {list(norm_weight.shape)} but gate and up take width {width}; it must be [{width}]"
-            + (f" or [{gate.shape[0]}, {width}]" if gate.dim() == 3 else "")
-        )
-    if not (math.isfinite(norm_eps) and norm_eps > 0):
-        raise ValueError(f"norm_eps={norm_eps} must be a finite number above 0, as in the model's config (often 1e-6)")

@@ -27,6 +27,9 @@ class Machine:
     network_bytes: float = 200e9
     """Network of one node, one direction, bytes a second (8 x 200 Gb/s)."""
 
+    pcie_bytes: float = 31.5e9
+    """PCIe of one GPU, one direction, bytes a second (4.0 x16), with which teacher.mode offload brings weights."""
+
     @property
     def ranks(self) -> int:
         return self.gpus * self.nodes
@@ -59,6 +62,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--utilisation", type=float, default=m.utilisation, help="share of it (default: %(default)s)")
     parser.add_argument("--link-gbs", type=float, default=m.link_bytes / 1e9, help="GB/s of a GPU's links, one way")
     parser.add_argument("--network-gbs", type=float, default=m.network_bytes / 1e9, help="GB/s of a node, one way")
+    parser.add_argument("--pcie-gbs", type=float, default=m.pcie_bytes / 1e9, help="GB/s of a GPU's PCIe, one way")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, RunConfig
-from ..loading import target_layers
+from ..loading import needed_depth, target_layers
+from ..teacher import mode_under
 from .memory import Batch, Setup, Spoken, check_zero, compute_bytes
 from .shapes import ModelShape, model_shape, read_config, verbalizer_sizes
 from .walk import Step
@@ -49,10 +51,11 @@ def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda") ->
             raise ConfigError(f"training.deepspeed: file {deepspeed} does not exist; configs/zero3.json is one")
         deepspeed = json.loads(Path(deepspeed).read_text())
     kind = ((deepspeed or {}).get("data_types") or {}).get("grad_accum_dtype")
-    width = compute_bytes(config)
+    width, zero = compute_bytes(config), check_zero(deepspeed)
     return Setup(
         ranks=ranks,
-        zero=check_zero(deepspeed),
+        zero=zero,
+        teacher_mode=mode_under("auto" if stage == "sft" else config.teacher.mode, zero is not None),  # sft has none
         compute_bytes=width,
         accumulation=training.gradient_accumulation_steps,
         checkpointing=training.gradient_checkpointing,
@@ -65,7 +68,7 @@ def step_of(models: Models, stage: str, setup: Setup, batch: Callable[[ModelShap
     """What one stage of the config does; `batch` gives a micro-batch for a model."""
     config = models.config
     make = {"verbalize": _verbalize_roles, "interact": _interact_roles, "sft": _sft_roles}[stage]
-    roles = make(models)
+    roles = {role: _placed(spoken, role, setup) for role, spoken in make(models).items()}
     vocab = min(models.shapes[role].vocab for role in roles)
     extra: dict[str, Any] = {}
     if stage == "interact":
@@ -75,8 +78,17 @@ def step_of(models: Models, stage: str, setup: Setup, batch: Callable[[ModelShap
     return Step(stage, roles, batches, setup, vocab, **extra)
 
 
+def _placed(spoken: Spoken, role: str, setup: Setup) -> Spoken:
+    """The teacher held outside the module tree, where `teacher.mode` says so."""
+    if role != "teacher" or setup.teacher_mode == "zero3":
+        return spoken
+    return dataclasses.replace(spoken, placement=setup.teacher_mode)
+
+
 def _spoken(models: Models, role: str, mode: str, verbalized: bool, trained: bool, **extra: Any) -> Spoken:
     shape, settings = models.shapes[role], models.config.verbalizer
+    if not extra.get("needs_last", True):  # layers that nothing reads are never built
+        shape = shape.cut(needed_depth(models.configs[role], models.layers[role]))
     output = models.shapes["teacher"].width if extra.pop("headless", False) else None
     if not verbalized:
         return Spoken(shape, mode, **extra)
@@ -97,7 +109,8 @@ def _spoken(models: Models, role: str, mode: str, verbalized: bool, trained: boo
 
 
 def _verbalize_roles(models: Models) -> dict[str, Spoken]:
-    return {role: _spoken(models, role, "frozen", True, True) for role in models.config.verbalize.models}
+    names = models.config.verbalize.models
+    return {role: _spoken(models, role, "frozen", True, True, needs_last=False) for role in names}
 
 
 def _interact_roles(models: Models) -> dict[str, Spoken]:
@@ -108,8 +121,9 @@ def _interact_roles(models: Models) -> dict[str, Spoken]:
     roles = {"student": _spoken(models, "student", "lora", speaks, trained, headless=s.headless, trained_layers=kept)}
     if {s.intermediate, s.last} & {"kld", "l2"}:
         roles["teacher"] = _spoken(
-            models, "teacher", "frozen", speaks and s.intermediate != "ce", False, headless=s.headless
-        )
+            models, "teacher", "frozen", speaks and s.intermediate != "ce", False, headless=s.headless,
+            needs_last=s.last in ("kld", "l2"),
+        )  # fmt: skip
     return roles
 
 

@@ -6,15 +6,15 @@
 **Held.** Under ZeRO-3 (DeepSpeed's stage3.py), every tensor of n elements leaves ceil(n / W) of them on a rank:
 
     frozen    e a shard element
-    trained   e (compute copy; LoRA 4) + 4 (master) + 8 (Adam) + 4 (`grad_accum_dtype` fp32: the flat gradients)
+    trained   e (compute copy) + 4 (master) + 8 (Adam) + 4 (`grad_accum_dtype` fp32: the flat gradients)
     also      e x `reduce_bucket_size` (ipg buffer), and whole tensors up to `stage3_param_persistence_threshold`
 
 Without DeepSpeed: frozen e, trained 4 + 4 + 8 a parameter (`_keep_master_weights`).
 
 **A decoder layer keeps for backward**, bytes a position, read off the stock code (RMSNorm computes in float32; rotary
 embedding keeps only cos and sin; SwiGLU keeps gate, silu(gate), up and their product; SDPA keeps q, k, v, its output
-and a logsumexp; LoRA keeps its bottleneck, and since peft holds it in float32, under bfloat16 a float32 copy of each
-adapted layer's input as well):
+and a logsumexp; LoRA keeps its bottleneck, and without DeepSpeed, where peft holds it in float32, under bfloat16 a
+float32 copy of each adapted layer's input as well):
 
     norms 2 (4 d + e d) [+ 2 e d where trained]; attention e (2 q + 2 k) + 4 heads; FFN 4 e f; LoRA e ranks
 
@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import ConfigError, RunConfig
+from .placement import teacher_bytes
 from .shapes import ModelShape, shards
 
 RESERVE_BYTES = 3 * 2**30
@@ -72,6 +73,8 @@ class Setup:
     checkpointing: bool
     device: str = "cuda"
     workspace: int | None = None
+    teacher_mode: str = "zero3"
+    """`teacher.mode`, auto resolved."""
     accumulate_bytes: int = 4
     """Bytes of DeepSpeed's gradient accumulation (`data_types.grad_accum_dtype`)."""
 
@@ -98,18 +101,24 @@ class Spoken:
     output: int = 0  # width of its output
     trained_layers: int | None = None  # decoder layers that are trained, from the first; None: all
     train_vision: bool = False
+    needs_last: bool = True  # the last layer's own output is wanted
+    placement: str | None = None  # teacher.mode, where it holds the backbone outside the module tree (all but zero3)
+
+    def is_gathered(self, setup: Setup) -> bool:
+        """Whether ZeRO-3 gathers the backbone's tensors."""
+        return setup.zero is not None and self.placement in (None, "offload")
 
     @property
     def grad(self) -> bool:
         return self.mode != "frozen"
 
     def split(self) -> tuple[list[int], list[int]]:
-        """Sizes of trained and of frozen tensors, verbalizers included."""
+        """Sizes of trained and of frozen tensors in the module tree, verbalizers included."""
         shape, trained, frozen = self.shape, [], []
         if self.mode == "full":
             trained += shape.ends + [n for layer in shape.layers for n in layer]
             (trained if self.train_vision else frozen).extend(shape.vision)
-        else:
+        elif self.placement is None:
             frozen += shape.parameters
             if self.mode == "lora":
                 kept = len(shape.lora) if self.trained_layers is None else self.trained_layers
@@ -160,6 +169,11 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
     e, columns = setup.compute_bytes, Counter()
     for role, spoken in student_and_teacher.items():
         trained, frozen = spoken.split()
+        if spoken.placement is not None:
+            columns["teacher"] += teacher_bytes(spoken.shape, spoken.placement, e, setup.zero is not None)
+            if spoken.is_gathered(setup):  # small tensors of the offloaded teacher's own engine
+                limit = setup.number("stage3_param_persistence_threshold", 1e5)
+                columns["gathered"] += e * sum(n for n in spoken.shape.parameters if n <= limit)
         if setup.zero is None:
             columns["parameters"] += 4 * sum(trained)
             columns["optimizer"] += 8 * sum(trained)
@@ -168,8 +182,7 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
             if e < 4:  # autocast keeps converted copies of the trained weights until the step ends
                 columns["parameters"] += e * sum(n for n in trained)
         else:
-            lora = [n for layer in spoken.shape.lora for n in layer] if spoken.mode == "lora" else []
-            _add_sharded(columns, role, trained, frozen, setup, shards(lora, setup.ranks))
+            _add_sharded(columns, role, trained, frozen, setup)
     # The Trainer takes all micro-batches of a step at once. Each role's are moved to a GPU on their own; on the CPU
     # roles share them, and accelerate's loader has read one more ahead.
     on_gpu = setup.device == "cuda"
@@ -181,9 +194,7 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
     return dict(columns)
 
 
-def _add_sharded(
-    columns: Counter, role: str, trained: list[int], frozen: list[int], setup: Setup, adapters: int
-) -> None:
+def _add_sharded(columns: Counter, role: str, trained: list[int], frozen: list[int], setup: Setup) -> None:
     e, mine = setup.compute_bytes, shards(trained, setup.ranks)
     if not setup.offloads("optimizer"):
         columns["optimizer"] += 12 * mine
@@ -194,7 +205,7 @@ def _add_sharded(
     limit = setup.number("stage3_param_persistence_threshold", 1e5)
     whole = e * sum(n for n in (*trained, *frozen) if n <= limit)
     if not setup.offloads("param"):
-        columns["parameters"] += e * mine + (4 - e) * adapters  # peft makes LoRA float32
+        columns["parameters"] += e * mine
         columns["teacher" if role == "teacher" else "parameters"] += e * shards(frozen, setup.ranks)
     columns["gathered"] += whole
 
@@ -208,10 +219,8 @@ def layer_saved(spoken: Spoken, batch: Batch, setup: Setup) -> int:
     repeated = batch.masked and s.heads > 1 and s.keys < s.queries
     numbers = 2 * s.width + 2 * s.queries + 2 * (s.queries if repeated else s.keys) + 4 * s.inner
     numbers += 2 * s.width if spoken.mode == "full" else 0
-    if spoken.mode == "lora" and e < 4:
-        numbers += 4 * (s.lora_inputs + s.lora_ranks) // e
-        if setup.zero is None:  # DeepSpeed's linear keeps its input even where its weight is frozen; torch's does not
-            numbers -= 2 * s.width + s.inner
+    if spoken.mode == "lora" and e < 4 and setup.zero is None:  # peft holds LoRA in float32, autocast converts
+        numbers += 4 * (s.lora_inputs + s.lora_ranks) // e - 2 * s.width - s.inner
     elif spoken.mode == "lora":
         numbers += s.lora_ranks
     mask = e * batch.rows * batch.tokens**2 if batch.masked else 0
@@ -265,32 +274,55 @@ def verbalizer_saved(spoken: Spoken, batch: Batch, setup: Setup) -> int:
     return spoken.layers * times * batch.answers * (block + norm)
 
 
-def gathered_for(spoken: Spoken, setup: Setup, backward: bool) -> int:
-    """Whole parameters around the running module: itself, what is prefetched, and in backward the recomputed layer."""
-    if setup.zero is None:
+def gathered_for(spoken: Spoken, setup: Setup, backward: bool, ahead: int) -> int:
+    """Whole parameters around the running module: itself, what is prefetched, and in backward the recomputed layer.
+
+    Every module that is called, those without parameters too, prefetches another bucket: that runs ahead of what is
+    used, up to `stage3_max_live_parameters` and the tensor that steps over it.
+
+    Args:
+        ahead: elements of all parameters that the engine may still gather.
+    """
+    if spoken.placement == "offload" and setup.zero is None:
+        return setup.compute_bytes * spoken.shape.largest
+    if not spoken.is_gathered(setup):
         return 0
-    e, largest = setup.compute_bytes, spoken.shape.largest
-    prefetch = setup.number("stage3_prefetch_bucket_size", 5e7)
-    ahead = max(prefetch, largest) if prefetch else 0  # the last tensor of a prefetch may exceed the bucket
+    largest = needed = spoken.shape.largest
     if backward and setup.checkpointing:
-        layer = sum(spoken.shape.layers[0]) + (sum(spoken.shape.lora[0]) if spoken.mode == "lora" else 0)
-        return int(e * (layer + ahead))
-    return int(e * (largest + ahead))
+        needed += sum(spoken.shape.layers[0]) + (sum(spoken.shape.lora[0]) if spoken.mode == "lora" else 0)
+    if setup.number("stage3_prefetch_bucket_size", 5e7):
+        needed = max(needed, min(int(setup.number("stage3_max_live_parameters", 1e9)) + largest, ahead))
+    return setup.compute_bytes * needed
 
 
 def kept_for_backward(spoken: Spoken, setup: Setup, between: int) -> int:
     """Bytes of the last modules of the forward that stay whole: `stage3_max_reuse_distance` looks that far ahead."""
     if setup.zero is None:
         return 0
-    reach = setup.number("stage3_max_reuse_distance", 1e9)
     tensors = [spoken.shape.head] if spoken.mode == "full" else []
     tensors += [n for layer in reversed(spoken.shape.layers) for n in layer]
+    return setup.compute_bytes * _reused(tensors, between, setup, times=3 if setup.checkpointing else 2)
+
+
+def kept_verbalizers(spoken: Spoken, setup: Setup, between: int) -> int:
+    """Elements of the verbalizers that stay whole from forward to backward; `between` pass other roles' on the way."""
+    return _reused([n for layer in reversed(spoken.verbalizers) for n in layer], between, setup, times=2)
+
+
+def _reused(tensors: list[int], between: int, setup: Setup, times: int) -> int:
+    """Elements whose next use is near enough: each later tensor is passed `times` times on the way there.
+
+    Where backward follows at once, prefetching has also come to the end of the forward with as much as it may hold,
+    finds that backward begins with the same tensors, and keeps those.
+    """
+    reach = setup.number("stage3_max_reuse_distance", 1e9)
+    window = setup.number("stage3_max_live_parameters", 1e9) if setup.number("stage3_prefetch_bucket_size", 5e7) else 0
     kept, distance = 0, between
     for n in tensors:
-        if distance >= reach:
+        if distance >= reach and (between or kept + n > window):
             break
-        kept, distance = kept + n, distance + 2 * n
-    return setup.compute_bytes * kept
+        kept, distance = kept + n, distance + times * n
+    return kept
 
 
 def gradient_scratch(spoken: Spoken, setup: Setup, largest: int) -> int:

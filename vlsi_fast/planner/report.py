@@ -12,15 +12,16 @@ from .arguments import Machine
 from .build import Models, setup_of, step_of
 from .memory import RESERVE_BYTES, Batch
 from .shapes import ModelShape
-from .speed import operations, speed, traffic
+from .speed import operations, over_pcie, speed, traffic
 from .walk import walk
 
 COLUMNS = {
-    "parameters": "parameters", "gradients": "gradients", "optimizer": "optimizer", "teacher": "teacher shard",
+    "parameters": "parameters", "gradients": "gradients", "optimizer": "optimizer", "teacher": "teacher",
     "gathered": "gathered layers, heads", "inputs": "inputs", "activations": "activations",
     "targets": "KL targets", "workspace": "head workspace",
 }  # fmt: skip
 MAX_ROWS = 1024
+TEACHER_MODES = ("zero3", "replicated", "offload", "int8", "nf4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,7 @@ def plan_stage(models: Models, stage: str, machine: Machine, rows: Rows, samples
         "largest_micro_batch": largest(fits),
         "flops_per_sample": {name: value / micro for name, value in operations(mean).items()},
         "traffic_bytes_per_micro_batch": moved,
+        "pcie_bytes_per_micro_batch": over_pcie(mean),
         "scaling": [],
     }
     for nodes in sorted({machine.nodes, 1, 2, 8, 64}):
@@ -95,11 +97,35 @@ def plan_stage(models: Models, stage: str, machine: Machine, rows: Rows, samples
         total = walk(step_of(models, stage, there, rows.batch(micro))).peak.total
         result["scaling"].append({
             "nodes": nodes, "gpus": at.ranks, "peak_bytes": total, "compute_seconds": found.compute_seconds,
-            "communication_seconds": found.communication_seconds, "rows_per_step": found.samples,
+            "communication_seconds": found.communication_seconds, "pcie_seconds": found.pcie_seconds,
+            "rows_per_step": found.samples,
             "communication_share": found.communication_seconds / found.exposed,
             "step_seconds": [found.hidden, found.exposed], "days": list(found.days(samples)),
         })  # fmt: skip
     return result
+
+
+def compare_modes(models: Models, machine: Machine, rows: Rows, samples: int) -> dict[str, dict[str, Any]]:
+    """Largest peak and days of the stages that have a teacher, for every `teacher.mode` that the run could have."""
+    config, found = models.config, {}
+    for mode in TEACHER_MODES:
+        peaks, low, high = [], 0.0, 0.0
+        for stage in STAGES:
+            setup = setup_of(config, stage, machine.ranks)
+            if mode == "zero3" and setup.zero is None:
+                break
+            setup = dataclasses.replace(setup, teacher_mode=mode)
+            micro = config.stage_training(stage).per_device_train_batch_size
+            step = step_of(models, stage, setup, rows.batch(micro))
+            if "teacher" not in step.roles:
+                continue
+            peaks.append(walk(step).peak.total)
+            days = speed(step_of(models, stage, setup, rows.batch(micro, mean=True)), machine).days(samples)
+            low, high = low + days[0], high + days[1]
+        if peaks:
+            fits = max(peaks) <= machine.memory_bytes - RESERVE_BYTES
+            found[mode] = {"peak_bytes": max(peaks), "fits": fits, "days": [low, high]}
+    return found
 
 
 def largest(fits) -> int:
@@ -123,19 +149,20 @@ def make_plan(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any
         raise ConfigError("--gpus and --nodes must be at least 1")
     machine = Machine(
         arguments.gpus, arguments.nodes, arguments.gpu_memory, arguments.peak_tflops * 1e12, arguments.utilisation,
-        arguments.link_gbs * 1e9, arguments.network_gbs * 1e9,
+        arguments.link_gbs * 1e9, arguments.network_gbs * 1e9, arguments.pcie_gbs * 1e9,
     )  # fmt: skip
     models = Models(config, {"teacher": arguments.teacher_config, "student": arguments.student_config})
     rows = rows_of(config, models, arguments)
     return {
         "kind": "prediction on paper; nothing was measured",
-        "teacher_mode": config.teacher.mode,
+        "teacher_mode": setup_of(config, "interact", machine.ranks).teacher_mode,
         "machine": dataclasses.asdict(machine),
         "rows": dataclasses.asdict(rows),
         "samples": arguments.samples,
         "reserve_bytes": RESERVE_BYTES,
         "parameters": {role: sum(shape.parameters) for role, shape in models.shapes.items()},
         "stages": [plan_stage(models, stage, machine, rows, arguments.samples) for stage in STAGES],
+        "teacher_modes": compare_modes(models, machine, rows, arguments.samples),
     }
 
 
@@ -194,6 +221,10 @@ def print_plan(plan: dict[str, Any]) -> None:
     table.add_row("GB moved a micro-batch", *(
         f"{sum(s['traffic_bytes_per_micro_batch'].values()) / 1e9:.0f}" for s in plan["stages"]
     ))  # fmt: skip
+    if any(s["pcie_bytes_per_micro_batch"] for s in plan["stages"]):
+        table.add_row("GB over PCIe a micro-batch", *(
+            f"{s['pcie_bytes_per_micro_batch'] / 1e9:.0f}" for s in plan["stages"]
+        ))  # fmt: skip
     console.print(table)
     table = Table("stage", "nodes", "GiB a GPU", "compute s", "communication s", "share", "step s", "rows a step",
                   f"days for {plan['samples'] / 1e6:g}M rows")  # fmt: skip
@@ -205,9 +236,18 @@ def print_plan(plan: dict[str, Any]) -> None:
                 str(at["rows_per_step"]), _span(*at["days"], 1 if at["days"][0] >= 1 else 2),
             )  # fmt: skip
     console.print(table)
-    console.print("step and days: from communication wholly hidden behind computation to not at all")
-    if plan["teacher_mode"] not in ("auto", "zero3"):
-        console.print(f"planned as teacher.mode zero3: {plan['teacher_mode']} takes other memory and traffic")
+    console.print("step and days: from communication wholly hidden behind computation to not at all; PCIe's copies too")
+    if not plan["teacher_modes"]:
+        return
+    days = f"days of its stages for {plan['samples'] / 1e6:g}M rows"
+    table = Table("teacher.mode", "GiB a GPU, largest of its stages", "", days)
+    for mode, found in plan["teacher_modes"].items():
+        table.add_row(
+            mode + (" (this plan)" if mode == plan["teacher_mode"] else ""), gib(found["peak_bytes"]),
+            "fits" if found["fits"] else "TOO MUCH", _span(*found["days"]),
+        )  # fmt: skip
+    console.print(table)
+    console.print("int8 and nf4: the time of their conversions is not counted")
 
 
 def main(arguments: argparse.Namespace, overrides: list[str]) -> int:

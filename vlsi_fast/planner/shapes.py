@@ -8,6 +8,7 @@ loaded, whatever its biases and ties, and nothing is downloaded but that file.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -43,6 +44,8 @@ class ModelShape:
     vision: list[int]
     lora: list[list[int]]
     """LoRA's parameters in each decoder layer, for the ranks and modules of the run."""
+    linears: list[list[tuple[int, int]]]
+    """Inputs and outputs of the linear layers of each decoder layer: what int8 and nf4 quantise."""
     lora_ranks: int
     """Width of all LoRA bottlenecks of a layer together."""
     lora_inputs: int
@@ -62,6 +65,11 @@ class ModelShape:
     @property
     def depth(self) -> int:
         return len(self.layers)
+
+    def cut(self, depth: int | None) -> ModelShape:
+        """The model with only its first `depth` decoder layers, as it is loaded where nothing deeper is read."""
+        kept = {name: getattr(self, name)[:depth] for name in ("layers", "lora", "linears")}
+        return dataclasses.replace(self, **kept)
 
     @property
     def head(self) -> int:
@@ -156,6 +164,7 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         ends=[p.numel() for p in model.parameters() if id(p) not in inside],
         vision=[p.numel() for p in vision_parameters],
         lora=adapted,
+        linears=[_linears(layer) for layer in layers],
         lora_ranks=ranks,
         lora_inputs=inputs,
         vision_width=width,
@@ -166,6 +175,10 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         image_size=side,
         vision_flops=_vision_flops(tower, width, depth, merge),
     )
+
+
+def _linears(layer: nn.Module) -> list[tuple[int, int]]:
+    return [(m.in_features, m.out_features) for m in layer.modules() if isinstance(m, nn.Linear)]
 
 
 def _vision_flops(tower: nn.Module, width: int, depth: int, merge: int) -> tuple[float, float]:

@@ -9,11 +9,9 @@ Nothing here is measured. Operations count a multiply and an add as two; letters
     heads                      2 N V (d_l + d_s) a teacher layer, 4 N V d_s a student layer or answer loss; a trained
                                head 4 N V d_s more
 
-Both backbones run all their decoder layers in every stage (verbalize too, although it reads none above its last target
-layer). ZeRO-3 gathers every tensor above the persistence threshold for its forward and once more for backward (the
-recomputation's copy is kept for it), and reduce-scatters the gradients of trained tensors, each micro-batch. A ring
-brings (W - 1) / W of the bytes to each GPU over the links inside a node, and (nodes - 1) / nodes of them into each
-node.
+Decoder layers that nothing reads are not there (see build.py). Traffic is ZeRO-3's: see `traffic`, which a test
+compares with the bytes that DeepSpeed gathers on two ranks. A ring brings (W - 1) / W of the bytes to each GPU over
+the links inside a node, and (nodes - 1) / nodes of them into each node. A teacher in CPU memory comes over PCIe.
 """
 
 from __future__ import annotations
@@ -22,8 +20,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .arguments import Machine
-from .memory import Spoken
-from .walk import Step
+from .memory import Spoken, kept_for_backward, kept_verbalizers
+from .placement import pcie_bytes
+from .walk import Step, after
 
 
 def operations(step: Step) -> dict[str, float]:
@@ -85,7 +84,14 @@ def _heads(step: Step) -> float:
 
 
 def traffic(step: Step) -> dict[str, float]:
-    """Bytes of whole tensors that ZeRO-3 moves for one micro-batch, before the ring's share; plain: gradients alone."""
+    """Bytes of whole tensors that ZeRO-3 moves for one micro-batch, before the ring's share; plain: gradients alone.
+
+    Tensors above the persistence threshold are gathered for their forward, and those that a gradient runs through once
+    more for backward, unless `stage3_max_reuse_distance` keeps them. Under gradient checkpointing the recomputation
+    gathers decoder layers. Trained tensors then stay for the backward that follows, but frozen ones are released with
+    the first module of the layer that has finished its backward, and gathered a third time. With prefetching the
+    deepest layer's last tensor is still there even where a teacher ran between.
+    """
     setup, moved = step.setup, Counter()
     e = setup.compute_bytes
     limit = setup.number("stage3_param_persistence_threshold", 1e5)
@@ -95,19 +101,44 @@ def traffic(step: Step) -> dict[str, float]:
             moved["gradients"] += 2.0 * 4 * sum(trained) / setup.accumulation  # all-reduce, once a step
             continue
         shape = spoken.shape
-        large = [n for n in shape.parameters if n > limit]
-        verbalizers = [n for layer in spoken.verbalizers for n in layer if n > limit]
-        lora = [n for layer in shape.lora for n in layer if n > limit] if spoken.mode == "lora" else []
-        moved[f"{role} gathers"] += e * (sum(large) + sum(verbalizers) + sum(lora))
+        total = sum(n for layer in spoken.verbalizers for n in layer if n > limit)
+        if spoken.grad or spoken.verbalizers_trained:  # the last ones of the forward may be kept for backward
+            kept = kept_verbalizers(spoken, setup, after(step, role))
+            total += max(0, sum(n for layer in spoken.verbalizers for n in layer if n > limit) - kept)
+        if spoken.is_gathered(setup):
+            total += sum(n for n in shape.parameters if n > limit)
+            total += shape.head if shape.tied else 0  # as embedding and as head
         if spoken.grad:
-            layers = [n for layer in shape.layers for n in layer if n > limit]
-            moved[f"{role} gathers"] += e * (sum(layers) + sum(lora))  # the same once more for backward
-        if spoken.grad or spoken.verbalizers_trained:
-            moved[f"{role} gathers"] += e * sum(verbalizers)
+            total += _for_backward(step, role, limit)
+        moved[f"{role} gathers"] += e * total
         moved["gradients"] += e * sum(trained)
-        if shape.tied or spoken.mode == "full":
-            moved[f"{role} gathers"] += e * shape.head  # once as embedding and once as head, or for the head's backward
     return {name: value for name, value in moved.items() if value}
+
+
+def _for_backward(step: Step, role: str, limit: float) -> int:
+    """Elements of a trained backbone that are gathered beyond the forward's once."""
+    spoken, setup, shape = step.roles[role], step.setup, step.roles[role].shape
+    large = [[n for n in layer if n > limit] for layer in shape.layers]
+    kept = kept_for_backward(spoken, setup, after(step, role)) // setup.compute_bytes
+    again = max(0, sum(map(sum, large)) - max(0, kept - (shape.head if spoken.mode == "full" else 0)))
+    if setup.number("stage3_prefetch_bucket_size", 5e7) and not kept:
+        again -= max(large[-1], default=0)
+    if spoken.mode == "full":
+        ends = shape.head if again and not shape.tied else 0  # the embedding
+        ends += 0 if kept else shape.head
+        return again + ends + (sum(n for n in shape.vision if n > limit) if spoken.train_vision else 0)
+    lora = [n for layer in shape.lora[: spoken.trained_layers] for n in layer if n > limit]
+    total = again + sum(n for layer in shape.lora for n in layer if n > limit) + (sum(lora) if again else 0)
+    return total + (sum(map(sum, large)) if setup.checkpointing else 0)
+
+
+def over_pcie(step: Step) -> float:
+    """Bytes that each GPU takes from CPU memory for one micro-batch (teacher.mode offload)."""
+    setup, limit = step.setup, step.setup.number("stage3_param_persistence_threshold", 1e5)
+    return sum(
+        pcie_bytes(spoken.shape, spoken.placement, setup.compute_bytes, setup.ranks, setup.zero is not None, limit)
+        for spoken in step.roles.values()
+    )
 
 
 def communication_seconds(size: float, machine: Machine) -> float:
@@ -125,16 +156,17 @@ class Speed:
     communication_seconds: float
     samples: int
     """Rows that all ranks read in it."""
+    pcie_seconds: float = 0.0
 
     @property
     def hidden(self) -> float:
-        """Seconds, communication wholly behind computation: a lower bound."""
-        return max(self.compute_seconds, self.communication_seconds)
+        """Seconds, communication and copies wholly behind computation: a lower bound."""
+        return max(self.compute_seconds, self.communication_seconds, self.pcie_seconds)
 
     @property
     def exposed(self) -> float:
         """Seconds, nothing overlapped: an upper bound."""
-        return self.compute_seconds + self.communication_seconds
+        return self.compute_seconds + self.communication_seconds + self.pcie_seconds
 
     def days(self, samples: int) -> tuple[float, float]:
         """From lower to upper bound, for so many rows."""
@@ -148,4 +180,5 @@ def speed(step: Step, machine: Machine) -> Speed:
     compute = times * sum(operations(step).values()) / (machine.peak_flops * machine.utilisation)
     moved = times * communication_seconds(sum(traffic(step).values()), machine)
     rows = next(iter(step.batches.values())).rows
-    return Speed(compute, moved, times * rows * machine.ranks)
+    copied = times * over_pcie(step) / machine.pcie_bytes
+    return Speed(compute, moved, times * rows * machine.ranks, copied)

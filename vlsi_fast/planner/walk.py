@@ -23,6 +23,7 @@ from .memory import (
     verbalizer_saved,
     vision_forward,
 )
+from .placement import running_layer
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,17 @@ def walk(step: Step) -> Curve:
     return curve
 
 
+def after(step: Step, role: str) -> int:
+    """Elements that ZeRO-3's trace passes between a role's forward and its backward: those of the roles behind it."""
+    names = list(step.roles)
+    total = 0
+    for spoken in (step.roles[name] for name in names[names.index(role) + 1 :]):
+        verbalizers = sum(n for layer in spoken.verbalizers for n in layer)
+        backbone = sum(spoken.shape.parameters) if spoken.placement is None else 0
+        total += backbone + verbalizers * (2 if spoken.verbalizers_trained else 1)
+    return total
+
+
 # ---- forward ----
 
 
@@ -58,10 +70,10 @@ def _frozen_forward(curve: Curve, step: Step, role: str) -> None:
     around = _mask_and_positions(spoken, batch, setup) + _model_inputs(spoken, batch, setup)
     _vision(curve, step, role)
     recorded = spoken.layers * batch.positions * d * e
-    gathered = gathered_for(spoken, setup, backward=False)
-    inside = recorded + layer_forward(shape, batch, setup)
+    gathered = _gathered(step, role)
+    inside = recorded + layer_forward(shape, batch, setup) + running_layer(shape, spoken.placement, batch.positions)
     curve.moment(f"{role} forward", activations=around + inside, gathered=gathered)
-    taken = (spoken.layers + 1) * batch.answers * d * e
+    taken = (spoken.layers + spoken.needs_last) * batch.answers * d * e
     # the last hidden state, its float32 norm and the norm's output beside all that is recorded
     norm = batch.positions * d * (2 * e + (8 if e < 4 else 4))
     curve.moment(f"{role} final norm", activations=around + recorded + norm)
@@ -81,7 +93,7 @@ def _trained_forward(curve: Curve, step: Step, role: str) -> int:
     inside += _model_inputs(spoken, batch, setup)
     if e < 4 and not setup.checkpointing:  # a norm keeps a float32 copy, so the hooks hold a tensor of their own
         inside += spoken.layers * batch.positions * d * e
-    curve.moment(f"{role} forward", activations=inside, gathered=gathered_for(spoken, setup, backward=False))
+    curve.moment(f"{role} forward", activations=inside, gathered=_gathered(step, role))
     curve.hold("activations", 4 * batch.positions * d)  # the final norm's input in float32
     curve.moment(f"{role} final norm", activations=batch.positions * d * (4 + 2 * e))
     curve.hold("activations", (spoken.layers + 1) * batch.answers * d * e)
@@ -92,9 +104,28 @@ def _vision(curve: Curve, step: Step, role: str) -> None:
     spoken, batch, setup = step.roles[role], step.batches[role], step.setup
     if not batch.patches:
         return
-    gathered = 2 * setup.compute_bytes * max(spoken.shape.vision) if setup.zero is not None else 0
-    inside = vision_forward(spoken.shape, batch.patches, setup)
+    alone = 2 * setup.compute_bytes * max(spoken.shape.vision) if spoken.is_gathered(setup) else 0
+    gathered = max(alone, _gathered(step, role))
+    inside = vision_forward(spoken.shape, batch.patches, setup) + _pixels(spoken, batch, setup)
     curve.moment(f"{role} vision", activations=inside, gathered=gathered)
+
+
+def _gathered(step: Step, role: str) -> int:
+    """In a forward: prefetching may run ahead with this role, those behind it and what backward needs of the others."""
+    spoken, names = step.roles[role], list(step.roles)
+    if spoken.placement:  # an engine of its own
+        return gathered_for(spoken, step.setup, backward=False, ahead=sum(spoken.shape.parameters))
+    ahead = 0
+    for name in names:
+        trained, frozen = step.roles[name].split()
+        done = names.index(name) < names.index(role) and not step.roles[name].grad
+        ahead += sum(trained) + (0 if done else sum(frozen))
+    return gathered_for(spoken, step.setup, backward=False, ahead=ahead)
+
+
+def _pixels(spoken: Spoken, batch: Batch, setup: Setup) -> int:
+    """The processor's float32 pixels in the compute dtype, which the stock forward's frame holds throughout."""
+    return setup.compute_bytes * batch.patches * spoken.shape.patch_values if setup.compute_bytes < 4 else 0
 
 
 def _mask_and_positions(spoken: Spoken, batch: Batch, setup: Setup) -> int:
@@ -108,7 +139,7 @@ def _model_inputs(spoken: Spoken, batch: Batch, setup: Setup) -> int:
     hidden state, and the image embeddings twice (by image, and joined)."""
     shape = spoken.shape
     images = batch.patches * shape.vision_width + 2 * batch.patches // shape.merge * shape.width
-    return setup.compute_bytes * (batch.positions * shape.width + images)
+    return setup.compute_bytes * (batch.positions * shape.width + images) + _pixels(spoken, batch, setup)
 
 
 def _speak(curve: Curve, step: Step, role: str, grad: bool) -> None:
@@ -138,7 +169,7 @@ def _answer_loss(curve: Curve, step: Step, role: str, layers: int, trained_head:
     # float32 expectation of a block, the labels' rows of the head, and their product with the hidden states
     block = min(rows, 2048) * d * 4 * (3 if setup.device == "cpu" else 1)
     curve.hold("activations", e * rows * d)
-    head = e * shape.head if setup.zero is not None else 0
+    head = e * shape.head if step.roles[role].is_gathered(setup) else 0
     curve.moment(f"{role} answer loss", workspace=scratch + block, gathered=head)
     if trained_head:
         scratch = statistics_scratch(rows, d, 0, step.vocab, 1, setup) + 4 * d * min(step.vocab, 8192)
@@ -153,7 +184,7 @@ def _kl(curve: Curve, step: Step, students: int, teachers: int) -> None:
     """KL matrix of `students` x `teachers` layers: holds both expectations, float32 (teacher: L N (d_s + 1))."""
     student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
     e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
-    heads = e * (student.head + teacher.head) if setup.zero is not None else 0
+    heads = e * sum(spoken.shape.head for spoken in step.roles.values() if spoken.is_gathered(setup))
     joined = e * n * (students * d + teachers * teacher.width)  # torch.cat of the layers and the last one
     curve.hold("activations", joined)
     curve.hold("targets", 4 * teachers * n * (d + 1))
@@ -195,7 +226,7 @@ def _student_backward(curve: Curve, step: Step, each: int, between: int) -> None
         inside = recomputed + batch.positions * ((e + 4) * shape.width + (e + 4) * shape.inner)
     trained = shape.layers[0] if spoken.mode == "full" else shape.lora[0]
     scratch = gradient_scratch(spoken, setup, max(trained, default=0))
-    gathered = gathered_for(spoken, setup, backward=True)
+    gathered = gathered_for(spoken, setup, backward=True, ahead=sum(map(sum, spoken.split())))
     kept = kept_for_backward(spoken, setup, between)
     for i in reversed(range(shape.depth)):
         curve.moment(
@@ -272,8 +303,7 @@ def _interact(curve: Curve, step: Step) -> None:
     curve.hold("targets", -curve.held["targets"])
     if student.verbalizer:
         _verbalizers_backward(curve, step, "student")
-    between = 2 * sum(step.roles["teacher"].shape.parameters) if taught else 0
-    _student_backward(curve, step, each, between)
+    _student_backward(curve, step, each, after(step, "student"))
 
 
 def _sft(curve: Curve, step: Step) -> None:

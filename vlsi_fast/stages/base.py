@@ -5,12 +5,9 @@ What differs between stages is one module, a `StageModule`: its forward takes a 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +17,9 @@ import torch.distributed as dist
 import transformers.trainer
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
-from ..config import ConfigError, RunConfig
+from ..config import RunConfig
 from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
 from ..matching import draw_generator
@@ -31,6 +27,7 @@ from ..rescaling import require_same_engine, universal_where_needed
 from ..sharding import barrier, rank, world_size
 from ..verbalized import answer_positions
 from ..watch import TellPlace
+from .records import non_finite, own_numbers, step_record, sums_of, tracker_scalars
 
 TRAINABLE_NAME = "trainable.safetensors"
 
@@ -59,90 +56,6 @@ class StageModule(nn.Module):
     """[S, L] where the stage matches layers."""
     layer_names: tuple[list[int], list[int]] = ([], [])
     """Target layers of student and teacher, for logs."""
-
-
-def launched() -> bool:
-    """Whether a launcher (deepspeed, torchrun, ..) started this process."""
-    return "LOCAL_RANK" in os.environ
-
-
-def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
-    """`TrainingArguments` of one stage. Made before any model, since it switches ZeRO-3 loading on.
-
-    Raises:
-        ConfigError: DeepSpeed asked for but not installed or not readable.
-    """
-    t = config.stage_training(stage)
-    deepspeed = t.deepspeed
-    if deepspeed is not None and not launched():
-        print("vlsi-fast: no launcher, so training.deepspeed is not used (start with `deepspeed` or `torchrun`)")
-        deepspeed = None
-    if isinstance(deepspeed, str) and not Path(deepspeed).is_file():
-        raise ConfigError(f"training.deepspeed: file {deepspeed} does not exist; configs/zero3.json is one")
-    if deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("training.deepspeed is set but deepspeed is not installed: pip install deepspeed")
-    schedule, schedule_kwargs = t.lr_scheduler_type, {}
-    if schedule == "cosine":
-        schedule, schedule_kwargs = "cosine_with_min_lr", {"min_lr_rate": t.min_learning_rate / t.learning_rate}
-    elif schedule == "constant" and t.warmup_steps:
-        schedule = "constant_with_warmup"
-    on_cpu = not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu"
-    arguments = {
-        **t.model_dump(
-            include={
-                "learning_rate", "warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-                "gradient_accumulation_steps", "weight_decay", "adam_beta2", "max_grad_norm", "optim",
-                "logging_steps", "save_steps", "save_total_limit",
-            }
-        ),
-        **_loading_arguments(config.data.num_workers),
-        "lr_scheduler_type": schedule,
-        "lr_scheduler_kwargs": schedule_kwargs,
-        "report_to": t.report_to or "none",
-        "output_dir": str(config.stage_dir(stage)),
-        "deepspeed": deepspeed,
-        "seed": config.seed,
-        "bf16": config.dtype == "bfloat16",
-        "use_cpu": on_cpu,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": False,
-        "ddp_find_unused_parameters": False,
-        **t.extra,
-    }
-    if deepspeed is None:  # an earlier stage of this process may have used it
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-        unset_hf_deepspeed_config()
-    args = TrainingArguments(**arguments)
-    _ = args.device  # starts the process group
-    if deepspeed is not None:
-        _start_deepspeed(on_cpu)
-    if not launched():
-        args._n_gpu = 1  # one process, one GPU: the Trainer would wrap several in DataParallel
-    return args
-
-
-def _loading_arguments(workers: int) -> dict[str, Any]:
-    """Fields of TrainingArguments that let batches be made while the device computes.
-
-    Copies to the device do not block: a blocking one would wait for all work queued before it, and count as data wait.
-    """
-    arguments = {"dataloader_num_workers": workers, "accelerator_config": {"non_blocking": True}}
-    if workers:  # both are errors without workers
-        arguments |= {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
-    return arguments
-
-
-def _start_deepspeed(on_cpu: bool) -> None:
-    """Hand torch's process group to DeepSpeed: without it, loading under ZeRO-3 would count one rank."""
-    import deepspeed
-
-    if deepspeed.comm.is_initialized():
-        return
-    if on_cpu:
-        # An all-reduce for inference that training never calls, but that needs a C++ compiler and minutes to build.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
 
 
 class StageCollator:
@@ -293,7 +206,7 @@ class StageTrainer(Trainer):
             micro = len(self._pending) * world_size() + rank()
             batch["generator"] = draw_generator(self.config.seed, self.state.global_step, micro)
         output = model(**batch)
-        self._pending.append((self._sums(output, facts), facts))
+        self._pending.append((sums_of(self.module, output, facts), facts))
         if self.accelerator.sync_gradients:
             self._finish_step()
         # Gradients are averaged over ranks; the loss is a sum of tokens over their global count.
@@ -302,21 +215,9 @@ class StageTrainer(Trainer):
 
     # ---- records ----
 
-    def _sums(self, output: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
-        """Everything that is summed over micro-batches and ranks, as one float64 vector on the device."""
-        n = facts["answer_tokens"]
-        counts = torch.tensor([n, facts["tokens"], len(facts["ids"]), len(facts["skipped"])])
-        pieces = [counts, output["parts"] * n]
-        if self.module.matrix_shape is not None:
-            pieces += [output["kl"].flatten() * n, output["matches"].flatten()]
-        device = output["parts"].device
-        return torch.cat([p.to(device, torch.float64) for p in pieces])
-
     def _finish_step(self) -> None:
         """Once an optimizer step, before its last backward: reduce the sums, stop on bad numbers, write the record."""
-        peaks = torch.zeros(2, world_size(), dtype=torch.float64)
-        peaks[:, rank()] = torch.tensor([peak_memory_bytes(self.args.device), peak_rss_bytes()], dtype=torch.float64)
-        own = torch.cat([torch.tensor([self._waited], dtype=torch.float64), peaks.flatten()]).to(self.args.device)
+        own = own_numbers(self._waited, world_size(), self.args.device)
         self._waited = 0.0
         total = torch.cat([sum(sums for sums, _ in self._pending), own])
         if world_size() > 1:
@@ -328,46 +229,17 @@ class StageTrainer(Trainer):
             self.skip_log.record(facts["skipped"], len(facts["ids"]) + len(facts["skipped"]))
         self.skip_log.check()
         self._pending.clear()
-        record = self._record(values)
+        now = time.perf_counter()
+        record = step_record(
+            self.module, values, world_size(), stage=self.stage, step=self.state.global_step + 1,
+            learning_rate=self._get_learning_rate(), seconds=now - self._step_began,
+        )  # fmt: skip
+        self._step_began = now
         self._add_to_totals(record)
-        self._scalars = _scalars(record)
+        self._scalars = tracker_scalars(record)
         if rank() == 0:
             with self.metrics_path.open("a") as stream:
                 stream.write(json.dumps(record) + "\n")
-
-    def _record(self, values: list[float]) -> dict[str, Any]:
-        answer_tokens, tokens, rows, skipped = (int(v) for v in values[:4])
-        now, began = time.perf_counter(), self._step_began
-        self._step_began = now
-        n, names = max(answer_tokens, 1), self.module.part_names
-        parts = [v / n for v in values[4 : 4 + len(names)]]
-        record = {
-            "stage": self.stage,
-            "step": self.state.global_step + 1,
-            "loss": sum(parts),
-            **{f"loss/{name}": value for name, value in zip(names, parts)},
-            "learning_rate": self._get_learning_rate(),
-            "answer_tokens": answer_tokens,
-            "rows": rows,
-            "skipped_rows": skipped,
-            "step_seconds": now - began,
-            "tokens_per_second": tokens / (now - began),
-            "answer_tokens_per_second": answer_tokens / (now - began),
-        }
-        if self.module.matrix_shape is not None:
-            s, l = self.module.matrix_shape
-            start = 4 + len(names)
-            kl = [[v / n for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
-            start += s * l
-            matches = [[int(v) for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
-            students, teachers = self.module.layer_names
-            record |= {"kl": kl, "matches": matches, "student_layers": students, "teacher_layers": teachers}
-        waited, *peaks = values[-2 * world_size() - 1 :]
-        # Ranks meet in the sums just made, so a step is equally long on all of them: only the wait differs.
-        record["data_wait_share"] = waited / world_size() / record["step_seconds"]
-        peaks = [int(v) for v in peaks]
-        record["peak_memory_bytes"], record["peak_rss_bytes"] = peaks[: world_size()], peaks[world_size() :]
-        return record
 
     def _add_to_totals(self, record: dict[str, Any]) -> None:
         for name in self.totals:
@@ -376,12 +248,7 @@ class StageTrainer(Trainer):
 
     def _stop_on_non_finite(self) -> None:
         """Raise on every rank alike, naming what each rank saw. Nothing has been stepped or saved."""
-        names = self.module.part_names
-        seen = []
-        for micro, (sums, facts) in enumerate(self._pending):
-            bad = [name for name, v in zip(names, sums[4 : 4 + len(names)].tolist()) if not math.isfinite(v)]
-            if bad or not bool(torch.isfinite(sums).all()):
-                seen.append(f"rank {rank()}, micro-batch {micro}: {', '.join(bad) or 'KL matrix'}; rows {facts['ids']}")
+        seen = non_finite(self.module, self._pending)
         everyone = [seen]
         if world_size() > 1:
             everyone = [None] * world_size()
@@ -471,30 +338,3 @@ class StageTrainer(Trainer):
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-
-
-def _scalars(record: dict[str, Any]) -> dict[str, float]:
-    """A step's record as the flat numbers that trackers take, beyond what the Trainer logs itself."""
-    scalars = {k: float(v) for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "loss")}
-    del scalars["learning_rate"]
-    teachers = record.get("teacher_layers", [])
-    for i, student in enumerate(record.get("student_layers", [])):
-        counts = record["matches"][i]
-        mean = sum(count * teacher for count, teacher in zip(counts, teachers)) / max(sum(counts), 1)
-        scalars[f"matched_teacher_layer/student_{student}"] = mean
-        for j, teacher in enumerate(teachers):
-            scalars[f"kl/student_{student}/teacher_{teacher}"] = record["kl"][i][j]
-    for name in ("peak_memory_bytes", "peak_rss_bytes"):
-        scalars[name] = float(max(record[name]))
-    return scalars
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of the stage on a GPU; on the CPU `peak_rss_bytes`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process since its start (earlier stages of the same process included)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -27,6 +27,7 @@ from ..loading import (
     checkpoint_digest,
     load_backbone,
     load_model_config,
+    needed_depth,
     require_same_tokens,
     resolve_folder,
     shared_rows,
@@ -41,7 +42,8 @@ from ..teacher import load_teacher, resolve_mode
 from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from ..watch import watch
-from .base import StageModule, StageTrainer, training_arguments
+from .arguments import training_arguments
+from .base import StageModule, StageTrainer
 
 
 class Role:
@@ -77,12 +79,8 @@ class Role:
 
     @property
     def depth(self) -> int:
-        """Decoder layers that the target layers need, where nothing deeper is asked for.
-
-        One more than the deepest where the family adds to that layer's output: the state is read at the next layer.
-        """
-        deepest = max(self.layers)
-        return deepest + (deepest <= family_of(self.config).layers_added_to(self.config))
+        """Decoder layers that the target layers need, where nothing deeper is asked for."""
+        return needed_depth(self.config, self.layers)
 
     def verbalizer_folder(self) -> Path:
         """Where trained verbalizers of this model are."""
@@ -284,7 +282,11 @@ class Stage:
         return model
 
     def add_lora(self, model: nn.Module) -> nn.Module:
-        """Inject trainable LoRA into the language model, in place. Returns the peft wrapper."""
+        """Inject trainable LoRA into the language model, in place. Returns the peft wrapper.
+
+        In the model's dtype under DeepSpeed, which keeps a float32 copy for its optimizer; peft would otherwise make
+        LoRA float32, and with it a float32 copy of each adapted layer's input. Without, `_keep_master_weights`.
+        """
         from peft import LoraConfig, get_peft_model
 
         settings = self.config.lora
@@ -294,7 +296,7 @@ class Stage:
             lora_dropout=settings.dropout,
             target_modules=settings.target_modules or family_of(model.config).lora_targets,
         )
-        return get_peft_model(model, lora)
+        return get_peft_model(model, lora, autocast_adapter_dtype=self.args.deepspeed is None)
 
     def enable_checkpointing(self, model: nn.Module) -> None:
         """Gradient checkpointing on a trained backbone. Re-entrant checkpoints would cut target layers' gradients."""

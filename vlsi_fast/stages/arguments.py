@@ -1,0 +1,98 @@
+"""`TrainingArguments` of a stage from the run's config, and the start of DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from ..config import ConfigError, RunConfig
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, ..) started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
+    """`TrainingArguments` of one stage. Made before any model, since it switches ZeRO-3 loading on.
+
+    Raises:
+        ConfigError: DeepSpeed asked for but not installed or not readable.
+    """
+    t = config.stage_training(stage)
+    deepspeed = t.deepspeed
+    if deepspeed is not None and not launched():
+        print("vlsi-fast: no launcher, so training.deepspeed is not used (start with `deepspeed` or `torchrun`)")
+        deepspeed = None
+    if isinstance(deepspeed, str) and not Path(deepspeed).is_file():
+        raise ConfigError(f"training.deepspeed: file {deepspeed} does not exist; configs/zero3.json is one")
+    if deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("training.deepspeed is set but deepspeed is not installed: pip install deepspeed")
+    schedule, schedule_kwargs = t.lr_scheduler_type, {}
+    if schedule == "cosine":
+        schedule, schedule_kwargs = "cosine_with_min_lr", {"min_lr_rate": t.min_learning_rate / t.learning_rate}
+    elif schedule == "constant" and t.warmup_steps:
+        schedule = "constant_with_warmup"
+    on_cpu = not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu"
+    arguments = {
+        **t.model_dump(
+            include={
+                "learning_rate", "warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+                "gradient_accumulation_steps", "weight_decay", "adam_beta2", "max_grad_norm", "optim",
+                "logging_steps", "save_steps", "save_total_limit",
+            }
+        ),
+        **_loading_arguments(config.data.num_workers),
+        "lr_scheduler_type": schedule,
+        "lr_scheduler_kwargs": schedule_kwargs,
+        "report_to": t.report_to or "none",
+        "output_dir": str(config.stage_dir(stage)),
+        "deepspeed": deepspeed,
+        "seed": config.seed,
+        "bf16": config.dtype == "bfloat16",
+        "use_cpu": on_cpu,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": False,
+        "ddp_find_unused_parameters": False,
+        **t.extra,
+    }
+    if deepspeed is None:  # an earlier stage of this process may have used it
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        unset_hf_deepspeed_config()
+    args = TrainingArguments(**arguments)
+    _ = args.device  # starts the process group
+    if deepspeed is not None:
+        _start_deepspeed(on_cpu)
+    if not launched():
+        args._n_gpu = 1  # one process, one GPU: the Trainer would wrap several in DataParallel
+    return args
+
+
+def _loading_arguments(workers: int) -> dict[str, Any]:
+    """Fields of TrainingArguments that let batches be made while the device computes.
+
+    Copies to the device do not block: a blocking one would wait for all work queued before it, and count as data wait.
+    """
+    arguments = {"dataloader_num_workers": workers, "accelerator_config": {"non_blocking": True}}
+    if workers:  # both are errors without workers
+        arguments |= {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
+    return arguments
+
+
+def _start_deepspeed(on_cpu: bool) -> None:
+    """Hand torch's process group to DeepSpeed: without it, loading under ZeRO-3 would count one rank."""
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        return
+    if on_cpu:
+        # An all-reduce for inference that training never calls, but that needs a C++ compiler and minutes to build.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()

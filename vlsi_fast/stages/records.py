@@ -1,0 +1,108 @@
+"""What a step says of itself: sums over micro-batches and ranks, the line of metrics.jsonl, the trackers' numbers."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..sharding import rank
+
+if TYPE_CHECKING:
+    from .base import StageModule
+
+
+def sums_of(module: StageModule, output: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
+    """Everything that is summed over micro-batches and ranks, as one float64 vector on the device."""
+    n = facts["answer_tokens"]
+    counts = torch.tensor([n, facts["tokens"], len(facts["ids"]), len(facts["skipped"])])
+    pieces = [counts, output["parts"] * n]
+    if module.matrix_shape is not None:
+        pieces += [output["kl"].flatten() * n, output["matches"].flatten()]
+    device = output["parts"].device
+    return torch.cat([p.to(device, torch.float64) for p in pieces])
+
+
+def own_numbers(waited: float, ranks: int, device: torch.device) -> Tensor:
+    """What follows the sums, [1 + 2 ranks] float64 to add over ranks: seconds waited for data, each rank's peaks."""
+    peaks = torch.zeros(2, ranks, dtype=torch.float64)
+    peaks[:, rank()] = torch.tensor([peak_memory_bytes(device), peak_rss_bytes()], dtype=torch.float64)
+    return torch.cat([torch.tensor([waited], dtype=torch.float64), peaks.flatten()]).to(device)
+
+
+def step_record(
+    module: StageModule, values: list[float], ranks: int, *, stage: str, step: int, learning_rate: float, seconds: float
+) -> dict[str, Any]:
+    """A line of metrics.jsonl from `sums_of` and `own_numbers`, added over micro-batches and ranks."""
+    answer_tokens, tokens, rows, skipped = (int(v) for v in values[:4])
+    n, names = max(answer_tokens, 1), module.part_names
+    parts = [v / n for v in values[4 : 4 + len(names)]]
+    record = {
+        "stage": stage,
+        "step": step,
+        "loss": sum(parts),
+        **{f"loss/{name}": value for name, value in zip(names, parts)},
+        "learning_rate": learning_rate,
+        "answer_tokens": answer_tokens,
+        "rows": rows,
+        "skipped_rows": skipped,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "answer_tokens_per_second": answer_tokens / seconds,
+    }
+    if module.matrix_shape is not None:
+        s, l = module.matrix_shape
+        start = 4 + len(names)
+        kl = [[v / n for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
+        start += s * l
+        matches = [[int(v) for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
+        students, teachers = module.layer_names
+        record |= {"kl": kl, "matches": matches, "student_layers": students, "teacher_layers": teachers}
+    waited, *peaks = values[-2 * ranks - 1 :]
+    # Ranks meet in the sums just made, so a step is equally long on all of them: only the wait differs.
+    record["data_wait_share"] = waited / ranks / seconds
+    peaks = [int(v) for v in peaks]
+    record["peak_memory_bytes"], record["peak_rss_bytes"] = peaks[:ranks], peaks[ranks:]
+    return record
+
+
+def non_finite(module: StageModule, pending: list[tuple[Tensor, dict[str, Any]]]) -> list[str]:
+    """A line for each micro-batch of this rank, given as (`sums_of`, facts), that has numbers which are not finite."""
+    names = module.part_names
+    seen = []
+    for micro, (sums, facts) in enumerate(pending):
+        bad = [name for name, v in zip(names, sums[4 : 4 + len(names)].tolist()) if not math.isfinite(v)]
+        if bad or not bool(torch.isfinite(sums).all()):
+            seen.append(f"rank {rank()}, micro-batch {micro}: {', '.join(bad) or 'KL matrix'}; rows {facts['ids']}")
+    return seen
+
+
+def tracker_scalars(record: dict[str, Any]) -> dict[str, float]:
+    """A step's record as the flat numbers that trackers take, beyond what the Trainer logs itself."""
+    scalars = {k: float(v) for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "loss")}
+    del scalars["learning_rate"]
+    teachers = record.get("teacher_layers", [])
+    for i, student in enumerate(record.get("student_layers", [])):
+        counts = record["matches"][i]
+        mean = sum(count * teacher for count, teacher in zip(counts, teachers)) / max(sum(counts), 1)
+        scalars[f"matched_teacher_layer/student_{student}"] = mean
+        for j, teacher in enumerate(teachers):
+            scalars[f"kl/student_{student}/teacher_{teacher}"] = record["kl"][i][j]
+    for name in ("peak_memory_bytes", "peak_rss_bytes"):
+        scalars[name] = float(max(record[name]))
+    return scalars
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of the stage on a GPU; on the CPU `peak_rss_bytes`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process since its start (earlier stages of the same process included)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
