@@ -19,7 +19,7 @@ from vlsi_fast.loading import checkpoint_digest, load_backbone
 from vlsi_fast.runs import open_run
 from vlsi_fast.speech import Speech, open_speaker
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
-from vlsi_fast.viewer.columns import Column, Source, sources_of
+from vlsi_fast.viewer.columns import Column, Source, hear, sources_of
 from vlsi_fast.viewer.options import add_app_arguments
 from vlsi_fast.viewer.page import render
 from vlsi_fast.viewer.terminal import aligned, print_table, visible
@@ -87,7 +87,12 @@ def test_layers_beams_table_and_page(run, workspace, asked, capsys, tmp_path):
     assert "&lt;b&gt;this" in text and "<b>" not in text and "http" not in text.replace("http-equiv", "")
 
 
-def test_only_the_distilled_student_or_another_checkpoint(run, workspace, asked, capsys):
+def test_only_the_distilled_student_or_another_checkpoint(run, workspace, asked, capsys, monkeypatch):
+    def noisy(*arguments, **options):
+        print("a library's greeting")
+        return hear(*arguments, **options)
+
+    monkeypatch.setattr("vlsi_fast.viewer.columns.hear", noisy)
     assert main(["verbalize", "--run", str(run), "--json", *asked, "--compare"]) == 0
     assert [m["name"] for m in json.loads(capsys.readouterr().out)["models"]] == ["distilled"]
     other = str(workspace / "teacher")
@@ -133,6 +138,8 @@ def test_errors_name_the_fix(run, workspace, asked, capsys, tmp_path):
     write_record(tmp_path / "swapped" / "sft", record)
     with pytest.raises(ConfigError, match="trained on another checkpoint"):
         sources_of(open_run(tmp_path / "swapped"), ["base"])
+    words = ["--run", str(run), *asked, "--teacher-layers", "2", "--compare"]
+    assert "--compare base teacher" in refused(capsys, *words)
     for words in (["--layers", "0"], ["--layers", "two"], ["--num-beams", "0"]):
         with pytest.raises(SystemExit):
             main(["verbalize", "--run", str(run), *words])

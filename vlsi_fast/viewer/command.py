@@ -25,9 +25,12 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         try:
             images = [load_image(ImageRef(path=f.name, root=str(f.parent))) for f in files]
+            sources = sources_of(run, arguments.compare)
+            if arguments.teacher_layers and "teacher" not in {source.role for source in sources}:
+                raise ConfigError("--teacher-layers without a teacher: add it by --compare base teacher")
             columns = hear(
                 run,
-                sources_of(run, arguments.compare),
+                sources,
                 images,
                 question,
                 layers={"student": arguments.layers, "teacher": arguments.teacher_layers},
@@ -79,14 +82,11 @@ def _what_to_ask(arguments: argparse.Namespace) -> tuple[list[Path], str]:
 
 
 def _tree(arguments: argparse.Namespace, run: Run, files: list[Path], question: str, columns) -> dict:
-    """The JSON that `--json` prints; alternatives only with `--probabilities`."""
+    """The JSON that `--json` prints; alternatives are empty without `--probabilities`."""
     models = []
     for column in columns:
         source = {name: str(value) for name, value in asdict(column.source).items()}
-        speeches = [asdict(speech) for speech in column.speeches]
-        if not arguments.probabilities:
-            speeches = [{n: v for n, v in speech.items() if n != "alternatives"} for speech in speeches]
-        models.append(source | {"layers": speeches})
+        models.append(source | {"layers": [asdict(speech) for speech in column.speeches]})
     return {
         "run": str(run.folder),
         "images": [str(file) for file in files],
