@@ -14,7 +14,7 @@ from vlsi_fast.data.collate import Collator
 from vlsi_fast.data.dataset import VlsiDataset, equivalent
 from vlsi_fast.data.shared_images import same_images
 from vlsi_fast.data.sources import DataConfig, SourceConfig, build_source
-from vlsi_fast.stages.base import StageCollator, restore_shared
+from vlsi_fast.stages.batches import StageCollator, restore_shared
 
 VISION = {"qwen2_vl": {"pixel_values", "image_grid_thw"}, "llava_onevision": {"pixel_values", "image_sizes"}}
 PAIRS = [("qwen2_vl", "qwen2_vl"), ("qwen2_vl", "qwen2_5_vl"), ("llava_onevision", "llava_onevision")]

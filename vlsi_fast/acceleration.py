@@ -1,4 +1,5 @@
-"""Faster parts of the stock backbones, where they are installed and apply: attention, liger-kernel's norms and MLPs."""
+"""Faster parts of the stock backbones, where they are installed and apply: attention, packed rows,
+liger-kernel's norms and MLPs."""
 
 from __future__ import annotations
 
@@ -29,6 +30,26 @@ def attention_name(asked: str, dtype: str, device: torch.device) -> str:
 
     flash = device.type == "cuda" and dtype != "float32" and is_flash_attn_2_available()
     return "flash_attention_2" if flash else "sdpa"
+
+
+def use_packing(asked: bool | Literal["auto"], attention: str) -> bool:
+    """Whether a model's rows are packed without padding.
+
+    Args:
+        asked: `data.padding_free` of the config; "auto": where flash-attention runs, which skips what lies between the
+            rows. Others make a mask of all positions of the micro-batch squared.
+        attention: of the model, by its transformers name.
+
+    Raises:
+        ConfigError: asked for, with an attention that is not known to keep packed rows apart.
+    """
+    flash = attention.startswith("flash_attention")
+    if asked is True and not flash and attention not in ("sdpa", "eager", "flex_attention"):
+        raise ConfigError(
+            f"data.padding_free is true, but {attention} is not known to keep packed rows apart: set "
+            "attn_implementation to flash_attention_2, sdpa, eager or flex_attention, or data.padding_free to false"
+        )
+    return flash if asked == "auto" else asked
 
 
 def use_liger(asked: bool | Literal["auto"], device: torch.device) -> bool:

@@ -152,6 +152,10 @@ class TrainingConfig(Section):
     """Rows of one micro-batch on one rank."""
     gradient_accumulation_steps: int = Field(16, ge=1)
     """Micro-batches of one optimizer step on one rank."""
+    group_by_length: bool = False
+    """Put rows of like length into the same micro-batch, among the rows of one optimizer step on one rank: less padding
+    (padding_share in metrics.jsonl). The loss is the same in verbalize and sft; interact matches layers by micro-batch,
+    so its matches differ. Of no use where there is no padding, see data.padding_free."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay (matrices only)."""
     adam_beta2: float = Field(0.999, gt=0, lt=1)
@@ -181,6 +185,9 @@ class TrainingConfig(Section):
             raise ValueError(f"max_steps must be positive, or -1 for num_train_epochs, got {self.max_steps}")
         if self.lr_scheduler_type == "cosine" and self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate is above learning_rate; lower it")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if self.group_by_length and getattr(self, name) == 1:
+                raise ValueError(f"group_by_length changes nothing where {name} is 1; raise that, or set it to false")
         if self.extra:
             from transformers import TrainingArguments  # seconds of import that most configs do not need
 
@@ -315,7 +322,11 @@ class RunConfig(Section):
                 if getattr(self.data, name) is not None and getattr(getattr(self, role), name) is not None:
                     raise ValueError(f"data.{name} is for both models, {role}.{name} for one: remove one of the two")
         for stage in STAGES:
-            self.stage_training(stage)
+            if self.stage_training(stage).group_by_length and self.data.padding_free is True:
+                raise ValueError(
+                    "with data.padding_free true there is no padding that training.group_by_length could save; "
+                    "remove one of the two (padding_free needs flash-attention to be fast)"
+                )
         return self
 
     def stage_training(self, stage: str) -> TrainingConfig:

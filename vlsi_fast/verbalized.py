@@ -98,7 +98,7 @@ class VerbalizedBackbone(nn.Module):
         """Hidden states at the answer positions, ready for the head.
 
         Args:
-            inputs: the processor's tensors for the stock model.
+            inputs: the processor's tensors for the stock model; of packed rows (`data.packing`) with `packed`.
             index: [N] answer positions in the flattened batch (`answer_positions`).
             normed: apply the final norm to verbalizer outputs (False: appendix D's headless matching).
 
@@ -124,9 +124,28 @@ class VerbalizedBackbone(nn.Module):
         return spoken, last
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
-        if self.held is not None:
-            return self.held.run(inputs)
-        return self.family.backbone(self.model)(**inputs, use_cache=False).last_hidden_state
+        inputs = dict(inputs)
+        with self._bounded(inputs.pop("packed", None)):
+            if self.held is not None:
+                return self.held.run(inputs)
+            return self.family.backbone(self.model)(**inputs, use_cache=False).last_hidden_state
+
+    @contextlib.contextmanager
+    def _bounded(self, bounds: dict | None):
+        """Tell the language model, and it alone, where packed rows begin: the vision tower, which the stock model gives
+        its keyword arguments as well, has bounds of its own."""
+        if bounds is None:
+            yield
+            return
+
+        def add(module, arguments, keywords):
+            return arguments, keywords | bounds
+
+        hook = self.model.get_decoder().register_forward_pre_hook(add, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextlib.contextmanager
     def _record(self, all_positions: bool):

@@ -7,21 +7,27 @@ from PIL import Image
 
 from vlsi_fast.data.dataset import ROLES
 from vlsi_fast.data.encoding import IGNORED
+from vlsi_fast.data.packing import Packer, row_bounds
 
 
 class Collator:
     """Makes a batch of `VlsiDataset` rows: per-token tensors padded on the right, vision tensors joined end to end.
 
+    Roles with a packer have no padding: their per-token tensors are joined end to end as well.
+
     Args:
         processors: role -> that model's processor; its tokenizer's padding token is used.
         always_image: put a small masked image behind the first row of a batch that has none. Ranks that shard or reduce
             the vision tower's weights must all run it, whatever rows they got; the masked tokens change no other one.
+            Packed, it is a row of its own.
+        packers: role -> what packs that model's rows; roles without one are padded.
 
     Raises:
         ValueError: a tokenizer has no padding token.
     """
 
-    def __init__(self, processors: dict, always_image: bool = False):
+    def __init__(self, processors: dict, always_image: bool = False, packers: dict[str, Packer] | None = None):
+        self._packers = packers or {}
         self._blank = {role: _blank_image(p) for role, p in processors.items()} if always_image else {}
         self._pad_ids = {}
         self._vision_names = {}
@@ -35,27 +41,44 @@ class Collator:
         """Joins B rows.
 
         Returns:
-            `ids`: B row names. `skipped`: the rows' records of unusable rows, in order. Each role: `input_ids` [B, T]
-            padded with the padding id, `labels` [B, T] with -100, `attention_mask` and every other per-token tensor
-            [B, T] with 0; vision tensors joined along their first axis, absent where no row has an image, and padded
-            with zeros along the second where images have different numbers of patches there (LLaVA-OneVision). Where
-            all rows share one encoding between the roles, both roles hold the same tensors; where they share vision
-            tensors alone, the same vision tensors.
+            `ids`: B row names. `skipped`: the rows' records of unusable rows, in order. `tokens`: role -> the rows'
+            tokens. Each role: `input_ids` [B, T] padded with the padding id, `labels` [B, T] with -100,
+            `attention_mask` and every other per-token tensor [B, T] with 0; vision tensors joined along their first
+            axis, absent where no row has an image, and padded with zeros along the second where images have different
+            numbers of patches there (LLaVA-OneVision). Where all rows share one encoding between the roles, both roles
+            hold the same tensors; where they share vision tensors alone, the same vision tensors.
+
+            A packed role has the same with per-token tensors [1, S], S all rows' tokens and a blank image's, and
+            instead of `attention_mask` has `position_ids` (`Packer`) and `packed` (`row_bounds`).
         """
         batch = {"ids": [row["id"] for row in rows], "skipped": [record for row in rows for record in row["skipped"]]}
         roles = [role for role in ROLES if role in self._pad_ids]
         joined: dict[tuple[int, ...], torch.Tensor] = {}  # vision tensors by the identities of their rows' tensors
+        parts = {role: [row[role] for row in rows] for role in roles}
+        batch["tokens"] = {role: sum(row["input_ids"].shape[1] for row in parts[role]) for role in roles}
+        alike = len({role in self._packers for role in roles}) == 1
         for role in roles:
-            batch[role] = self._join([row[role] for row in rows], role, joined)
-            if role == roles[0] and len(roles) == 2 and all(row[roles[0]] is row[roles[1]] for row in rows):
-                batch[roles[1]] = dict(batch[role])
-                break
+            full = self._with_image(parts[role], role)
+            if role != roles[0] and alike and all(a is b for a, b in zip(parts[roles[0]], parts[role])):
+                batch[role] = dict(batch[roles[0]])
+            else:
+                batch[role] = self._join(full, role, joined)
+            if role in self._packers:
+                batch[role]["position_ids"] = self._packers[role].position_ids(full)
         return batch
+
+    def _with_image(self, rows: list[dict[str, torch.Tensor]], role: str) -> list[dict[str, torch.Tensor]]:
+        """The rows, with the blank image where it is asked for and no row has one."""
+        vision = self._vision_names[role]
+        if role not in self._blank or any(name in row for row in rows for name in vision):
+            return rows
+        blank = self._blank[role]
+        if role in self._packers:
+            return [*rows, blank | {"labels": torch.full_like(blank["input_ids"], IGNORED)}]
+        return [_append_masked(rows[0], blank, vision), *rows[1:]]
 
     def _join(self, rows: list[dict[str, torch.Tensor]], role: str, joined: dict) -> dict[str, torch.Tensor]:
         vision = self._vision_names[role]
-        if role in self._blank and not any(name in row for row in rows for name in vision):
-            rows = [_append_masked(rows[0], self._blank[role], vision), *rows[1:]]
         names = dict.fromkeys(name for row in rows for name in row)
         padding = {"input_ids": self._pad_ids[role], "labels": IGNORED}
         batch = {}
@@ -66,8 +89,14 @@ class Collator:
                 if key not in joined:
                     joined[key] = _cat(parts)
                 batch[name] = joined[key]
-            else:
+            elif role not in self._packers:
                 batch[name] = _pad([_per_token(row, name) for row in rows], padding.get(name, 0))
+            elif name != "attention_mask":
+                batch[name] = torch.cat([_per_token(row, name) for row in rows])[None]
+        if role in self._packers:
+            batch["packed"] = row_bounds(rows)
+            # no row predicts the first token of the next
+            batch["labels"][0, batch["packed"]["cu_seq_lens_q"][:-1].long()] = IGNORED
         return batch
 
 

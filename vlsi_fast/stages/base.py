@@ -25,8 +25,8 @@ from ..data.skipped import SkipLog
 from ..matching import draw_generator
 from ..rescaling import require_same_engine, universal_where_needed
 from ..sharding import barrier, rank, world_size
-from ..verbalized import answer_positions
 from ..watch import TellPlace
+from .batches import LengthGroups, StageCollator, UncollatedRows, restore_shared
 from .records import non_finite, own_numbers, step_record, sums_of, tracker_scalars
 
 TRAINABLE_NAME = "trainable.safetensors"
@@ -56,47 +56,6 @@ class StageModule(nn.Module):
     """[S, L] where the stage matches layers."""
     layer_names: tuple[list[int], list[int]] = ([], [])
     """Target layers of student and teacher, for logs."""
-
-
-class StageCollator:
-    """Batches with their answer positions, found here, on the CPU, where counting waits for no GPU.
-
-    Returns `batch`: for each role `{"inputs", "index", "labels"}` as `StageModule.forward` takes them, and `facts`: row
-    ids, rows skipped, the numbers of answer tokens and of tokens (of the first role), and `shared`: for each further
-    role the names of inputs that are the first role's own tensors. Those are left out, so that they are pinned and
-    copied to the device once, and put back by `restore_shared`.
-    """
-
-    def __init__(self, collator, roles: tuple[str, ...]):
-        self.collator, self.roles = collator, roles
-
-    def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        joined = self.collator(rows)
-        batch = {}
-        for role in self.roles:
-            inputs = dict(joined[role])
-            index, labels = answer_positions(inputs.pop("labels"))
-            batch[role] = {"inputs": inputs, "index": index, "labels": labels}
-        first = batch[self.roles[0]]
-        facts = {
-            "ids": joined["ids"],
-            "skipped": joined["skipped"],
-            "answer_tokens": first["index"].numel(),
-            "tokens": int(first["inputs"]["attention_mask"].sum()),
-            "shared": {},
-        }
-        for role in self.roles[1:]:
-            inputs = batch[role]["inputs"]
-            facts["shared"][role] = [name for name, value in inputs.items() if value is first["inputs"].get(name)]
-            batch[role]["inputs"] = {n: value for n, value in inputs.items() if n not in facts["shared"][role]}
-        return {"batch": batch, "facts": facts}
-
-
-def restore_shared(batch: dict[str, dict], facts: dict[str, Any]) -> None:
-    """Give further roles the first role's tensors that `StageCollator` left out, in place."""
-    first = next(iter(batch.values()))["inputs"]
-    for role, names in facts["shared"].items():
-        batch[role]["inputs"] |= {name: first[name] for name in names}
 
 
 class ContinuingSampler(torch.utils.data.Sampler):
@@ -145,7 +104,10 @@ class StageTrainer(Trainer):
     ):  # fmt: skip
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.stage_dir(stage) / "tensorboard")
         collator = StageCollator(collator, module.roles)
-        super().__init__(model=module, args=args, train_dataset=dataset, data_collator=collator)
+        grouped = config.stage_training(stage).group_by_length
+        self.groups = LengthGroups(collator, module.roles) if grouped else None
+        send = UncollatedRows if grouped else collator
+        super().__init__(model=module, args=args, train_dataset=dataset, data_collator=send)
         del os.environ["TENSORBOARD_LOGGING_DIR"]
         rows = dataset.sources
         order = EpochOrder(rows.sizes, config.seed, rows.weights, config.data.stopping_strategy)
@@ -175,6 +137,8 @@ class StageTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The Trainer's own, with the time that the batches took; not that of the ranks' exchange of counts."""
+        if self.groups is not None:
+            epoch_iterator = self.groups(epoch_iterator, num_batches, device)
         return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

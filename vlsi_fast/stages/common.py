@@ -13,12 +13,13 @@ from transformers import set_seed
 
 from vlsi_kernels import resolve_impl
 
-from ..acceleration import apply_liger, attention_name, use_liger
+from ..acceleration import apply_liger, attention_name, use_liger, use_packing
 from ..backbones import family_of
 from ..config import QUANTIZED, ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
 from ..data.encoding import configure_image_bounds
+from ..data.packing import Packer
 from ..data.processors import load_processor
 from ..data.sources import build_source
 from ..data.tokens import SharedTokens
@@ -110,6 +111,7 @@ class Stage:
     def __init__(self, config: RunConfig):
         self.config, self.settings = config, getattr(config, self.name)
         self.attention: dict[str, str] = {}
+        self.padding_free: dict[str, bool] = {}
         self.liger: dict[str, str | None] = {}
         self.folder = config.stage_dir(self.name)
         self._held: list[Held] = []
@@ -189,6 +191,7 @@ class Stage:
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
             "attention": self.attention,
+            "padding_free": self.padding_free,
             "liger": self.liger,
         }
         watch.place = f"stage {self.name}, writing its results"
@@ -212,16 +215,39 @@ class Stage:
             self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
         self.check_predecessors()
         dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data)
-        return dataset, Collator(processors, always_image=world_size() > 1)
+        packers = {name: Packer(role.config) for name, role in self.roles.items() if self._packed(name)}
+        return dataset, Collator(processors, always_image=world_size() > 1, packers=packers)
+
+    def _attention(self, name: str) -> str:
+        return attention_name(self.roles[name].settings.attn_implementation, self.config.dtype, self.args.device)
+
+    def _packed(self, name: str) -> bool:
+        """Whether a role's rows are packed; says what a user would not expect of it."""
+        attention = self._attention(name)
+        packed = self.padding_free[name] = use_packing(self.config.data.padding_free, attention)
+        notices = []
+        if packed and not attention.startswith("flash"):
+            notices.append(
+                f"data.padding_free with {attention}: the {name}'s attention mask has the square of a micro-batch's "
+                "tokens; flash-attention needs none"
+            )
+        if packed and self.config.stage_training(self.name).group_by_length:
+            notices.append(
+                f"training.group_by_length saves the {name} nothing, since its batches have no padding "
+                "(data.padding_free auto with flash-attention): remove it, or set data.padding_free to false"
+            )
+        for notice in notices if rank() == 0 else ():
+            print(f"vlsi-fast: {notice}")
+        return packed
 
     def _record(self) -> dict[str, Any]:
         training = self.config.stage_training(self.name).model_dump()
         for name in ("logging_steps", "save_steps", "save_total_limit", "report_to"):
             del training[name]  # may change between a run and its continuation
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            del training[name]  # may change with the number of ranks; their product with it may not
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length"):
+            del training[name]  # may change with the number of ranks; the rows of a step, so the product, may not
         training["extra"].pop("ddp_timeout", None)
-        dump, loose = self.config.model_dump(), ("num_workers", "eval", "max_skipped_share")
+        dump, loose = self.config.model_dump(), ("num_workers", "eval", "max_skipped_share", "padding_free")
         data = {name: value for name, value in dump["data"].items() if name not in loose}
         facts = {name: role.facts for name, role in self.roles.items()}
         identity = {name: dump[name] for name in ("seed", "dtype", self.name, *self.sections)}
@@ -258,8 +284,7 @@ class Stage:
         The teacher is placed as `teacher.mode` says, and may be held outside the module tree.
         """
         role = self.roles[name]
-        attention = attention_name(role.settings.attn_implementation, self.config.dtype, self.args.device)
-        self.attention[name] = attention
+        attention = self.attention[name] = self._attention(name)
         options = (self.config.dtype, attention, depth)
         rows = role.config.get_text_config().vocab_size
         tokens = max(role.processor.tokenizer.get_vocab().values()) + 1

@@ -15,11 +15,14 @@ from ..sharding import rank
 if TYPE_CHECKING:
     from .base import StageModule
 
+COUNTS = 6
+"""Numbers in front of the parts of the loss in `sums_of`."""
 
 def sums_of(module: StageModule, output: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
     """Everything that is summed over micro-batches and ranks, as one float64 vector on the device."""
     n = facts["answer_tokens"]
-    counts = torch.tensor([n, facts["tokens"], len(facts["ids"]), len(facts["skipped"])])
+    lengths = [len(facts["ids"]), len(facts["skipped"]), facts["positions"], facts["padding"]]
+    counts = torch.tensor([n, facts["tokens"], *lengths])
     pieces = [counts, output["parts"] * n]
     if module.matrix_shape is not None:
         pieces += [output["kl"].flatten() * n, output["matches"].flatten()]
@@ -38,9 +41,9 @@ def step_record(
     module: StageModule, values: list[float], ranks: int, *, stage: str, step: int, learning_rate: float, seconds: float
 ) -> dict[str, Any]:
     """A line of metrics.jsonl from `sums_of` and `own_numbers`, added over micro-batches and ranks."""
-    answer_tokens, tokens, rows, skipped = (int(v) for v in values[:4])
+    answer_tokens, tokens, rows, skipped, positions, padding = (int(v) for v in values[:COUNTS])
     n, names = max(answer_tokens, 1), module.part_names
-    parts = [v / n for v in values[4 : 4 + len(names)]]
+    parts = [v / n for v in values[COUNTS : COUNTS + len(names)]]
     record = {
         "stage": stage,
         "step": step,
@@ -50,13 +53,14 @@ def step_record(
         "answer_tokens": answer_tokens,
         "rows": rows,
         "skipped_rows": skipped,
+        "padding_share": padding / max(positions, 1),
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "answer_tokens_per_second": answer_tokens / seconds,
     }
     if module.matrix_shape is not None:
         s, l = module.matrix_shape
-        start = 4 + len(names)
+        start = COUNTS + len(names)
         kl = [[v / n for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
         start += s * l
         matches = [[int(v) for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
@@ -75,7 +79,7 @@ def non_finite(module: StageModule, pending: list[tuple[Tensor, dict[str, Any]]]
     names = module.part_names
     seen = []
     for micro, (sums, facts) in enumerate(pending):
-        bad = [name for name, v in zip(names, sums[4 : 4 + len(names)].tolist()) if not math.isfinite(v)]
+        bad = [name for name, v in zip(names, sums[COUNTS : COUNTS + len(names)].tolist()) if not math.isfinite(v)]
         if bad or not bool(torch.isfinite(sums).all()):
             seen.append(f"rank {rank()}, micro-batch {micro}: {', '.join(bad) or 'KL matrix'}; rows {facts['ids']}")
     return seen

@@ -1,0 +1,73 @@
+"""Rows of one model end to end in one row, without padding: what a stock model needs to keep them apart.
+
+Nothing but what transformers has for packed sequences: position ids that start again at every row, from which sdpa,
+eager and flex attention get a block-diagonal mask, and the cumulative lengths that flash-attention takes instead.
+All of it is made here, on the CPU, in the workers.
+
+    B  rows        T_i  tokens of row i        S  sum of T_i
+"""
+
+from __future__ import annotations
+
+import inspect
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from vlsi_fast.backbones import family_of
+
+
+class Packer:
+    """Position ids and row bounds of packed rows, for one model.
+
+    Where the stock model has positions of its own for images (`get_rope_index`: the Qwen-VL families) they are asked of
+    it, a row at a time; other models count tokens.
+
+    Args:
+        config: the model's transformers config. Only the outermost module is kept, which has no weights here.
+    """
+
+    def __init__(self, config):
+        from vlsi_fast.shard_loading import empty_model
+
+        backbone = family_of(config).backbone(empty_model(config))
+        self._stock = None
+        if hasattr(backbone, "get_rope_index"):
+            for name in list(backbone._modules):
+                del backbone._modules[name]
+            self._stock = backbone
+            self._known = inspect.signature(backbone.get_rope_index).parameters.keys() - {"attention_mask", "kwargs"}
+
+    def position_ids(self, rows: list[dict[str, Tensor]]) -> Tensor:
+        """Positions of B rows, each of which starts at 0.
+
+        Args:
+            rows: the processor's tensors of one row each, without padding; `input_ids` [1, T_i].
+
+        Returns:
+            [1, S]; or [4, 1, S] where the model has its own positions for images: first the tokens' numbers, by which
+            it tells the rows apart, then time, height and width.
+        """
+        numbers = torch.cat([torch.arange(row["input_ids"].shape[1]) for row in rows])[None]
+        if self._stock is None:
+            return numbers
+        return torch.cat([numbers[None], torch.cat([self._planes(row) for row in rows], dim=2)])
+
+    def _planes(self, row: dict[str, Tensor]) -> Tensor:
+        """[3, 1, T] time, height and width of one row."""
+        inputs = {name: value for name, value in row.items() if name in self._known}
+        if "mm_token_type_ids" in self._known:
+            inputs.setdefault("mm_token_type_ids", torch.zeros_like(row["input_ids"]))
+        return self._stock.get_rope_index(**inputs)[0]
+
+
+def row_bounds(rows: list[dict[str, Tensor]]) -> dict[str, Tensor | int]:
+    """transformers' `FlashAttentionKwargs` of packed rows: cumulative lengths [B + 1] int32, and the longest T_i.
+
+    With them flash-attention need not look for the rows in the position ids, which would wait for the GPU.
+    """
+    lengths = [row["input_ids"].shape[1] for row in rows]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    longest = max(lengths)
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
