@@ -67,6 +67,17 @@ COMMANDS = (
         takes_overrides=True,
     ),
     Command(
+        "verbalize", "what each target layer answers: base student, distilled student, teacher",
+        ".viewer.options:add_verbalize_arguments", ".viewer.command:main",
+        "vlsi-fast verbalize --run demo\n"
+        "  vlsi-fast verbalize --run runs/mine --image cat.png --question 'what is it?' --html cat.html",
+    ),
+    Command(
+        "app", "a local page to ask two models and see every layer's answer",
+        ".viewer.options:add_app_arguments", ".viewer.app:main",
+        "vlsi-fast app --run demo",
+    ),
+    Command(
         "report", "one HTML page of a run: accuracy, cost, layers, matches; several runs compared",
         ".report.command:add_arguments", ".report.command:main",
         "vlsi-fast report runs/demo --open",

@@ -81,8 +81,14 @@ class Run:
         return [name for name in names if name != "verbalize" or speaks]
 
     def base(self, role: str) -> str:
-        """Path or Hub name of the student or teacher that the run started from."""
-        return self.records[self.last_stage]["config"][role]["path"]
+        """Path or Hub name of the student or teacher that the run started from.
+
+        A relative path is looked for from here, as the stages did, then from the run's folder: so a run can be moved
+        together with its models.
+        """
+        path = self.records[self.last_stage]["config"][role]["path"]
+        beside = self.folder / path
+        return str(beside.resolve()) if not Path(path).is_dir() and beside.is_dir() else path
 
     def verbalizers(self, role: str) -> Path:
         """Folder of a role's verbalizers: those named in the config, or this run's own.
