@@ -14,8 +14,8 @@ from PIL import Image
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError
 from vlsi_fast.demo import example
-from vlsi_fast.lineage import write_record
-from vlsi_fast.loading import checkpoint_digest, load_backbone
+from vlsi_fast.lineage import checkpoint_digest, write_record
+from vlsi_fast.loading import load_backbone
 from vlsi_fast.runs import open_run
 from vlsi_fast.speech import Speech, open_speaker
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import ConfigError
-from ..loading import checkpoint_digest, load_model_config, resolve_folder
+from ..lineage import checkpoint_digest
+from ..loading import load_model_config, resolve_folder
 from ..runs import Run
 from ..speech import Picture, Speaker, Speech, open_speaker
 from ..verbalizer import read_spec
