@@ -106,7 +106,7 @@ def test_demo_writes_its_summary(demo_run):
     assert "student after VLsI" in done.stdout
     page = (output / "report.html").read_text()
     assert str(output / "report.html") in done.stdout.replace("\n", "")
-    for cell in ("student before", "student after", "teacher"):  # each of four questions was put to all three models
+    for cell in ("base", "distilled", "teacher"):  # each of four questions was put to all three models
         assert page.count(f'<th class="text" scope="col">{cell}</th>') == 4
 
 

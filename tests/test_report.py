@@ -21,7 +21,7 @@ from vlsi_fast.runs import open_run
 from vlsi_fast.speech import open_speaker
 from vlsi_fast.stages import run as run_stages
 
-MODELS = ["student before", "student after", "teacher"]
+MODELS = ["base", "distilled", "teacher"]
 STUDENTS, TEACHERS, STEPS = [2, 6, 10], [2, 6, 10, 14, 18], 90
 
 

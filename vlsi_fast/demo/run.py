@@ -173,5 +173,6 @@ def _print_table(summary: dict[str, Any], output: Path, report: Path) -> None:
     console.print(
         f"peak memory of training {summary['peak_rss_bytes'] / 2**30:.2f} GiB, all in all {summary['seconds']:.0f} s\n"
         f"distilled student: {output / 'sft' / 'student'}\nsummary: {output / 'summary.json'}\n"
-        f"report, with what each layer says: {report}"
+        f"report, with what each layer says: {report}\n"
+        f"ask its layers yourself: vlsi-fast verbalize --run {output} --image FILE --question '..'"
     )

@@ -1,10 +1,9 @@
-"""What each layer says about rows of the run's own data: base student, trained student and teacher side by side."""
+"""What each layer says about rows of the run's own data: base student, distilled student and teacher side by side."""
 
 from __future__ import annotations
 
 import base64
 import io
-from functools import partial
 from typing import Any
 
 from ..data.images import load_image
@@ -12,7 +11,9 @@ from ..data.skipped import UnusableRow
 from ..data.sources import build_source
 from ..evaluation.metrics import normalise
 from ..runs import Run
+from ..viewer.columns import open_source, sources_of
 
+MODELS = ("base", "distilled", "teacher")
 THUMBNAIL = 256
 """Longest side, pixels, of an image on the page; smaller ones are shown as they are."""
 
@@ -21,7 +22,7 @@ def what_layers_say(run: Run, count: int, max_new_tokens: int = 64) -> dict[str,
     """Answers of every target layer, and of the model itself, to `count` questions.
 
     Args:
-        run: its base student, trained student and teacher are loaded one after the other.
+        run: its base student, distilled student and teacher are loaded one after the other (as `vlsi-fast verbalize`).
         count: rows of data.eval (of data.train where there is none), spread evenly; those with one question only.
         max_new_tokens: length of an answer.
 
@@ -29,38 +30,22 @@ def what_layers_say(run: Run, count: int, max_new_tokens: int = 64) -> dict[str,
         {"rows": [{"images": [data URI], "question", "answer", "models": [name], "rows": [{"layer", "cells"}]}],
         "reason": what is missing and why, or ""}; a cell is {"text", "right"} or None where a model has no such layer.
     """
-    models, problems = _models(run), []
     try:
         questions = _questions(run, count)
     except (ValueError, FileNotFoundError) as error:
         return {"rows": [], "reason": f"No samples, since the run's data cannot be read: {error}"}
     answers: dict[str, list[dict]] = {}
-    for name, load in models.items():
+    problems = []
+    for name in MODELS:
         try:
-            speaker = load()
+            compare = [name] if name != "distilled" else []  # which is always there
+            (source,) = (each for each in sources_of(run, compare) if each.name == name)
+            speaker = open_source(run, source)
             answers[name] = [_answers(speaker, q, max_new_tokens) for q in questions]
         except (ValueError, FileNotFoundError) as error:
             problems.append(f"{name} is missing: {error}.")
     rows = [_row(q, {name: found[i] for name, found in answers.items()}) for i, q in enumerate(questions)]
     return {"rows": rows if answers else [], "reason": " ".join(problems)}
-
-
-def _models(run: Run) -> dict[str, Any]:
-    """Column -> how its speaker is made. Both students are heard through the base student's verbalizers (4.4)."""
-    from ..speech import open_speaker
-
-    config = run.config
-
-    def load(role: str, checkpoint):
-        own = getattr(config, role)
-        bounds = {name: getattr(own, name) or getattr(config.data, name) for name in ("min_pixels", "max_pixels")}
-        return open_speaker(checkpoint(), run.verbalizers(role), dtype=config.dtype, **bounds)
-
-    return {
-        "student before": partial(load, "student", lambda: run.base("student")),
-        "student after": partial(load, "student", lambda: run.student),
-        "teacher": partial(load, "teacher", lambda: run.base("teacher")),
-    }
 
 
 def _questions(run: Run, count: int) -> list[dict[str, Any]]:
