@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import chromium
 import numpy as np
@@ -265,6 +266,13 @@ def test_samples_are_the_speakers_words(workspace, finished_run):
     column = {r["layer"]: r["cells"][1] for r in found["rows"][0]["rows"]}
     assert {s.layer or "answer": s.text for s in said} == {k: c["text"] for k, c in column.items() if c}
     assert column[5] is None, "the student has no target layer 5"
+
+
+def test_a_model_that_does_not_fit_is_left_out(finished_run, monkeypatch):
+    teacher = samples.read_weights(Path(open_run(finished_run).base("teacher"))).parameters * 4
+    monkeypatch.setattr(samples, "free_memory_bytes", lambda: teacher)
+    found = samples.what_layers_say(open_run(finished_run), 1, max_new_tokens=1)
+    assert found["rows"][0]["models"] == MODELS[:2] and "--samples 0" in found["reason"]
 
 
 def test_samples_say_what_is_missing(workspace, finished_run, tmp_path):

@@ -6,14 +6,20 @@ import base64
 import io
 from typing import Any
 
+import torch
+
 from ..data.images import load_image
 from ..data.skipped import UnusableRow
 from ..data.sources import build_source
 from ..evaluation.metrics import normalise
+from ..loading import resolve_folder
 from ..runs import Run
 from ..viewer.columns import open_source, sources_of
+from ..weights import read_weights
 
 MODELS = ("base", "distilled", "teacher")
+SHARE_OF_MEMORY = 0.8
+"""Of the free memory, that a model's weights may take."""
 THUMBNAIL = 256
 """Longest side, pixels, of an image on the page; smaller ones are shown as they are."""
 
@@ -40,12 +46,32 @@ def what_layers_say(run: Run, count: int, max_new_tokens: int = 64) -> dict[str,
         try:
             compare = [name] if name != "distilled" else []  # which is always there
             (source,) = (each for each in sources_of(run, compare) if each.name == name)
+            _require_room(source.checkpoint, run.config.dtype)
             speaker = open_source(run, source)
             answers[name] = [_answers(speaker, q, max_new_tokens) for q in questions]
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, MemoryError) as error:
             problems.append(f"{name} is missing: {error}.")
     rows = [_row(q, {name: found[i] for name, found in answers.items()}) for i, q in enumerate(questions)]
     return {"rows": rows if answers else [], "reason": " ".join(problems)}
+
+
+def _require_room(checkpoint: str, dtype: str) -> None:
+    """Raise MemoryError where a model's weights would not fit: a report may be written far from the run's GPUs."""
+    weights = read_weights(resolve_folder(checkpoint, "checkpoint"))
+    need = weights.parameters * getattr(torch, dtype).itemsize
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else free_memory_bytes()
+    if need > SHARE_OF_MEMORY * free:
+        raise MemoryError(
+            f"its weights take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; write the report on a larger "
+            "machine, or with --samples 0"
+        )
+
+
+def free_memory_bytes() -> int:
+    """Memory that this machine could still give."""
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 def _questions(run: Run, count: int) -> list[dict[str, Any]]:
