@@ -1,5 +1,6 @@
 # make demo          distil a tiny model end to end, minutes on a laptop
-# make test          lint and the test suite
+# make test          lint and the test suite, but for tests of a minute and more
+# make test-all      all of it
 # make demo-models   train the demo's teacher and student again, from scratch (an hour)
 # All install what they need into $(VENV) first.
 
@@ -11,12 +12,13 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TESTS ?= tests
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint install demo-models clean
+.PHONY: demo test test-all lint install demo-models clean
 
 demo: install
 	$(BIN)/vlsi-fast demo --fresh
 
-test: install lint
+test: PYTEST_ARGS += -m "not slow"
+test test-all: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: install

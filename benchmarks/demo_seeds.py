@@ -24,14 +24,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (2 to 10)")
     parser.add_argument("--config", default="configs/demo.yaml")
-    parser.add_argument("--work_dir", default="runs/demo_seeds")
+    parser.add_argument("--work-dir", default="runs/demo_seeds")
+    parser.add_argument("--work_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older spelling
     arguments = parser.parse_args()
     summaries = []
     for seed in range(arguments.seeds):
         output = Path(arguments.work_dir) / str(seed)
         if not (output / "summary.json").is_file():
             command = [str(Path(sys.executable).with_name("vlsi-fast")), "demo", "--fresh", "--seed", str(seed)]
-            command += ["--config", arguments.config, "--output_dir", str(output)]
+            command += ["--config", arguments.config, "--output-dir", str(output)]
             subprocess.run(command, cwd=ROOT, check=True)
         summaries.append(json.loads((output / "summary.json").read_text()))
     gains = [s["student_after_accuracy"] - s["sft_only_accuracy"] for s in summaries]

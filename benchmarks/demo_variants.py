@@ -35,7 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--verbalized", required=True, help="folder of a finished verbalize stage of the demo")
     parser.add_argument("--config", default="configs/demo.yaml")
-    parser.add_argument("--work_dir", default="runs/demo_variants")
+    parser.add_argument("--work-dir", default="runs/demo_variants")
+    parser.add_argument("--work_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older spelling
     parser.add_argument("--rows", type=int, default=64, help="rows of an optimizer step")
     arguments = parser.parse_args()
     os.chdir(ROOT)

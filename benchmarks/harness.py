@@ -110,7 +110,7 @@ def parse(
         budget_s=options.get("budget") or (2.0 if gpu else 60.0),
         compile=gpu if options.get("compile") is None else options["compile"],
         out=options["out"],
-        arguments={k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
+        arguments={name: value for name, value in options.items() if name != "out"},
     )
 
 

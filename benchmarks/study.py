@@ -248,13 +248,14 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> str | None:
-    """Our rows with intervals; beside them, where there are any, the paper's means. Returns the file's name."""
+    """Our trained rows with intervals; beside them, where there are any, the paper's means. Returns the file's name."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [entry for entry in result["rows"] if "accuracy" in entry]
+    scored = [entry for entry in result["rows"] if "accuracy" in entry]
+    rows = [entry for entry in scored if entry["steps"]]
     if not rows:
         return None
     orders = [order for order in result["order"] if order["paper_means"]]
@@ -271,7 +272,8 @@ def plot(result: dict[str, Any], path: Path) -> str | None:
     ours.set_yticks(places, [entry["name"] for entry in rows])
     fewest, most = min(len(e["seeds"]) for e in rows), max(len(e["seeds"]) for e in rows)
     seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
-    ours.set_xlabel(f"answers right, % ({seeds}, mean and 95%)")
+    untrained = "; ".join(f"{e['name']} {100 * e['accuracy']['mean']:.1f}" for e in scored if not e["steps"])
+    ours.set_xlabel(f"answers right, % ({seeds}, mean and 95%)\n{untrained}")
     for axis, order in zip(theirs, orders):
         for y, entry in zip(places, rows):
             if entry["name"] in order["paper_means"]:

@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,8 @@ from study_models import CONFIG, rows_of
 from study_rows import Row
 
 from vlsi_fast import load_config, run
+from vlsi_fast.evaluation.answers import answer_rows
+from vlsi_fast.evaluation.metrics import exact_match
 from vlsi_fast.loading import weights_digest
 
 MAX_ANSWER = 32
@@ -130,22 +133,23 @@ class Study:
         return {"steps": steps, "flops": operations[0] * steps}
 
     def _score(self, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
-        from vlsi_fast.scoring import exact_match
-
         if settings["checkpoint"]:
             checkpoint = self.work / "models" / settings["checkpoint"]
         else:
             parent = job.parents[0]
             checkpoint = self.work / "jobs" / parent.key / parent.stage / "student"
-        file = self.work / "data" / f"{settings['split']}.jsonl"
-        data = load_config(CONFIG, {"data.eval": [rows_of(file)]}).data
-        found = exact_match(checkpoint, data, num_beams=settings["beams"], max_new_tokens=MAX_ANSWER)
+        source = rows_of(self.work / "data" / f"{settings['split']}.jsonl") | {"type_column": "type"}
+        data, skipped = load_config(CONFIG, {"data.eval": [source]}).data, Counter()
+        options = {"num_beams": settings["beams"], "max_new_tokens": MAX_ANSWER}
         types: dict[str, list[int]] = {}
-        for line, right in zip(file.read_text().splitlines(), found["right"], strict=True):
-            counts = types.setdefault(json.loads(line)["type"], [0, 0])
-            counts[0] += right
+        for each in answer_rows(checkpoint, data, skipped=skipped, **options):
+            counts = types.setdefault(each.type, [0, 0])
+            counts[0] += exact_match(each.prediction, each.answer)
             counts[1] += 1
-        return {"correct": found["correct"], "rows": found["rows"], "types": types}
+        if skipped:
+            raise RuntimeError(f"rows of {settings['split']} cannot be used: {dict(skipped)}; make the data again")
+        correct, rows = (sum(counts) for counts in zip(*types.values()))
+        return {"correct": correct, "rows": rows, "types": types}
 
 
 class _counting:

@@ -1,11 +1,14 @@
 """The command line: help and an example that parses for every command, completion scripts, unknown arguments."""
 
+import argparse
 import shlex
 import subprocess
 
 import pytest
 
 from vlsi_fast.cli import COMMANDS, build_parser, main
+from vlsi_fast.config_files import parse_overrides
+from vlsi_fast.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
@@ -28,6 +31,40 @@ def test_top_help_lists_all_commands(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert all(command.summary.split(",")[0] in " ".join(text.split()) for command in COMMANDS)
+
+
+def options(parser):
+    """All options that `--help` shows, those of commands of commands too."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from options(child)
+        elif action.help != argparse.SUPPRESS:
+            yield from action.option_strings
+
+
+def test_options_are_spelt_with_dashes():
+    found = set(options(build_parser()))
+    assert {"--output-dir", "--gpu-memory", "--max-shard-size", "--shard-size"} <= found
+    assert not [name for name in found if "_" in name]
+
+
+def test_older_spellings_still_count():
+    parser = build_parser()
+    for spelling in ("--output-dir", "--output_dir"):
+        assert parser.parse_args(["demo", spelling, "here"]).output_dir == "here"
+    assert parser.parse_args(["demo"]).output_dir is None
+    same = ["--output-dir", "x", "--data.max-length=5"], ["--output_dir", "x", "--data.max_length=5"]
+    assert parse_overrides(same[0]) == parse_overrides(same[1]) == {"output_dir": "x", "data.max_length": 5}
+
+
+def test_sizes_are_read_alike_everywhere():
+    assert parse_size("80GiB") == 80 * 2**30 and parse_size("1.5 gb") == 1.5e9 and parse_size("7") == 7
+    for text in ("big", "-1GB", "0", "1..2GB", "5 GX"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+            parse_size(text)
+    shown = [format_size(n) for n in (0, 1023, 1536, 2**30, 3 * 2**41)]
+    assert shown == ["0 B", "1023 B", "1.5 KiB", "1.0 GiB", "6.0 TiB"]
 
 
 def test_unknown_arguments_are_errors(capsys):

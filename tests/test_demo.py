@@ -13,7 +13,7 @@ from vlsi_fast import load_config
 from vlsi_fast.data import load_processor
 from vlsi_fast.demo import models
 from vlsi_fast.loading import load_backbone
-from vlsi_fast.scoring import exact_match, normalise
+from vlsi_fast.scoring import exact_match
 
 DEMO = runs.ROOT / "configs" / "demo.yaml"
 
@@ -61,10 +61,6 @@ def test_captions_say_what_the_questions_tell():
             assert answer == "yes"
 
 
-def test_answers_are_compared_without_case_and_space():
-    assert normalise(" Yes \n") == normalise("yes") != normalise("no")
-
-
 def test_scoring_counts_right_answers(workspace):
     """A model that never learnt scores what its own greedy answers give, row by row."""
     tree = runs.settings(workspace, workspace / "unused")
@@ -73,7 +69,7 @@ def test_scoring_counts_right_answers(workspace):
     found = exact_match(workspace / "student", config.data, batch_size=2, max_new_tokens=4)
     assert found["rows"] == 5 and found["correct"] == found["accuracy"] * 5
     alone = exact_match(workspace / "student", config.data, batch_size=1, max_new_tokens=4)
-    assert alone["correct"] == found["correct"] == sum(found["right"]) and len(found["right"]) == 5
+    assert alone["correct"] == found["correct"]
 
 
 def test_scoring_searches_with_beams(workspace, monkeypatch):
@@ -126,6 +122,10 @@ def test_demo_writes_its_summary(demo_run):
     control = json.loads((output / "control" / "sft" / "vlsi_stage.json").read_text())
     assert control["summary"]["optimizer_steps"] == 6, "the control has the three stages' steps"
     assert "student after VLsI" in done.stdout
+    page = (output / "report.html").read_text()
+    assert str(output / "report.html") in done.stdout.replace("\n", "")
+    for cell in ("base", "distilled", "teacher"):  # each of four questions was put to all three models
+        assert page.count(f'<th class="text" scope="col">{cell}</th>') == 4
 
 
 def test_demo_does_not_overwrite(demo_run):

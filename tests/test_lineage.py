@@ -2,17 +2,20 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import tiny
 import tiny_runs as runs
 import torch
 
-from vlsi_fast import load_config
+from vlsi_fast import lineage, load_config
 from vlsi_fast.config import BackboneConfig, ConfigError
 from vlsi_fast.lineage import (
     RECORD_NAME,
     LineageError,
+    checkpoint_digest,
+    code_commit,
     last_checkpoint,
     open_stage,
     read_record,
@@ -21,7 +24,6 @@ from vlsi_fast.lineage import (
     write_record,
 )
 from vlsi_fast.loading import (
-    checkpoint_digest,
     require_same_tokens,
     resolve_folder,
     target_layers,
@@ -63,6 +65,28 @@ def test_records_round_trip(stage):
 def test_versions_name_what_results_depend_on():
     found = versions()
     assert found["torch"] and found["transformers"] and found["vlsi-fast"] != "absent"
+
+
+def test_the_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
+    def git(*words):
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "vlsi_fast"
+    package.mkdir()
+    (package / "lineage.py").write_text("1")
+    monkeypatch.setattr(lineage, "__file__", str(package / "lineage.py"))
+    assert code_commit() is None  # no repository
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "x")
+    assert code_commit() == git("rev-parse", "HEAD")
+    (package / "lineage.py").write_text("2")
+    assert code_commit() == git("rev-parse", "HEAD") + "-dirty"
+    installed = package / "site-packages" / "vlsi_fast"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(lineage, "__file__", str(installed / "lineage.py"))
+    assert code_commit() is None  # another project's repository
 
 
 # ---- the own folder ----

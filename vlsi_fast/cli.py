@@ -67,6 +67,40 @@ COMMANDS = (
         takes_overrides=True,
     ),
     Command(
+        "verbalize", "what each target layer answers: base student, distilled student, teacher",
+        ".viewer.options:add_verbalize_arguments", ".viewer.command:main",
+        "vlsi-fast verbalize --run demo\n"
+        "  vlsi-fast verbalize --run runs/mine --image cat.png --question 'what is it?' --html cat.html",
+    ),
+    Command(
+        "app", "a local page to ask two models and see every layer's answer",
+        ".viewer.options:add_app_arguments", ".viewer.app:main",
+        "vlsi-fast app --run demo",
+    ),
+    Command(
+        "report", "one HTML page of a run: accuracy, cost, layers, matches; several runs compared",
+        ".report.command:add_arguments", ".report.command:main",
+        "vlsi-fast report runs/demo --open",
+    ),
+    Command(
+        "eval", "score checkpoints on your rows, or on the paper's benchmarks",
+        ".evaluation.arguments:add_arguments", ".evaluation.command:main",
+        "vlsi-fast eval --run runs/demo --model vlsi_fast/demo/models/student\n"
+        "  vlsi-fast eval --model Qwen/Qwen2-VL-2B-Instruct --data rows.jsonl --reader messages\n"
+        "  vlsi-fast eval --run runs/mine --benchmarks mmb,mmmu,mmstar",
+        takes_overrides=True,
+    ),
+    Command(
+        "export", "write a run's student as a checkpoint to publish, with a model card",
+        ".export.arguments:add_arguments", ".export.command:main",
+        "vlsi-fast export --run runs/demo --out exported/demo-student --license apache-2.0",
+    ),
+    Command(
+        "inspect", "tell what a folder holds: a run, a stage, a checkpoint, verbalizers, data",
+        ".inspection.arguments:add_arguments", ".inspection.command:main",
+        "vlsi-fast inspect runs/demo",
+    ),
+    Command(
         "completion", "print a script that completes these commands in a shell",
         ".completion:add_arguments", ".completion:main",
         'eval "$(vlsi-fast completion bash)"      # or add the output to your shell\'s completions',
@@ -146,7 +180,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file of the run, e.g. configs/demo.yaml")
     parser.add_argument("--resume", action="store_true", help="continue this run from its last checkpoint")
     parser.add_argument("--options", nargs=0, action=_ListOptions, help="list every --section.field with its meaning")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from deepspeed
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed
 
 
 def train_main(argv: list[str] | None = None) -> int:

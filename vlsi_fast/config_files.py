@@ -92,6 +92,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             if i == len(arguments) or arguments[i].startswith("--"):
                 raise ConfigError(f"--{name} needs a value: --{name} VALUE")
             value = arguments[i]
+        name = name.replace("-", "_")  # --output-dir is --output_dir: no option has a dash in its name
         try:
             values[name] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:

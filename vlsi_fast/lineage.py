@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from .config_files import ConfigError
 
 RECORD_NAME = "vlsi_stage.json"
 FORMAT = 1
@@ -30,10 +34,67 @@ def versions() -> dict[str, str]:
     return found
 
 
+def code_commit() -> str | None:
+    """The git commit of this code, `-dirty` where tracked files differ; None where it is in no checkout of its own."""
+    package = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return None  # installed into a folder of another repository
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """sha256 of a checkpoint's config and `weights_digest`: tells checkpoints apart, large ones by samples."""
+    config = json.loads((folder / "config.json").read_text())
+    for volatile in ("transformers_version", "_name_or_path"):
+        config.pop(volatile, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode() + weights_digest(folder).encode()).hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over a folder's safetensors: of each the tensor table and 64 blocks spread evenly over the weights.
+
+    All of a file up to 4 MiB is read. The blocks are spread because a stage may leave a stretch of a file as it was,
+    such as the vision tower at its end.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = stream.read(8)
+            digest.update(header + stream.read(int.from_bytes(header, "little")))
+            begin, block = stream.tell(), 65536
+            spare = max(0, file.stat().st_size - begin - block)
+            for start in sorted({begin + min(spare, i * max(block, -(-spare // 63))) for i in range(64)}):
+                stream.seek(start)
+                digest.update(stream.read(block))
+    return digest.hexdigest()
+
+
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """The record of a stage's folder, or None where there is none."""
+    """The record of a stage's folder, or None where there is none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     path = Path(folder) / RECORD_NAME
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); restore it from a copy, or delete {folder} and run the stage again"
+        ) from None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} holds no record; restore it from a copy, or delete {folder} and run the stage again")
+    return record
 
 
 def write_record(folder: str | Path, record: dict[str, Any]) -> None:

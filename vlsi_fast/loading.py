@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -183,31 +182,4 @@ def tokenizer_digest(tokenizer) -> str:
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         digest.update(f"{index}\t{token}\n".encode())
     digest.update(str(tokenizer.chat_template).encode())
-    return digest.hexdigest()
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """sha256 of a checkpoint's config and `weights_digest`: tells checkpoints apart, large ones by samples."""
-    config = json.loads((folder / "config.json").read_text())
-    for volatile in ("transformers_version", "_name_or_path"):
-        config.pop(volatile, None)
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode() + weights_digest(folder).encode()).hexdigest()
-
-
-def weights_digest(folder: Path) -> str:
-    """sha256 over a folder's safetensors: of each the tensor table and 64 blocks spread evenly over the weights.
-
-    All of a file up to 4 MiB is read. The blocks are spread because a stage may leave a stretch of a file as it was,
-    such as the vision tower at its end.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header = stream.read(8)
-            digest.update(header + stream.read(int.from_bytes(header, "little")))
-            begin, block = stream.tell(), 65536
-            spare = max(0, file.stat().st_size - begin - block)
-            for start in sorted({begin + min(spare, i * max(block, -(-spare // 63))) for i in range(64)}):
-                stream.seek(start)
-                digest.update(stream.read(block))
     return digest.hexdigest()

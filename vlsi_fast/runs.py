@@ -11,6 +11,8 @@ from .config import STAGES, ConfigError, RunConfig
 from .lineage import FORMAT, RECORD_NAME, read_record
 
 METRICS_NAME = "metrics.jsonl"
+VERBALIZER_CONFIG = "verbalizer_config.json"
+VERBALIZER_WEIGHTS = "verbalizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,14 @@ class Run:
         return list(self.records)[-1]
 
     @property
+    def config_tree(self) -> dict[str, Any]:
+        """Every setting, as the last stage recorded it, not checked: a record of an older version may lack some."""
+        return self.records[self.last_stage]["config"]
+
+    @property
     def config(self) -> RunConfig:
         """Every setting, as the last stage recorded it."""
-        return RunConfig(**self.records[self.last_stage]["config"])
+        return RunConfig(**self.config_tree)
 
     def finished(self, stage: str) -> bool:
         """Whether a stage ran to its end."""
@@ -53,9 +60,35 @@ class Run:
                 return self.folder / stage / "student"
         raise FileNotFoundError(f"{self.folder}: neither interact nor sft is finished; run --stage interact first")
 
+    def student_of(self, stage: str) -> Path:
+        """Folder of the student that a finished stage made; it may have been deleted since.
+
+        Raises:
+            FileNotFoundError: the stage makes none, or is not finished.
+        """
+        if stage not in ("interact", "sft") or not self.finished(stage):
+            made = "makes no student" if stage == "verbalize" else "is not finished"
+            raise FileNotFoundError(f"{self.folder}: stage {stage} {made}; run --stage interact or sft first")
+        return self.folder / stage / "student"
+
+    def stages_behind(self, stage: str) -> list[str]:
+        """The stages whose results are in what `stage` made, itself included, in order; those with a record."""
+        names = [name for name in STAGES if name in self.records and STAGES.index(name) <= STAGES.index(stage)]
+        if stage == "sft" and self.records["sft"]["config"]["sft"]["start_from"] == "base":
+            return ["sft"]
+        settings = self.records.get("interact", {}).get("config", {}).get("interact", {})
+        speaks = settings.get("intermediate", "kld") != "none" and not settings.get("headless")
+        return [name for name in names if name != "verbalize" or speaks]
+
     def base(self, role: str) -> str:
-        """Path or Hub name of the student or teacher that the run started from."""
-        return self.records[self.last_stage]["config"][role]["path"]
+        """Path or Hub name of the student or teacher that the run started from.
+
+        A relative path is looked for from here, as the stages did, then from the run's folder: so a run can be moved
+        together with its models.
+        """
+        path = self.records[self.last_stage]["config"][role]["path"]
+        beside = self.folder / path
+        return str(beside.resolve()) if not Path(path).is_dir() and beside.is_dir() else path
 
     def verbalizers(self, role: str) -> Path:
         """Folder of a role's verbalizers: those named in the config, or this run's own.

@@ -78,10 +78,7 @@ class VerbalizedBackbone(nn.Module):
         self.verbalizers = verbalizers
         self.train_backbone = train_backbone
         if verbalizers is not None and verbalizers.spec.is_decoder:
-            attention = model.config.get_text_config()._attn_implementation
-            for module in verbalizers.modules():  # a decoder verbalizer gets the mask that the backbone made
-                if hasattr(module, "self_attn"):
-                    module.self_attn.config._attn_implementation = attention
+            match_attention(model, verbalizers)
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -181,6 +178,14 @@ class VerbalizedBackbone(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def match_attention(model: nn.Module, verbalizers: Verbalizers) -> None:
+    """Decoder verbalizers attend by the backbone's implementation, since they get the mask that the backbone made."""
+    attention = model.config.get_text_config()._attn_implementation
+    for module in verbalizers.modules():
+        if hasattr(module, "self_attn"):
+            module.self_attn.config._attn_implementation = attention
 
 
 def _take(hidden: Tensor, index: Tensor) -> Tensor:

@@ -27,11 +27,10 @@ import yaml
 
 from vlsi_fast.data.encoding import check_messages
 from vlsi_fast.data.images import image_bytes, load_image
-from vlsi_fast.data.manifest import FORMAT, MANIFEST_NAME, read_manifest, sha256
+from vlsi_fast.data.manifest import FORMAT, JOURNAL_NAME, MANIFEST_NAME, read_manifest, sha256
 from vlsi_fast.data.skipped import SkipLog, UnusableRow
 from vlsi_fast.data.sources import ConcatSource, DataConfig, SourceConfig, build_source
 
-JOURNAL_NAME = "build.jsonl"
 GROUP_BYTES = 32 * 2**20
 """Bytes that are held before they are written as a row group."""
 GROUP_ROWS = 256

@@ -13,8 +13,7 @@ from vlsi_fast.config import ConfigError, explain, load_config, parse_overrides
 from vlsi_fast.data.mixfile import read_mix
 from vlsi_fast.data.skipped import TooManySkippedRows
 from vlsi_fast.data.sources import DataConfig, build_source
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from vlsi_fast.sizes import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.epilog = "Any option of data can be overridden: --data.field VALUE."
         command.add_argument("--config", required=True, help="YAML file of a run, or a mix file")
     build.add_argument("--out", required=True, type=Path, help="folder to write; continued where interrupted")
-    build.add_argument("--shard-size", default="1GB", type=_bytes, help="bytes of a shard, e.g. 500MB (default 1GB)")
+    build.add_argument("--shard-size", default="1GB", type=parse_size, help="of a shard, e.g. 500MB (default: 1GB)")
     build.add_argument("--workers", default=0, type=int, help="processes that read images (default 0: this one)")
     verify = commands.add_parser("verify", help="compare a built folder with its manifest")
     verify.add_argument("folder", type=Path)
@@ -118,10 +117,3 @@ def _verify(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(arguments.folder)
     print(f"{len(shards_of(manifest))} shards, {manifest['rows']} rows: all as in {arguments.folder / 'manifest.json'}")
     return 0
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
-    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write e.g. 500MB or 1GB")
-    return int(float(found[1]) * _UNITS[found[2]])

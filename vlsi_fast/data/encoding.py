@@ -68,6 +68,29 @@ def encode(
     return row
 
 
+def encode_question(question: str, images: list[Image.Image], processor) -> dict[str, torch.Tensor]:
+    """Model inputs of one user turn, images first, up to where the answer starts.
+
+    Args:
+        question: the user's words.
+        images: RGB images, shown in front of them.
+        processor: as for `encode`.
+
+    Returns:
+        What the processor returns: `input_ids` [1, T], `attention_mask` [1, T], vision tensors ..
+
+    Raises:
+        ValueError: the question holds an image or video token, or the processor refuses an image.
+    """
+    parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+    for token in (getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")):
+        if token is not None and token in question:
+            raise ValueError(f"the question holds the special token {token}; leave it out, images are given as files")
+    text = _render(processor, [{"role": "user", "content": parts}], prompt=True)
+    options = _tokenizer_options(processor, text)
+    return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", **options))
+
+
 def check_messages(sample: Sample) -> None:
     """Refuses a conversation that holds nothing to learn.
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = "build.jsonl"
+"""Of a build that is not finished."""
 FORMAT = "vlsi-fast data 1"
 
 

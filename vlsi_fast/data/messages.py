@@ -33,11 +33,13 @@ class Sample:
         id: names the row, unique in its dataset, the same in every run.
         messages: chat messages, each `{"role": .., "content": [part, ..]}`.
         images: one reference for each image part, in order.
+        type: what the source's `type_column` says, None without one.
     """
 
     id: str
     messages: list[dict]
     images: list[ImageRef] = field(default_factory=list)
+    type: str | None = None
 
 
 def from_llava(row: dict, sample_id: str, image_root: str, placeholder: str = PLACEHOLDER) -> Sample:

@@ -29,7 +29,7 @@ class Reader:
     def __init__(self, config: SourceConfig, name: str, image_root: str, rows: int, field: str):
         """`name`, `image_root`, `rows`: what the opened source has."""
         self.name, self.image_root, self.rows = config.name or name, image_root, rows
-        self._limit, self._sample = config.limit, None
+        self._limit, self._sample, self._type = config.limit, None, config.type_column
         if isinstance(config.path, str):
             self._sample = split_sample(config.path)[1]
         if self._sample is not None and self._sample > rows:
@@ -55,6 +55,13 @@ class Reader:
         """
         raise NotImplementedError
 
+    def _typed(self, sample: Sample, row: dict) -> Sample:
+        """The sample with its type, where the source has a column of types."""
+        if self._type is not None:
+            found = row.get(self._type)
+            sample.type = "(none)" if found is None else str(found)
+        return sample
+
 
 class JsonReader(Reader):
     """LLaVA-style or messages-style rows in JSON lists or JSON-lines files."""
@@ -67,9 +74,10 @@ class JsonReader(Reader):
     def read(self, row: int, sample_id: str) -> Sample:
         value = self._table[self.number(row)]
         if self._llava:
-            return from_llava(value, sample_id, self.image_root, self._placeholder)
+            return self._typed(from_llava(value, sample_id, self.image_root, self._placeholder), value)
         images = (value.get("images") or value.get("image")) if isinstance(value, dict) else None
-        return from_messages(value, sample_id, self.image_root, images=images, placeholder=self._placeholder)
+        sample = from_messages(value, sample_id, self.image_root, images=images, placeholder=self._placeholder)
+        return self._typed(sample, value)
 
 
 class HfReader(Reader):
@@ -81,6 +89,8 @@ class HfReader(Reader):
         self._messages = table.require(config.messages_column, "messages_column", field)
         self._images = _images_column(config, table, field)
         self._placeholder = config.placeholder
+        if self._type is not None:
+            table.require(self._type, "type_column", field)
 
     def read(self, row: int, sample_id: str) -> Sample:
         value = self._table[self.number(row)]
@@ -88,8 +98,9 @@ class HfReader(Reader):
         messages = value[self._messages]
         if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "from" in messages[0]:
             llava = {"conversations": messages, "image": images}
-            return from_llava(llava, sample_id, self.image_root, self._placeholder)
-        return from_messages(value, sample_id, self.image_root, self._messages, images, self._placeholder)
+            return self._typed(from_llava(llava, sample_id, self.image_root, self._placeholder), value)
+        sample = from_messages(value, sample_id, self.image_root, self._messages, images, self._placeholder)
+        return self._typed(sample, value)
 
 
 class QaReader(Reader):
@@ -103,7 +114,7 @@ class QaReader(Reader):
         super().__init__(config, table.name, table.image_root, len(table), field)
         self._images: str | None = config.images_column
         if isinstance(table, HfTable):
-            for name, column in self._columns.items():
+            for name, column in {**self._columns, "type": self._type}.items():
                 if column is not None:
                     table.require(column, f"{name}_column", field)
             self._images = _images_column(config, table, field)
@@ -113,7 +124,8 @@ class QaReader(Reader):
         images = None
         if isinstance(value, dict):
             images = next((value[name] for name in (self._images, "image") if value.get(name)), None)
-        return from_question(value, sample_id, self.image_root, images=images, **self._columns)
+        sample = from_question(value, sample_id, self.image_root, images=images, **self._columns)
+        return self._typed(sample, value)
 
 
 class EasyVqaReader(Reader):

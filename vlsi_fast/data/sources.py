@@ -60,6 +60,9 @@ class SourceConfig(BaseModel):
     """Column of the answer, for qa."""
     options_column: str | None = None
     """Column of the choices of a question, for qa; they are lettered behind it."""
+    type_column: str | None = None
+    """Column of the question's type, e.g. its category, by which `vlsi-fast eval` splits its table; default: the type
+    follows from the answer (yes/no, choice, number, other)."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -75,6 +78,7 @@ class SourceConfig(BaseModel):
         readers_of = {
             "images_column": ("hf", "qa"), "messages_column": ("hf",), "placeholder": ("llava", "messages", "hf"),
             "question_column": ("qa",), "answer_column": ("qa",), "options_column": ("qa",),
+            "type_column": ("llava", "messages", "hf", "qa"),
             "images_under": ("llava", "messages"), "images_not_under": ("llava", "messages"),
         }  # fmt: skip
         for name in ("split",) if self.reader in ("llava", "messages") else ():
@@ -106,7 +110,7 @@ class DataConfig(BaseModel):
     train: list[SourceConfig]
     """Sources to train on: a list of them, a mix file (configs/data/vlsi_mix.yaml is one), or a list with mix files."""
     eval: list[SourceConfig] = []
-    """Sources to measure on, by `vlsi_fast.scoring` and the demo; training does not read them."""
+    """Sources to measure on, by `vlsi-fast eval` and the demo; training does not read them."""
     root: str | None = None
     """Folder that sources' relative paths start from; default: the working directory. Joined to them at load."""
     stopping_strategy: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"

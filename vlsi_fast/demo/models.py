@@ -218,8 +218,10 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m vlsi_fast.demo.models", description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/demo_models.yaml", help="recipe (default: %(default)s)")
-    parser.add_argument("--work_dir", default="runs/demo_models", help="folder of the phases (default: %(default)s)")
-    parser.add_argument("--models_dir", default=str(MODELS), help="where the two models go (default: the package)")
+    parser.add_argument("--work-dir", default="runs/demo_models", help="folder of the phases (default: %(default)s)")
+    parser.add_argument("--work_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older spelling
+    parser.add_argument("--models-dir", default=str(MODELS), help="where the two models go (default: the package)")
+    parser.add_argument("--models_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older spelling
     arguments = parser.parse_args()
     work, processor = Path(arguments.work_dir), make_processor(make_tokenizer(easy_vqa_texts()))
     captions_file = work / "captions.jsonl"

@@ -1,4 +1,4 @@
-"""`vlsi-fast demo`: score the models, run the three stages and the control, score again, print a table.
+"""`vlsi-fast demo`: score the models, run the three stages and the control, score again, print a table, write a report.
 
 Everything goes through the public entry: `deepspeed vlsi_fast/train.py --stage all --config configs/demo.yaml`.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import STAGES, RunConfig, load_config
+from ..report.command import write_report
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 
@@ -25,7 +26,8 @@ DEFAULT_CONFIG = "configs/demo.yaml"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `demo` command."""
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file of the demo (default: %(default)s)")
-    parser.add_argument("--output_dir", help="folder of the run (default: the config's, runs/demo)")
+    parser.add_argument("--output-dir", help="folder of the run (default: the config's, runs/demo)")
+    parser.add_argument("--output_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older spelling
     parser.add_argument("--ranks", type=int, default=2, help="ZeRO-3 ranks on CPU; on GPUs at most their number")
     parser.add_argument("--seed", type=int, help="another seed than the config's")
     parser.add_argument("--no-control", dest="control", action="store_false", help="skip the sft-only control")
@@ -72,7 +74,9 @@ def main(arguments: argparse.Namespace, overrides: list[str] = ()) -> int:
     scores |= _score(config, finals)
     summary = _collect(config, scores, stages, output) | {"seconds": time.perf_counter() - began}
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    _print_table(summary, output)
+    _say("Asking every layer, writing the report")
+    report = write_report([output])
+    _print_table(summary, output, report)
     return 0
 
 
@@ -146,7 +150,7 @@ def _collect(config: RunConfig, scores: dict[str, dict], stages: dict[str, dict]
     }
 
 
-def _print_table(summary: dict[str, Any], output: Path) -> None:
+def _print_table(summary: dict[str, Any], output: Path, report: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -168,5 +172,7 @@ def _print_table(summary: dict[str, Any], output: Path) -> None:
     console.print(table)
     console.print(
         f"peak memory of training {summary['peak_rss_bytes'] / 2**30:.2f} GiB, all in all {summary['seconds']:.0f} s\n"
-        f"distilled student: {output / 'sft' / 'student'}\nsummary: {output / 'summary.json'}"
+        f"distilled student: {output / 'sft' / 'student'}\nsummary: {output / 'summary.json'}\n"
+        f"report, with what each layer says: {report}\n"
+        f"ask its layers yourself: vlsi-fast verbalize --run {output} --image FILE --question '..'"
     )

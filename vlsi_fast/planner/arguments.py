@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass
 
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
-         "TIB": 2**40}  # fmt: skip
+from ..sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,6 @@ class Machine:
     @property
     def ranks(self) -> int:
         return self.gpus * self.nodes
-
-
-def parse_size(text: str) -> int:
-    """`80GiB` -> bytes."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
-    if not found or found[2].upper() not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 80GiB, 40GB, ..")
-    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

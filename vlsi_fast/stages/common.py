@@ -23,9 +23,16 @@ from ..data.packing import Packer
 from ..data.processors import load_processor
 from ..data.sources import build_source
 from ..data.tokens import SharedTokens
-from ..lineage import LineageError, open_stage, require_equal, versions, write_record
-from ..loading import (
+from ..lineage import (
+    LineageError,
     checkpoint_digest,
+    code_commit,
+    open_stage,
+    require_equal,
+    versions,
+    write_record,
+)
+from ..loading import (
     load_backbone,
     load_model_config,
     needed_depth,
@@ -162,7 +169,7 @@ class Stage:
             dataset, collator = self._check_inputs()
         except (ValueError, ImportError) as error:  # of tokenizers, processors, readers: all say what to do
             raise ConfigError(str(error)) from error
-        record = self._record()
+        record = self._record() | {"sources": [[part.name, len(part)] for part in dataset.sources.parts]}
         require_same_batch(self.folder, self.name, self.config.stage_training(self.name))
         found = open_stage(self.folder, record, resume)
         barrier()  # every rank has looked before rank 0 writes
@@ -267,6 +274,7 @@ class Stage:
             "config": dump,
             "tokens": {"first_differing_id": self.tokens.limit, "differing": self.tokens.differing},
             "versions": versions(),
+            "commit": code_commit(),
         }
 
     # ---- parts that stages share ----

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..backbones import family_of
 from ..config import ConfigError, InteractConfig, MatchingConfig
-from ..lineage import rows_used
-from ..loading import weights_digest
+from ..lineage import rows_used, weights_digest
 from ..losses import AnswerLoss, LogitL2, OperatorOptions, PairwiseKL, hidden_l2_matrix, pick
 from ..matching import match_layers
 from ..verbalized import VerbalizedBackbone

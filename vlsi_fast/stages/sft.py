@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..backbones import family_of
-from ..lineage import require_predecessor, rows_used
-from ..loading import checkpoint_digest
+from ..lineage import checkpoint_digest, require_predecessor, rows_used
 from ..losses import AnswerLoss, OperatorOptions
 from ..verbalized import VerbalizedBackbone
 from .base import StageModule

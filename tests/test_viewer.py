@@ -1,0 +1,262 @@
+"""`vlsi-fast verbalize` and `app`: which models speak through what, JSON, page, terminal, errors that name the fix."""
+
+import argparse
+import json
+import re
+import socket
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from vlsi_fast.cli import main
+from vlsi_fast.config import ConfigError
+from vlsi_fast.demo import example
+from vlsi_fast.lineage import checkpoint_digest, write_record
+from vlsi_fast.loading import load_backbone
+from vlsi_fast.runs import open_run
+from vlsi_fast.speech import Speech, open_speaker
+from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
+from vlsi_fast.viewer.columns import Column, Source, hear, sources_of
+from vlsi_fast.viewer.options import add_app_arguments
+from vlsi_fast.viewer.page import render
+from vlsi_fast.viewer.terminal import aligned, print_table, visible
+
+LAYERS = {"teacher": [1, 2, 3, 5], "student": [1, 3]}
+
+
+@pytest.fixture(scope="module")
+def run(workspace, tmp_path_factory):
+    """A run's folder as the three stages leave it: random verbalizers, a student of other weights than its base."""
+    folder = tmp_path_factory.mktemp("viewer") / "run"
+    settings = SimpleNamespace(architecture="mlp", norm=False, residual=False)
+    for role, layers in LAYERS.items():
+        model = load_backbone(workspace / role, "float32")
+        facts = {"checkpoint": checkpoint_digest(workspace / role)}
+        torch.manual_seed(0)
+        Verbalizers(VerbalizerSpec.of(model.config, layers, settings, made_for=facts)).save_pretrained(
+            folder / "verbalize" / role
+        )
+    student = open_speaker(workspace / "student")
+    torch.manual_seed(1)
+    for parameter in student.model.model.language_model.layers.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.3)
+    student.model.save_pretrained(folder / "sft" / "student")
+    student.processor.save_pretrained(folder / "sft" / "student")
+    config = {"output_dir": str(folder), "dtype": "float32", "data": {"train": [{"reader": "easy_vqa"}]}}
+    config |= {role: {"path": str(workspace / role), "layers": LAYERS[role]} for role in LAYERS}
+    for stage in ("verbalize", "interact", "sft"):
+        write_record(folder / stage, {"stage": stage, "state": "finished", "config": config})
+    return folder
+
+
+@pytest.fixture
+def asked(workspace):
+    image = str(workspace / "images" / "3.png")
+    return ["--image", image, "--question", "what is <b>this</b>?", "--max-new-tokens", "4"]
+
+
+def test_three_models_through_their_verbalizers(run, workspace, asked, capsys):
+    assert main(["verbalize", "--run", str(run), *asked, "--json", "--probabilities"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert [m["name"] for m in tree["models"]] == ["base", "distilled", "teacher"]
+    found = {m["name"]: m for m in tree["models"]}
+    assert found["distilled"]["checkpoint"] == str(run / "sft" / "student")
+    assert found["distilled"]["verbalizers"] == found["base"]["verbalizers"] == str(run / "verbalize" / "student")
+    for name, model in found.items():
+        role = "teacher" if name == "teacher" else "student"
+        speaker = open_speaker(model["checkpoint"], run / "verbalize" / role)
+        wanted = speaker.speak(asked[1:2], asked[3], max_new_tokens=4)
+        assert [layer["layer"] for layer in model["layers"]] == [*LAYERS[role], None]
+        assert [layer["token_ids"] for layer in model["layers"]] == [speech.token_ids for speech in wanted]
+        assert all(len(step) == 3 for layer in model["layers"] for step in layer["alternatives"])
+    assert found["base"]["layers"] != found["distilled"]["layers"]
+
+
+def test_layers_beams_table_and_page(run, workspace, asked, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    words = ["--layers", "3", "last", "--teacher-layers", "2", "--num-beams", "2", "--html", str(page)]
+    assert main(["verbalize", "--run", str(run), *asked, *words, "--probabilities"]) == 0
+    table = capsys.readouterr().out
+    assert "layer 3" in table and "last layer" in table and "layer 2" in table and "layer 1" not in table
+    text = page.read_text()
+    assert text.count('class="model"') == 3 and text.count('class="answer"') == 5 and "2 beams" in text
+    assert text.count("<details>") == 5 and "data:image/png;base64," in text
+    assert "&lt;b&gt;this" in text and "<b>" not in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_only_the_distilled_student_or_another_checkpoint(run, workspace, asked, capsys, monkeypatch):
+    def noisy(*arguments, **options):
+        print("a library's greeting")
+        return hear(*arguments, **options)
+
+    monkeypatch.setattr("vlsi_fast.viewer.columns.hear", noisy)
+    assert main(["verbalize", "--run", str(run), "--json", *asked, "--compare"]) == 0
+    assert [m["name"] for m in json.loads(capsys.readouterr().out)["models"]] == ["distilled"]
+    other = str(workspace / "teacher")
+    sources = sources_of(open_run(run), [other, "base"])
+    assert [s.name for s in sources] == ["base", "distilled", "teacher"] and sources[-1].checkpoint == other
+    assert [s.role for s in sources] == ["student", "student", "teacher"]
+
+
+def test_interacts_own_verbalizers(run, tmp_path, workspace):
+    copy = tmp_path / "run"
+    for stage in ("verbalize", "interact"):
+        record = json.loads((run / stage / "vlsi_stage.json").read_text())
+        record["config"]["student"]["verbalizers"] = str(run / "verbalize" / "student")
+        record["config"]["interact"] = {"train_student_verbalizers": True}
+        write_record(copy / stage, record)
+    (copy / "interact" / "verbalizers").mkdir()
+    (source,) = sources_of(open_run(copy), [])
+    assert source.verbalizers == copy / "interact" / "verbalizers" and "its own" in source.note
+    assert source.checkpoint == str(copy / "interact" / "student")
+
+
+def refused(capsys, *words) -> str:
+    assert main(["verbalize", *words]) == 2
+    return capsys.readouterr().err
+
+
+def test_errors_name_the_fix(run, workspace, asked, capsys, tmp_path):
+    assert "holds no run" in refused(capsys, "--run", str(tmp_path), *asked)
+    assert "--question is missing" in refused(capsys, "--run", str(run))
+    missing = ["--image", str(tmp_path / "none.png"), "--question", "x"]
+    assert "none.png does not exist" in refused(capsys, "--run", str(run), *missing)
+    assert "there are some for [1, 3]" in refused(capsys, "--run", str(run), *asked, "--layers", "2")
+    assert "folder nowhere does not exist" in refused(capsys, "--run", str(run), *asked, "--compare", "nowhere")
+    record = json.loads((run / "sft" / "vlsi_stage.json").read_text())
+    write_record(tmp_path / "started" / "sft", record | {"state": "running"})
+    assert "--stage interact first" in refused(capsys, "--run", str(tmp_path / "started"), *asked)
+    write_record(tmp_path / "mute" / "sft", record)
+    assert "run --stage verbalize first" in refused(capsys, "--run", str(tmp_path / "mute"), *asked)
+    record["config"]["student"] |= {"verbalizers": str(run / "verbalize" / "student")}
+    write_record(tmp_path / "half" / "sft", record)
+    assert "--compare without teacher" in refused(capsys, "--run", str(tmp_path / "half"), *asked)
+    record["config"]["student"]["path"] = str(run / "sft" / "student")
+    write_record(tmp_path / "swapped" / "sft", record)
+    with pytest.raises(ConfigError, match="trained on another checkpoint"):
+        sources_of(open_run(tmp_path / "swapped"), ["base"])
+    words = ["--run", str(run), *asked, "--teacher-layers", "2", "--compare"]
+    assert "--compare base teacher" in refused(capsys, *words)
+    for words in (["--layers", "0"], ["--layers", "two"], ["--num-beams", "0"]):
+        with pytest.raises(SystemExit):
+            main(["verbalize", "--run", str(run), *words])
+
+
+# ---- text from models and users ----
+
+
+def column(name, *texts):
+    speeches = [Speech(i + 1, text, [text], [0], [0.5], [[(text, 0.5)]]) for i, text in enumerate(texts)]
+    return Column(Source(name, "student", name, None, "<i>note</i>"), speeches)
+
+
+def test_nothing_in_a_text_acts(capsys):
+    evil = "<script>alert(1)</script>\x1b[2J\"'&[red]"
+    assert visible("a\x1b[2J\u202e\n\u00e9\U0001f600") == "a\\x1b[2J\\u202e\\n\u00e9\U0001f600"
+    text = render([column(evil, evil)], [], evil, evil, evil)
+    assert "<script" not in text and "\x1b" not in text and "<i>" not in text and "&quot;&#x27;&amp;" in text
+    assert not re.search(r"(?:src|href)=", text)
+    print_table([column(evil, evil)], evil, probabilities=True)
+    out = capsys.readouterr().out
+    assert "\x1b[2J" not in out and "[red]" in out
+
+
+def test_columns_of_different_depth_are_spread():
+    rows = aligned([column("a", "1", "2", "3", "4", "5"), column("b", "1", "2", "3"), column("c", "1")])
+    assert [[s and s.text for s in row] for row in rows] == [
+        ["1", "1", None],
+        ["2", None, None],
+        ["3", "2", None],
+        ["4", None, None],
+        ["5", "3", "1"],
+    ]
+
+
+# ---- the shipped example ----
+
+
+def test_the_shipped_run_speaks_at_once(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("easy_vqa")
+    monkeypatch.chdir(tmp_path)  # nothing of a checkout is needed
+    assert main(["verbalize", "--run", "demo", "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    layers = [[layer["layer"] for layer in model["layers"]] for model in tree["models"]]
+    assert layers == [[1, 2, 3, None], [1, 2, 3, None], [1, 2, 3, 4, 5, 6, None]]
+    answers = [[layer["text"] for layer in model["layers"]] for model in tree["models"]]
+    assert tree["question"] == "what shape is present?" and all(said[-1] == "circle" != said[0] for said in answers)
+
+
+def test_the_shipped_run_is_small_whole_and_names_no_machine():
+    files = [file for file in example.FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 4e6
+    run = example.example_run()
+    assert list(run.records) == ["verbalize", "interact", "sft"] and all(map(run.finished, run.records))
+    assert [len(run.metrics(stage)) for stage in run.records] == [100, 300, 200]
+    for file in files:
+        if file.suffix in (".json", ".jsonl") and file.name != "tokenizer.json":
+            assert not re.search(r'"(?:/|\.\./\.\.)', file.read_text()), f"{file} holds an absolute path"
+
+
+def test_without_easy_vqa_the_example_says_what_to_do(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    assert "pip install easy-vqa" in refused(capsys, "--run", "demo")
+
+
+# ---- the app ----
+
+
+def test_the_app_without_gradio(monkeypatch, capsys, run):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["app", "--run", str(run)]) == 2
+    assert 'pip install "vlsi-fast[app]"' in capsys.readouterr().err
+
+
+def app_arguments(run, *words):
+    parser = argparse.ArgumentParser()
+    add_app_arguments(parser)
+    return parser.parse_args(["--run", str(run), "--max-new-tokens", "3", *words])
+
+
+def test_the_apps_answers_and_limits(run, workspace, tmp_path):
+    from vlsi_fast.viewer.app import Answerer
+
+    arguments = app_arguments(run, "--max-megapixels", "1")
+    assert arguments.host == "127.0.0.1"
+    opened = open_run(run)
+    answer = Answerer(opened, sources_of(opened, [arguments.compare]), arguments)
+    text = answer(str(workspace / "images" / "0.png"), "what?", 1, True)
+    assert text.count('class="model"') == 2 and text.count('class="answer"') == 6 and "<details>" in text
+    Image.new("1", (1001, 1000)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="decompression_bomb"):
+        answer(str(tmp_path / "large.png"), "what?", 1, False)
+    with pytest.raises(ValueError, match="ask something"):
+        answer(None, "  ", 1, False)
+
+
+def test_the_page_of_the_app_in_gradio(run, workspace, tmp_path):
+    gradio = pytest.importorskip("gradio")
+    client = pytest.importorskip("gradio_client")
+    from vlsi_fast.viewer.app import Answerer, build
+
+    arguments = app_arguments(run)
+    opened = open_run(run)
+    page = build(gradio, Answerer(opened, sources_of(opened, ["base"]), arguments), "test")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, max_file_size=20000)
+    try:
+        caller = client.Client(f"http://127.0.0.1:{port}", verbose=False, analytics_enabled=False)
+        image = client.handle_file(str(workspace / "images" / "0.png"))
+        assert caller.predict(image, "what?", 1, False, api_name="/ask").count('class="answer"') == 6
+        with pytest.raises(Exception, match="ask something"):
+            caller.predict(image, "", 1, False, api_name="/ask")
+        noise = torch.randint(0, 255, (200, 200, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).save(tmp_path / "big.png")
+        with pytest.raises(Exception, match="(?i)size|413|large"):
+            caller.predict(client.handle_file(str(tmp_path / "big.png")), "what?", 1, False, api_name="/ask")
+    finally:
+        page.close()

@@ -1,0 +1,130 @@
+"""A stock checkpoint's own answers to rows of data, with nothing but `generate`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..data.encoding import configure_image_bounds
+from ..data.images import load_image
+from ..data.processors import load_processor
+from ..data.skipped import UnusableRow
+from ..data.sources import ConcatSource, DataConfig, build_source
+from ..loading import load_backbone
+from .metrics import question_type
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one row."""
+
+    id: str
+    source: str
+    """Name of the row's source."""
+    type: str
+    """The row's own type where its source has a `type_column`, else that of `question_type`."""
+    question: str
+    """Text of the last user turn."""
+    answer: str
+    """The true answer: text of the last assistant turn."""
+    prediction: str
+
+
+@torch.inference_mode()
+def answer_rows(
+    checkpoint: str | Path,
+    data: DataConfig,
+    *,
+    skipped: Counter,
+    limit: int | None = None,
+    batch_size: int = 256,
+    max_new_tokens: int = 16,
+    num_beams: int = 1,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    description: str = "",
+) -> Iterator[Answer]:
+    """Answers to the rows of `data.eval`, in their order.
+
+    Args:
+        checkpoint: folder of a stock checkpoint with its processor.
+        data: its `eval` sources and image bounds are used.
+        skipped: cause -> rows that cannot be used; counted up here.
+        limit: rows of each source, from the first; None: all.
+        batch_size: rows generated at once, padded on the left.
+        max_new_tokens: tokens after which an answer is cut.
+        num_beams: 1 for greedy decoding, more for beam search; never sampled.
+        dtype: precision of the model.
+        device: default: the GPU where there is one, else the CPU.
+        description: shown in front of the progress bar; no bar where it is empty.
+    """
+    from tqdm.auto import tqdm
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = build_source(data.eval, "data.eval")
+    processor = load_processor(checkpoint)
+    configure_image_bounds(processor, data.min_pixels, data.max_pixels)
+    processor.tokenizer.padding_side = "left"
+    model = load_backbone(checkpoint, dtype).to(device)
+    options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
+    wanted, pending = list(_first_rows(rows, limit)), []
+    for position, (index, source) in enumerate(tqdm(wanted, desc=description, disable=not description, leave=False)):
+        try:
+            pending.append(_question(rows[index], source, processor, data))
+        except UnusableRow as error:
+            skipped[error.cause] += 1
+        if pending and (len(pending) == batch_size or position == len(wanted) - 1):
+            predictions = _generate(model, processor, pending, options)
+            for question, prediction in zip(pending, predictions, strict=True):
+                yield Answer(prediction=prediction, **question["row"])
+            pending = []
+
+
+def _first_rows(rows: ConcatSource, limit: int | None) -> Iterator[tuple[int, str]]:
+    """Number of each row to ask and the name of its source."""
+    start = 0
+    for part in rows.parts:
+        for index in range(len(part) if limit is None else min(limit, len(part))):
+            yield start + index, part.name
+        start += len(part)
+
+
+def _question(sample, source: str, processor, data: DataConfig) -> dict:
+    """The conversation up to the last answer, as prompt and images, and the row's part of an `Answer`."""
+    turns = sample.messages
+    if not turns or turns[-1]["role"] != "assistant":
+        raise UnusableRow("bad_row", "the last turn is no answer to compare with")
+    load = partial(load_image, max_image_pixels=data.max_image_pixels)
+    asked = next((turn for turn in reversed(turns) if turn["role"] == "user"), {"content": []})
+    answer = _text(turns[-1])
+    return {
+        "text": processor.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True),
+        "images": [load(image) for image in sample.images],
+        "row": {
+            "id": sample.id,
+            "source": source,
+            "type": sample.type or question_type(answer),
+            "question": _text(asked),
+            "answer": answer,
+        },
+    }
+
+
+def _text(turn: dict) -> str:
+    return "".join(part.get("text", "") for part in turn["content"])
+
+
+def _generate(model, processor, questions: list[dict], options: dict) -> list[str]:
+    # a list for each row that has images: LLaVA-OneVision treats several images of one row otherwise than one
+    images = [question["images"] for question in questions if question["images"]]
+    inputs = processor(
+        text=[question["text"] for question in questions], images=images or None, padding=True, return_tensors="pt"
+    ).to(model.device)
+    generated = model.generate(**inputs, **options)
+    new = generated[:, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.batch_decode(new, skip_special_tokens=True)
