@@ -29,7 +29,7 @@ from study_rows import Row
 from vlsi_fast import load_config, run
 from vlsi_fast.evaluation.answers import answer_rows
 from vlsi_fast.evaluation.metrics import exact_match
-from vlsi_fast.loading import weights_digest
+from vlsi_fast.lineage import weights_digest
 
 MAX_ANSWER = 32
 """Tokens after which an answer is cut; the longest right one has fewer."""
