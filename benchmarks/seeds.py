@@ -18,9 +18,9 @@ EXACT_UP_TO = 8
 DRAWS = 50_000
 
 
-def interval(values: list[float]) -> dict[str, float | list[float]]:
-    """Mean, half width of its 95% interval (NaN for one value), and the values themselves."""
-    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def interval(values: list[float]) -> dict[str, float | list[float] | None]:
+    """Mean, half width of its 95% interval (None for one value), and the values themselves."""
+    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "half_width_95": half, "values": values}
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
 import re
 import statistics
@@ -218,7 +217,10 @@ def print_table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     def percent(value: dict | None) -> list[str]:
-        return [f"{100 * value['mean']:.1f}", f"{100 * value['half_width_95']:.1f}"] if value else ["", ""]
+if value is None:
+            return ["", ""]
+        half = value["half_width_95"]
+        return [f"{100 * value['mean']:.1f}", "" if half is None else f"{100 * half:.1f}"]
 
     types = next((list(entry["types"]) for entry in result["rows"] if "types" in entry), [])
     papers = [f"paper {order['paper_table'].removeprefix('table_')}" for order in result["order"]]
@@ -266,7 +268,7 @@ def plot(result: dict[str, Any], path: Path) -> str | None:
     ours, *theirs = axes[0]
     for y, entry in zip(places, rows):
         value, color = entry["accuracy"], "tab:gray" if "control" in entry["name"] else "tab:blue"
-        half = 0 if math.isnan(value["half_width_95"]) else value["half_width_95"]
+        half = value["half_width_95"] or 0
         ours.errorbar(100 * value["mean"], y, xerr=100 * half, fmt="o", color=color, capsize=3)
         ours.plot([100 * v for v in value["values"]], [y] * len(value["values"]), ".", color=color, alpha=0.4, ms=4)
     ours.set_yticks(places, [entry["name"] for entry in rows])
