@@ -217,7 +217,7 @@ def print_table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     def percent(value: dict | None) -> list[str]:
-if value is None:
+        if value is None:
             return ["", ""]
         half = value["half_width_95"]
         return [f"{100 * value['mean']:.1f}", "" if half is None else f"{100 * half:.1f}"]
