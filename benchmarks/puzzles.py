@@ -9,8 +9,8 @@ from row to row, or from column to column, so the fourth follows.
 | type      | example                                                                                            |
 |-----------|----------------------------------------------------------------------------------------------------|
 | attribute | what color is the star? - red; what is in the top left? - a red star with a dot                     |
-| count     | how many circles are there? - two; count the red circles. - there are two red circles               |
-| relation  | what is left of the red star? - a blue circle; is the red star above the blue circle? - yes         |
+| count     | how many circles are there? - two; count the red circles. - two red circles                         |
+| relation  | what is left of the red star? - a blue circle with a dot; what is above the blue circle? - nothing  |
 | sequence  | which image is missing? - blue star with a dot                                                      |
 | describe  | describe the image. - red star, nothing, blue circle with a dot, nothing                            |
 | easy_vqa  | rows of PyPI's easy-vqa (training splits from its train split, the others from its test split)      |
@@ -42,8 +42,8 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 TYPES = ("attribute", "count", "relation", "sequence", "describe", "easy_vqa")
 SPLITS = {
-    "teacher_train": (2400, 2000, 800), "train": (250, 250, 100), "validation": (60, 100, 40),
-    "test": (80, 130, 50), "test_held_out": (130, 130, 0), "teacher_more_train": (4000, 0, 1500),
+    "teacher_train": (6000, 2500, 4000), "train": (250, 250, 100), "validation": (60, 100, 40),
+    "test": (80, 130, 50), "test_held_out": (130, 130, 0),
 }  # fmt: skip
 """Split -> scenes, puzzles, rows of easy-vqa. A scene has five rows, a puzzle one, in training splits two."""
 
@@ -180,36 +180,24 @@ def _count(cells: Cells, rng: random.Random) -> Question:
     number = NUMBERS[len(same)]
     if rng.random() < 0.5:
         return Question("count", f"how many {many} are there?", number, tuple(same))
-    verb, what = ("is", one) if len(same) == 1 else ("are", many)
-    return Question("count", f"count the {many}.", f"there {verb} {number} {what}", tuple(same))
+    return Question("count", f"count the {many}.", f"{number} {one if len(same) == 1 else many}", tuple(same))
 
 
 def _relation(cells: Cells, rng: random.Random) -> Question:
     names = [f"{cell.color} {cell.shape}" if cell else "" for cell in cells]
     unique = [i for i in range(4) if cells[i] and names.count(names[i]) == 1]
-    if len(unique) < 2:
+    if not unique:
         return _attribute(cells, rng)
-    i, j = rng.sample(unique, 2)
-    if rng.random() < 0.5:
-        beside, below = i ^ 1, i ^ 2
-        other = rng.choice((beside, below))
-        if other == beside:
-            side = "left of" if beside < i else "right of"
-        else:
-            side = "above" if below < i else "below"
-        answer = f"a {cells[other]}" if cells[other] else "nothing"
-        about = (cells[i],) + ((cells[other],) if cells[other] else ())
-        return Question("relation", f"what is {side} the {names[i]}?", answer, about)
-    side, holds = rng.choice(
-        (
-            ("left of", i % 2 < j % 2),
-            ("right of", i % 2 > j % 2),
-            ("above", i // 2 < j // 2),
-            ("below", i // 2 > j // 2),
-        )
-    )
-    answer = "yes" if holds else "no"
-    return Question("relation", f"is the {names[i]} {side} the {names[j]}?", answer, (cells[i], cells[j]))
+    i = rng.choice(unique)
+    beside, below = i ^ 1, i ^ 2
+    other = rng.choice((beside, below))
+    if other == beside:
+        side = "left of" if beside < i else "right of"
+    else:
+        side = "above" if below < i else "below"
+    answer = f"a {cells[other]}" if cells[other] else "nothing"
+    about = (cells[i],) + ((cells[other],) if cells[other] else ())
+    return Question("relation", f"what is {side} the {names[i]}?", answer, about)
 
 
 def _describe(cells: Cells, puzzle: bool) -> Question:
@@ -261,6 +249,7 @@ def write(folder: Path, seed: int, splits: dict = SPLITS) -> dict[str, int]:
         rows[split] += [_row(each.type, name, each.question, each.answer) for each in asked]
     for split, (_, _, count) in splits.items():
         rows[split] += _easy_vqa_rows(folder, split, count, seed)
+        random.Random(f"{seed} order {split}").shuffle(rows[split])  # the first rows of a split are a sample of it
         (folder / f"{split}.jsonl").write_text("\n".join(rows[split]) + "\n")
     return {split: len(lines) for split, lines in rows.items()}
 

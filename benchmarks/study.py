@@ -98,8 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def models_of(table: str | None) -> list[str]:
     """Models that a table needs, teachers first."""
-    names = ["teacher", "student"]
-    return sorted(study_models.SIZES, key=lambda name: name.startswith("student")) if table == "fig4" else names
+    more = {"fig4": ["teacher_small", "student_small"], "why": ["student_deep"]}
+    return sorted(["teacher", "student", *more.get(table, [])], key=lambda name: name.startswith("student"))
 
 
 def warm(study: Study) -> None:

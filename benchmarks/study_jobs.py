@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from study_models import CONFIG, rows_of
+from study_models import CONFIG, TARGETS, rows_of
 from study_rows import Row
 
 from vlsi_fast import load_config, run
@@ -76,6 +76,7 @@ class Study:
         """The scores that a row needs, one a split; their chains hold its stages."""
         last: tuple[Job, ...] = ()
         shared = {"seed": seed, "teacher": row.teacher, "student": row.student, "data": row.data}
+        shared |= {"layers": {"teacher": TARGETS[row.teacher], "student": TARGETS[row.student]}}
         shared |= {"config": hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()}
         shared |= {"weights": self._digest(row.teacher) + self._digest(row.student)}
 
@@ -117,7 +118,8 @@ class Study:
         source = rows_of(self.work / "data" / data)
         if count:
             source["path"] += f"#{count}"
-        changes = self.overrides | settings["changes"] | {"output_dir": str(folder), "seed": settings["seed"]}
+        changes = {f"{role}.layers": layers for role, layers in settings["layers"].items()}
+        changes |= self.overrides | settings["changes"] | {"output_dir": str(folder), "seed": settings["seed"]}
         changes |= {f"{role}.path": str(models / settings[role]) for role in ("teacher", "student")}
         changes["data.train"] = [source]
         for parent in job.parents:

@@ -176,7 +176,7 @@ def figure_4(config: RunConfig) -> list[Row]:
 
 
 def table_why(config: RunConfig) -> list[Row]:
-    """On validation: rates, rank, verbalizers, temperature, shares of the steps, wrong answers, little data."""
+    """On validation: rates, rank, verbalizers, temperature, weight, layers, shares of the steps, data, depth."""
     steps = steps_of(config)
     rate = config.stage_training("interact").learning_rate
     floor = {"interact.training.min_learning_rate": 1e-6}
@@ -199,10 +199,18 @@ def table_why(config: RunConfig) -> list[Row]:
     half = steps["interact"] // 2
     rows.append(Row("half of interact's steps given to sft", interact=_steps("interact", half),
                     sft=_steps("sft", steps["sft"] + half)))  # fmt: skip
+    for weight in (0.3, 0.1):
+        rows.append(Row(f"intermediate weight {weight}", interact={"interact.intermediate_weight": weight}))
+    rows.append(Row("target layers: the student's deepest alone", verbalizer={"student.layers": [3]}))
     for data, label in (("train_noisy.jsonl", "30% of the answers wrong"), ("train.jsonl#400", "400 rows of data")):
         rows.append(Row(f"{label}: VLsI", data=data))
         rows.append(sft_alone(config, name=f"{label}: sft alone", data=data))
         rows.append(last_layer(config, name=f"{label}: last-layer KL, sft", data=data))
+    deep = {"student": "student_deep"}
+    rows.append(replace(BEFORE, name="deeper student: before", scored="student_deep"))
+    rows.append(Row("deeper student: VLsI", **deep))
+    rows.append(sft_alone(config, name="deeper student: sft alone", **deep))
+    rows.append(last_layer(config, name="deeper student: last-layer KL, sft", **deep))
     return rows
 
 

@@ -306,6 +306,7 @@ HEADLESS = {"headless": True, "intermediate": "l2"}
         ({"interact": {"intermediate": "none", "last": "none"}}, "both none: nothing to learn; set one"),
         ({"interact": {"headless": True}}, "set interact.intermediate to l2"),
         ({"interact": HEADLESS | {"train_student_verbalizers": True}}, "not with headless"),
+        ({"interact": {"intermediate": "none", "intermediate_weight": 0.1}}, "weighs nothing"),
         ({"interact": {"intermediate": "none", "train_student_verbalizers": True}}, "nor with intermediate none"),
         ({"interact": HEADLESS, "verbalizer": {"architecture": "mlp"}}, "headless needs verbalizer.architecture"),
         ({"interact": HEADLESS, "verbalizer": {"residual": True}}, "without verbalizer.residual"),

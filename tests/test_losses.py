@@ -255,6 +255,7 @@ def dense_parts(module, batch, counts) -> list:
         else:
             pairs = [F.mse_loss(s, t) if settings.headless else compare(settings.intermediate, s, t) for t in t_layers]
             parts.append((torch.stack(pairs) * counts[i]).sum() / counts[i].sum())
+    parts = [settings.intermediate_weight * part for part in parts]
     if settings.last != "none":
         parts.append(compare(settings.last, s_last, t_last))
     return parts
@@ -292,6 +293,17 @@ def test_interact_loss_with_other_matchings(batch, intermediate, matching):
 
 def test_temperature(batch):
     check_against_dense(interact_module("kld", "kld", temperature=2.0), batch)
+
+
+@pytest.mark.parametrize(
+    "intermediate, last, headless", [("kld", "kld", False), ("l2", "kld", True), ("ce", "none", False)]
+)
+def test_weight_of_the_target_layers(batch, intermediate, last, headless):
+    module = interact_module(intermediate, last, headless, intermediate_weight=0.3)
+    check_against_dense(module, batch)
+    whole = run(interact_module(intermediate, last, headless), batch)["parts"]
+    ours, layers = run(module, batch)["parts"], len(STUDENT_LAYERS)
+    close(ours, torch.cat([0.3 * whole[:layers], whole[layers:]]).double(), 1e-6)
 
 
 def test_recorded_matrix_is_the_dense_matrix(batch):

@@ -231,6 +231,8 @@ class InteractConfig(StageSection):
     """Loss of the target layers: KL or L2 (logits) to the matched teacher layer, or CE on the answers."""
     last: Literal["kld", "ce", "l2", "none"] = "kld"
     """Loss of the last layer: KL or L2 (logits) to the teacher's last layer, or CE on the answers."""
+    intermediate_weight: float = Field(1.0, gt=0)
+    """Factor of the target layers' losses beside the last layer's (the paper: 1)."""
     headless: bool = False
     """Appendix D's ablation: no head; verb-FFN outputs matched by L2, the student's widened to the teacher's width."""
     temperature: float = Field(1.0, gt=0)
@@ -242,6 +244,8 @@ class InteractConfig(StageSection):
     def _check(self):
         if self.intermediate == self.last == "none":
             raise ValueError("interact.intermediate and interact.last are both none: nothing to learn; set one")
+        if self.intermediate == "none" and self.intermediate_weight != 1:
+            raise ValueError("interact.intermediate_weight weighs nothing where interact.intermediate is none; remove it")
         if self.headless and self.intermediate != "l2":
             raise ValueError("interact.headless matches verb-FFN outputs by L2: set interact.intermediate to l2")
         if self.train_student_verbalizers and (self.headless or self.intermediate == "none"):

@@ -1,7 +1,8 @@
 """Stage 2, interact (section 3.2): match student layers to teacher layers and distil between their distributions.
 
 Trained: LoRA on the student's language model. Loss: the sum over student target layers of the operation
-`interact.intermediate` at the matched pairs, plus `interact.last` on the last layer (table 4d; default KL and KL).
+`interact.intermediate` at the matched pairs, times `interact.intermediate_weight`, plus `interact.last` on the last
+layer (table 4d; default KL and KL, and 1).
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class InteractModule(StageModule):
             parts.append(self._intermediate(matrix, matches, s_layers, t_layers))
         elif self.settings.intermediate == "ce":
             parts.append(self.answer_loss(s_layers, student["labels"]))
+        parts = [self.settings.intermediate_weight * part for part in parts]
         parts += self._last(last_kl, s_last, t_last, student["labels"])
         parts = torch.cat(parts)
         return {"loss": parts.sum(), "parts": parts.detach(), **record}
