@@ -245,7 +245,7 @@ class InteractConfig(StageSection):
         if self.intermediate == self.last == "none":
             raise ValueError("interact.intermediate and interact.last are both none: nothing to learn; set one")
         if self.intermediate == "none" and self.intermediate_weight != 1:
-            raise ValueError("interact.intermediate_weight weighs nothing where interact.intermediate is none; remove it")
+            raise ValueError("interact.intermediate_weight weighs nothing with interact.intermediate none; remove it")
         if self.headless and self.intermediate != "l2":
             raise ValueError("interact.headless matches verb-FFN outputs by L2: set interact.intermediate to l2")
         if self.train_student_verbalizers and (self.headless or self.intermediate == "none"):
