@@ -127,9 +127,10 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     finally:
         if file is not None:
             file.close()
+    for name in [name for name, rows in answers.items() if not rows]:
+        causes = ", ".join(f"{cause} {count}" for cause, count in skipped[name].items())
+        print(f"vlsi-fast: {name}: no row could be scored ({causes}); see the causes in README, Data", file=sys.stderr)
     if not all(answers.values()):
-        causes = ", ".join(f"{cause} {count}" for cause, count in next(iter(skipped.values())).items())
-        print(f"vlsi-fast: no row could be scored ({causes}); see the causes in README, Data", file=sys.stderr)
         return 1
     summary = summarise(answers, {name: dict(counts) for name, counts in skipped.items()})
     summary["models"] = {name: {"path": str(models[name])} | found for name, found in summary["models"].items()}
