@@ -181,6 +181,9 @@ def table_why(config: RunConfig) -> list[Row]:
     rate = config.stage_training("interact").learning_rate
     floor = {"interact.training.min_learning_rate": 1e-6}
     rows = [DEFAULT, sft_alone(config), last_layer(config), TEACHER, BEFORE]
+    total = 3 * sum(steps.values())  # a step of sft has a third of the operations of VLsI's mean step
+    equal = {"sft.start_from": "base"} | _steps("sft", total)
+    rows.append(sft_alone(config, name="control: sft alone, 3 x the steps", sft=equal))
     for factor in (0.3, 3):
         rows.append(
             Row(
