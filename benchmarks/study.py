@@ -20,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ def plot(result: dict[str, Any], path: Path) -> str | None:
     fewest, most = min(len(e["seeds"]) for e in rows), max(len(e["seeds"]) for e in rows)
     seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
     untrained = "; ".join(f"{e['name']} {100 * e['accuracy']['mean']:.1f}" for e in scored if not e["steps"])
-    ours.set_xlabel(f"answers right, % ({seeds}, mean and 95%)\n{untrained}")
+    ours.set_xlabel(f"answers right, % ({seeds}, mean and 95%)\n{textwrap.fill(untrained, 50)}")
     for axis, order in zip(theirs, orders):
         for y, entry in zip(places, rows):
             if entry["name"] in order["paper_means"]:
