@@ -110,7 +110,7 @@ def _make(work: Path, role: str, folder: Path, changes: dict) -> None:
 
 
 def write_conditions(data: Path) -> None:
-    """What the curves train on: so many labels, fewer wordings, wrong answers. A small set is part of every larger one."""
+    """What the curves train on: few labels, few wordings, wrong answers. A small set is part of every larger one."""
     for kind in ("", "_plain", "_two"):
         lines = (data / f"train{kind}.jsonl").read_text().splitlines(keepends=True)
         for count in LABELS:
