@@ -84,9 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         parser.error(f"{options.work_dir} has no {', '.join(missing)}; add --prepare")
     study = Study(options.work_dir, parse_overrides(rest))
-    warm(study, rows)
     runner = Runner(study, options.jobs, _deadline(options.until))
     chosen = [row for row in rows if re.search(options.only or "", row.name)]
+    warm(study, chosen)
     runner.tune(chosen)
     runner.fresh(chosen, range(1, options.seeds + 1), options.split)
     result = collect(runner, options.table, rows, range(1, options.seeds + 1), options.split)
