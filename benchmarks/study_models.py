@@ -132,6 +132,5 @@ def write_answered(work: Path, target: Path) -> None:
     lines = (work / "data" / "train.jsonl").read_text().splitlines(keepends=True)[-UNLABELLED:]
     asked = target.with_name("unlabelled.jsonl")
     asked.write_text("".join(lines))
-    answer(
-        work / "models" / "teacher", asked, None, target, temperature=1.0, max_new_tokens=96, batch_size=256, seed=0
-    )
+    options = {"temperature": 1.0, "max_new_tokens": 96, "batch_size": 256, "seed": 0}
+    answer(None, asked, None, target, model=work / "models" / "teacher", **options)

@@ -101,10 +101,9 @@ def short(monkeypatch):
     """Grids and steps that take no time."""
     rows = [
         study_rows.replace(study_rows.VLSI, budget=4, rates=(1e-3, 2e-3)),
-        study_rows.replace(study_rows.BEST_SFT, rates=(1e-3,)),
+        study_rows.replace(study_rows.BEST_SFT, rates=(1e-3,), choices=(2, 3)),
         study_rows.TEACHER,
     ]
-    monkeypatch.setattr(study_rows, "STEPS", (2, 3))
     monkeypatch.setattr(study_jobs, "MAX_ANSWER", 4)
     monkeypatch.setitem(study_rows.TABLES, "main", lambda: rows)
     return rows
