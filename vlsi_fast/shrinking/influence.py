@@ -126,5 +126,5 @@ def layer_influence(model: nn.Module, rows: Iterable[dict[str, Any]]) -> tuple[l
     cosines = [float(total) / max(1, tokens) for total in sums]
     if not all(map(math.isfinite, cosines)):
         first = next(i for i, cosine in enumerate(cosines) if not math.isfinite(cosine))
-        raise ConfigError(f"decoder layer {first + 1} gives no finite numbers; use --dtype float32, or another checkpoint")
+        raise ConfigError(f"decoder layer {first + 1} gives no finite numbers; use --dtype float32 or other weights")
     return [max(0.0, 1 - cosine) for cosine in cosines], count, tokens
