@@ -48,7 +48,6 @@ class Row:
     """vlsi, last, sft; "" for a base model that is scored as it is."""
     budget: str | int = FULL
     """Steps: a number; "best": the best of `choices`; "operations": as many as cost what VLsI's `FULL` steps cost."""
-    choices: tuple[int, ...] = STEPS
     paper: tuple[str, ...] = ()
     """Rows of the paper's table that it stands for (several: their mean)."""
     changes: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +68,8 @@ class Row:
     scored: str | None = None
     """A base model to score instead of what the stages made."""
     rates: tuple[float, ...] = RATES
+    choices: tuple[int, ...] = STEPS
+    """Steps that budget "best" chooses from."""
 
     @property
     def speaks(self) -> bool:
