@@ -18,6 +18,10 @@ import traceback
 from pathlib import Path
 
 
+LONGEST_DELAY = 0.3
+"""Seconds between a checkpoint's first file and the kill: about as long as saving a tiny one takes two busy ranks."""
+
+
 class ForkedRanks:
     """Client of the process: `run` runs a stage on some ranks, to its end or to a kill."""
 
@@ -29,12 +33,13 @@ class ForkedRanks:
             )  # fmt: skip
         self.said = folder / "ranks.said"
 
-    def run(self, config: Path, stage: str, ranks: int = 2, kill: int | None = None) -> dict:
-        """Run a stage with `resume`. With `kill`, a seed: kill -9 all ranks at a random moment of saving a checkpoint.
+    def run(self, config: Path, stage: str, ranks: int = 2, kill: tuple[str, int] | None = None) -> dict:
+        """Run a stage, or all, with `resume`. With `kill`, a stage and a seed: kill -9 all ranks at a random moment
+        after the stage has begun to save a checkpoint.
 
         Returns:
-            codes: how each rank ended, as `os.waitpid` gives it; said: what they printed; hit: the checkpoint that was
-            being written when they were killed, if any.
+            codes: how each rank ended, as `os.waitpid` gives it; said: what they printed; hit: whether a checkpoint was
+            being written when they were killed, None where they were not.
         """
         job = {"config": str(config), "stage": stage, "ranks": ranks, "kill": kill, "said": str(self.said)}
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -67,35 +72,39 @@ def _one_rank(job: dict, rank: int, port: int) -> None:
         os._exit(code)
 
 
-def _unfinished(output: Path) -> set[Path]:
-    return {p for p in output.glob("*/checkpoint-*") if not (p / "manifest.json").exists()}
-
-
 def _do(job: dict) -> dict:
     Path(job["said"]).write_text("")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    output = Path(json.loads(Path(job["config"]).read_text())["output_dir"])
-    left, draw = _unfinished(output), random.Random(job["kill"])
-    wanted, delay, seen = draw.randint(1, 2), draw.uniform(0.0, 0.15), 0
+    stage, seed = job["kill"] or ("", 0)
+    folder = Path(json.loads(Path(job["config"]).read_text())["output_dir"]) / stage
+    left = set(folder.glob("checkpoint-*")) if stage else set()  # perhaps half of one, which the run deletes
+    delay = random.Random(seed).uniform(0.0, LONGEST_DELAY)
     pids = [os.fork() or _one_rank(job, rank, port) for rank in range(job["ranks"])]
-    codes, hit = {}, None
+    codes, hit, terminated = {}, None, False
     while len(codes) < len(pids):
         for pid in set(pids) - codes.keys():
             ended, code = os.waitpid(pid, os.WNOHANG)
             if ended:
                 codes[pid] = code
-        now = _unfinished(output)
-        seen += bool(now - left)
-        left = left & now if not now - left else now
-        if job["kill"] is not None and hit is None and seen >= wanted:
+                if code and not terminated:  # as launchers do
+                    time.sleep(1.0)
+                    _end(set(pids) - codes.keys(), signal.SIGTERM)
+                    terminated = True
+        now = set(folder.glob("checkpoint-*")) if stage else set()
+        left &= now
+        if now - left and hit is None:
             time.sleep(delay)
-            for pid in set(pids) - codes.keys():
-                os.kill(pid, signal.SIGKILL)
-            hit = sorted(str(p) for p in _unfinished(output))
+            _end(set(pids) - codes.keys(), signal.SIGKILL)
+            hit = not all((checkpoint / "manifest.json").exists() for checkpoint in now - left)
         time.sleep(0.002)
     return {"codes": [codes[pid] for pid in pids], "hit": hit}
+
+
+def _end(pids: set[int], how: int) -> None:
+    for pid in pids:
+        os.kill(pid, how)  # none was waited for, so none is another process by now
 
 
 if __name__ == "__main__":
