@@ -17,7 +17,6 @@ import time
 import traceback
 from pathlib import Path
 
-
 LONGEST_DELAY = 0.3
 """Seconds between a checkpoint's first file and the kill: about as long as saving a tiny one takes two busy ranks."""
 

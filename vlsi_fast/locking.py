@@ -63,8 +63,10 @@ def _lock(path: Path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+")
-    except PermissionError:
-        return None  # then nothing else can be written either: what must be says so
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return None  # nothing else can be written there either: a finished stage needs nothing, others say so
     while True:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
