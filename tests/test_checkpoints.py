@@ -370,7 +370,7 @@ def test_no_room_for(workspace, tmp_path, monkeypatch, where):
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(OSError, match="Input/output"), disk.explained_full_disk(tmp_path, "x", lambda: 0):
+    with pytest.raises(OSError, match="Input/output"), disk.explained_full_disk(tmp_path, "x", lambda folder: 0):
         raise OSError(errno.EIO, "Input/output error")
 
 
@@ -462,3 +462,61 @@ def test_no_file_of_deepspeed_runs_code(workspace, sharded, ranks, tmp_path):
         assert 2 in [os.waitstatus_to_exitcode(code) for code in done["codes"]]
         assert not (tmp_path / "ran").exists(), name
     assert not (folder / "checkpoint-2" / "global_step2_universal" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_ranks_learn_that_the_folder_is_taken(workspace, ranks, holder, tmp_path):
+    config = json.loads(sharded_config(workspace, tmp_path / "run").read_text()) | {"sft": {"start_from": "base"}}
+    done = ranks.run(runs.write_config(config, tmp_path / "run.json"), "sft")
+    assert [os.waitstatus_to_exitcode(code) for code in done["codes"]] == [2, 2], done["said"][-3000:]
+    assert done["said"].count("another run is writing to") == 1 and f"pid {holder.pid}" in done["said"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_under_deepspeed(workspace, sharded, ranks, small_disk, tmp_path):
+    size = checkpoints.checkpoint_bytes(sharded / "verbalize" / "checkpoint-2")
+    output = small_disk(int(1.6 * size) + (64 << 10)) / "run"
+    config = sharded_config(workspace, tmp_path / "run")
+    runs.write_config(json.loads(config.read_text()) | {"output_dir": str(output)}, config)
+    done = ranks.run(config, "verbalize")
+    assert 1 in [os.waitstatus_to_exitcode(code) for code in done["codes"]], done["said"][-3000:]
+    assert f"the disk of {output / 'verbalize'} is full: " in done["said"]
+    assert last_checkpoint(output / "verbalize") == str(output / "verbalize" / "checkpoint-2")
+    subprocess.run(["mount", "-o", "remount,size=64m", str(output.parent)], check=True)
+    done = ranks.run(config, "verbalize")
+    assert done["codes"] == [0, 0], done["said"][-3000:]
+    assert runs.losses(output, "verbalize") == runs.losses(sharded, "verbalize")
+
+
+ZERO_STAGES = """
+import sys, deepspeed, torch
+from vlsi_fast.unpickling import data_only
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed.init_distributed("gloo")
+for stage in range(4):
+    for bf16 in (False, True):
+        net = torch.nn.Linear(8, 8)
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+        config |= {"bf16": {"enabled": bf16}, "zero_allow_untested_optimizer": True}
+        engine, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.AdamW(net.parameters()), config=config)
+        x = torch.ones(1, 8, dtype=torch.bfloat16 if bf16 else torch.float32)
+        engine.backward(engine(x).float().sum())
+        engine.step()
+        engine.save_checkpoint(f"{sys.argv[1]}/{stage}{bf16}")
+        with data_only():
+            assert engine.load_checkpoint(f"{sys.argv[1]}/{stage}{bf16}")[0]
+        print("loaded", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_checkpoints_of_every_zero_stage_are_data(tmp_path):
+    """The allow-list is long enough for all that DeepSpeed's engines store."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        ranks["MASTER_PORT"] = str(free.getsockname()[1])
+    command = [sys.executable, "-c", ZERO_STAGES, str(tmp_path)]
+    done = subprocess.run(command, env=runs.environment(**ranks), text=True, capture_output=True)
+    assert done.stdout.count("loaded") == 8, done.stderr[-3000:]

@@ -6,10 +6,12 @@ import contextlib
 import errno
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .checkpoints import drop_newer, last_checkpoint
+from torch import Tensor, nn
+
+from .checkpoints import checkpoint_bytes, drop_newer, last_checkpoint
 from .sizes import format_size
 
 WORDS = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
@@ -22,13 +24,13 @@ class DiskFullError(RuntimeError):
 
 
 @contextlib.contextmanager
-def explained_full_disk(folder: Path, what: str, needed: Callable[[], int]) -> Iterator[None]:
+def explained_full_disk(folder: Path, what: str, needed: Callable[[Path], int]) -> Iterator[None]:
     """Turn a full disk inside into DiskFullError, once the checkpoint that did not fit is deleted.
 
     Args:
         folder: the stage's.
         what: is being written inside, for the message.
-        needed: its bytes.
+        needed: its bytes, asked with `folder`.
     """
     try:
         yield
@@ -38,13 +40,34 @@ def explained_full_disk(folder: Path, what: str, needed: Callable[[], int]) -> I
         kept = last_checkpoint(folder)
         with contextlib.suppress(OSError):  # another rank may be writing there still; --resume deletes it, too
             drop_newer(folder, kept)
-        free, size = shutil.disk_usage(folder).free, needed()
+        free, size = shutil.disk_usage(folder).free, needed(folder)
         goes_on = f"continues from {Path(kept).name}, which is kept" if kept else "starts the stage over"
         raise DiskFullError(
             f"the disk of {folder} is full: {free:,} bytes are free ({format_size(free)}), {what} needs {size:,} "
             f"({format_size(size)}). Make room, then --resume {goes_on}; training.save_total_limit says how many "
             "checkpoints stay"
         ) from error
+
+
+def checkpoint_size(module: nn.Module, folder: Path) -> int:
+    """Bytes of a checkpoint: those of the last one, or float32 weights and two moments of what is trained."""
+    kept = last_checkpoint(folder)
+    return checkpoint_bytes(Path(kept)) if kept else 12 * sum(map(_elements, _trained(module)))
+
+
+def result_size(module: nn.Module, folder: Path) -> int:
+    """Bytes of what a stage leaves, about: its student, or what was trained."""
+    student = getattr(module, "student", None)
+    saved = student.parameters() if student is not None else _trained(module)
+    return sum(_elements(p) * p.element_size() for p in saved)
+
+
+def _trained(module: nn.Module) -> Iterable[Tensor]:
+    return (p for p in module.parameters() if p.requires_grad)
+
+
+def _elements(parameter: Tensor) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a rank holds a part
 
 
 def is_full_disk(error: BaseException, folder: Path) -> bool:

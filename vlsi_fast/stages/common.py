@@ -15,7 +15,7 @@ from vlsi_kernels import resolve_impl
 
 from ..acceleration import apply_liger, attention_name, use_liger, use_packing
 from ..backbones import family_of
-from ..checkpoints import checkpoint_bytes, drop_newer, last_checkpoint
+from ..checkpoints import drop_newer
 from ..config import QUANTIZED, ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
@@ -24,7 +24,7 @@ from ..data.packing import Packer
 from ..data.processors import load_processor
 from ..data.sources import build_source
 from ..data.tokens import SharedTokens
-from ..disk import explained_full_disk
+from ..disk import checkpoint_size, explained_full_disk, result_size
 from ..lineage import (
     LineageError,
     checkpoint_digest,
@@ -198,8 +198,7 @@ class Stage:
             torch.cuda.reset_peak_memory_stats()
         start = record["identity"]["data_start"]
         trainer = StageTrainer(module, self.args, self.config, self.name, dataset, collator, start)
-        size = partial(self._checkpoint_bytes, module)
-        with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", size):
+        with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         record["summary"] = {
             "seconds": trainer.totals["step_seconds"],
@@ -214,7 +213,7 @@ class Stage:
             "liger": self.liger,
         }
         watch.place = f"stage {self.name}, writing its results"
-        with explained_full_disk(self.folder, f"the result of stage {self.name}", partial(self._result_bytes, module)):
+        with explained_full_disk(self.folder, f"the result of stage {self.name}", partial(result_size, module)):
             self.save(module)
         barrier()
         record["state"] = "finished"
@@ -222,18 +221,6 @@ class Stage:
             write_record(self.folder, record)
         _release(trainer, self._held)
         return record
-
-    def _checkpoint_bytes(self, module: StageModule) -> int:
-        """Of one checkpoint: as the last one, or float32 weights with two moments."""
-        kept = last_checkpoint(self.folder)
-        trained = (p for p in module.parameters() if p.requires_grad)
-        return checkpoint_bytes(Path(kept)) if kept else 12 * sum(getattr(p, "ds_numel", p.numel()) for p in trained)
-
-    def _result_bytes(self, module: StageModule) -> int:
-        """Of what `save` writes, about: the student, or what was trained."""
-        student = getattr(module, "student", None)
-        saved = student.parameters() if student is not None else (p for p in module.parameters() if p.requires_grad)
-        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
 
     def _check_inputs(self) -> tuple[VlsiDataset, Collator]:
         """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""
