@@ -438,26 +438,22 @@ def test_files_of_all_ranks_are_in_the_manifest(sharded):
 @pytest.mark.slow
 def test_no_file_of_deepspeed_runs_code(workspace, sharded, ranks, tmp_path):
     """Of each kind, on the rank that reads it; and where one rank has them converted."""
-    shutil.copytree(sharded / "interact", tmp_path / "run" / "interact")
-    folder = tmp_path / "run" / "interact"
+    folder = shutil.copytree(sharded / "verbalize", tmp_path / "run" / "verbalize")
     runs.rewind(folder, 2)
     config = sharded_config(workspace, tmp_path / "run")
-    tree = json.loads(config.read_text())
-    for role in ("student", "teacher"):
-        tree[role]["verbalizers"] = str(sharded / "verbalize" / role)
-    runs.write_config(tree, config)
     shutil.copytree(folder / "checkpoint-2", tmp_path / "kept")
     parts = "checkpoint-2/global_step2/zero_pp_rank_{}_mp_rank_00_{}_states.pt"
     kinds = [parts.format(0, "model"), parts.format(1, "optim")]
     kinds += [f"checkpoint-2/{name}" for name in ("scheduler.pt", "rng_state_1.pth")]
     for count, name in [*((2, name) for name in kinds), (1, parts.format(1, "optim"))]:
         if count == 1:
+            tree = json.loads(config.read_text())
             tree["training"]["gradient_accumulation_steps"] *= 2
             runs.write_config(tree, config)
         shutil.rmtree(folder / "checkpoint-2")
         shutil.copytree(tmp_path / "kept", folder / "checkpoint-2")
         plant(folder / name, tmp_path / "ran")
-        done = ranks.run(config, "interact", ranks=count)
+        done = ranks.run(config, "verbalize", ranks=count)
         assert f"{name} is refused" in done["said"], (name, done["said"][-3000:])
         assert 2 in [os.waitstatus_to_exitcode(code) for code in done["codes"]]
         assert not (tmp_path / "ran").exists(), name
