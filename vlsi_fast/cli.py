@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from . import __version__
 from .config_files import ConfigError
 
+OF_ONE_RANK = ("AnswerMismatchError", "NoUsableRowError", "DiskFullError", "UnsafeFileError")
+"""Errors that one rank alone may meet, and then says."""
 STAGE_CHOICES = ("verbalize", "interact", "sft", "all")
 
 
@@ -157,7 +159,7 @@ def _named(path: str):
 def report(error: Exception, code: int) -> int:
     """Errors whose message is the whole story: no traceback, and once a machine."""
     # What every rank finds is said once a machine; what one rank's rows did, by that rank.
-    if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in ("AnswerMismatchError", "NoUsableRowError"):
+    if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in OF_ONE_RANK:
         print(f"vlsi-fast: {error}", file=sys.stderr, flush=True)
     return code
 
@@ -214,6 +216,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import torch
 
     from .data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
+    from .disk import DiskFullError
     from .lineage import LineageError
     from .stages import NonFiniteLossError, run
 
@@ -221,7 +224,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         run(config, arguments.stage, arguments.resume)
     except (ConfigError, LineageError, FileNotFoundError) as error:
         return report(error, 2)
-    except (AnswerMismatchError, NoUsableRowError, NonFiniteLossError, TooManySkippedRows) as error:
+    except (AnswerMismatchError, NoUsableRowError, NonFiniteLossError, TooManySkippedRows, DiskFullError) as error:
         return report(error, 1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config import STAGES, ConfigError, RunConfig, nearest
 from ..data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
+from ..disk import DiskFullError
 from ..lineage import LineageError
 from ..watch import watch
 from .base import NonFiniteLossError
@@ -14,7 +15,7 @@ from .sft import SftStage
 from .verbalize import VerbalizeStage
 
 SELF_EXPLAINING = (ConfigError, LineageError, FileNotFoundError, AnswerMismatchError, NoUsableRowError)
-SELF_EXPLAINING += (NonFiniteLossError, TooManySkippedRows)
+SELF_EXPLAINING += (NonFiniteLossError, TooManySkippedRows, DiskFullError)
 """Errors whose message is the whole story: the command line prints it without a traceback."""
 
 STAGE_CLASSES = {stage.name: stage for stage in (VerbalizeStage, InteractStage, SftStage)}
@@ -35,7 +36,9 @@ def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str
 
     Raises:
         ConfigError: unknown stage, or a config that does not fit the models.
-        LineageError: earlier results missing or of another run; a folder that is taken.
+        LineageError: earlier results missing or of another run; a folder that is taken, or
+            that another run writes to; damaged checkpoints.
+        DiskFullError: a checkpoint or result did not fit.
     """
     if stage != "all" and stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, (*STAGES, 'all'))}")

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..checkpoints import METRICS_NAME, describe, describe_start, files_of, keep_newest, write_manifest, writer_of
 from ..config import RunConfig
 from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
 from ..matching import draw_generator
 from ..rescaling import require_same_engine, universal_where_needed
-from ..sharding import barrier, rank, world_size
+from ..sharding import barrier, gathered_objects, rank, world_size
+from ..unpickling import data_only
 from ..watch import TellPlace
 from .batches import LengthGroups, StageCollator, UncollatedRows, restore_shared
 from .records import non_finite, own_numbers, step_record, sums_of, tracker_scalars
@@ -125,7 +127,7 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress)
-        self.metrics_path = Path(args.output_dir) / "metrics.jsonl"
+        self.metrics_path = Path(args.output_dir) / METRICS_NAME
         self.skip_log = SkipLog(
             Path(args.output_dir) / "skipped_rows.jsonl", len(dataset), config.data.max_skipped_share
         )
@@ -222,11 +224,7 @@ class StageTrainer(Trainer):
     def _stop_on_non_finite(self) -> None:
         """Raise on every rank alike, naming what each rank saw. Nothing has been stepped or saved."""
         seen = non_finite(self.module, self._pending)
-        everyone = [seen]
-        if world_size() > 1:
-            everyone = [None] * world_size()
-            dist.all_gather_object(everyone, seen)
-        lines = "\n  ".join(line for lines in everyone for line in lines)
+        lines = "\n  ".join(line for lines in gathered_objects(seen) for line in lines)
         raise NonFiniteLossError(
             f"non-finite loss in stage {self.stage}, optimizer step {self.state.global_step + 1}:\n  {lines}\n"
             f"Nothing was stepped or saved; the last good checkpoint in {self.args.output_dir} is kept. Look at these "
@@ -249,7 +247,7 @@ class StageTrainer(Trainer):
         strict = transformers.trainer.deepspeed_load_checkpoint
 
         def frozen_parameters_are_not_in_checkpoints(engine, path, load_module_strict=True):
-            with universal_where_needed(engine, path):
+            with data_only(), universal_where_needed(engine, path):
                 return strict(engine, path, load_module_strict=False)
 
         transformers.trainer.deepspeed_load_checkpoint = frozen_parameters_are_not_in_checkpoints
@@ -278,9 +276,29 @@ class StageTrainer(Trainer):
             partial.write_text("".join(line + "\n" for line in kept))
             partial.replace(self.metrics_path)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        barrier()  # rank 0 then writes the state that marks the checkpoint as complete
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint, last its manifest, then delete older ones. Each rank hashes the files that it wrote."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        own = describe(checkpoint, [name for name in files_of(checkpoint) if writer_of(name) == rank()])
+        parts = gathered_objects(own)
+        if rank() == 0:
+            files = {name: fact for part in parts for name, fact in part.items()}
+            write_manifest(checkpoint, files, metrics=describe_start(self.metrics_path))
+            keep_newest(folder, self.config.stage_training(self.stage).save_total_limit)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with data_only():
+            super()._load_rng_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with data_only():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with data_only():
+            super()._load_scaler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainable parameters of a checkpoint. Under DeepSpeed its own files hold them."""

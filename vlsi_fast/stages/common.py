@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vlsi_kernels import resolve_impl
 
 from ..acceleration import apply_liger, attention_name, use_liger, use_packing
 from ..backbones import family_of
+from ..checkpoints import drop_newer
 from ..config import QUANTIZED, ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
@@ -23,6 +24,7 @@ from ..data.packing import Packer
 from ..data.processors import load_processor
 from ..data.sources import build_source
 from ..data.tokens import SharedTokens
+from ..disk import checkpoint_size, explained_full_disk, result_size
 from ..lineage import (
     LineageError,
     checkpoint_digest,
@@ -42,9 +44,11 @@ from ..loading import (
     target_layers,
     tokenizer_digest,
 )
+from ..locking import claimed
 from ..losses import OperatorOptions
 from ..preflight import require_ready
-from ..rescaling import drop_incomplete, require_same_batch, rows_per_step
+from ..rescaling import require_same_batch, rows_per_step
+from ..resuming import checkpoint_to_resume
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
 from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode
@@ -162,7 +166,7 @@ class Stage:
 
         Raises:
             ConfigError, LineageError, FileNotFoundError: before any weight is loaded.
-            NonFiniteLossError, TooManySkippedRows: while training.
+            NonFiniteLossError, TooManySkippedRows, DiskFullError: while training.
         """
         self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
         watch.place = f"stage {self.name}, before its first step"
@@ -175,15 +179,21 @@ class Stage:
             raise ConfigError(str(error)) from error
         record = self._record() | {"sources": [[part.name, len(part)] for part in dataset.sources.parts]}
         require_same_batch(self.folder, self.name, self.config.stage_training(self.name))
-        found = open_stage(self.folder, record, resume)
-        barrier()  # every rank has looked before rank 0 writes
-        if found is not None and found["state"] == "finished":
-            return found
-        if self.config.preflight:
-            require_ready(self.config, self.name, self.roles, world_size())
-        if rank() == 0:
-            drop_incomplete(self.folder)
-            write_record(self.folder, record)
+        with claimed(self.folder):
+            found = open_stage(self.folder, record, resume)
+            if found is not None and found["state"] == "finished":
+                return found
+            checkpoint = checkpoint_to_resume(self.folder, found) if found is not None else None
+            if self.config.preflight:
+                require_ready(self.config, self.name, self.roles, world_size())
+            barrier()  # every rank has looked before rank 0 writes
+            if rank() == 0:
+                drop_newer(self.folder, checkpoint)
+                write_record(self.folder, record)
+            return self._train(dataset, collator, record, checkpoint)
+
+    def _train(self, dataset: VlsiDataset, collator: Collator, record: dict[str, Any], checkpoint: str | None):
+        """Build, train and save. Returns the finished record."""
         set_seed(self.config.seed)
         module = self.build()
         if self.args.deepspeed is None:
@@ -192,7 +202,8 @@ class Stage:
             torch.cuda.reset_peak_memory_stats()
         start = record["identity"]["data_start"]
         trainer = StageTrainer(module, self.args, self.config, self.name, dataset, collator, start)
-        result = trainer.train(resume_from_checkpoint=found["checkpoint"] if found else None)
+        with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
         record["summary"] = {
             "seconds": trainer.totals["step_seconds"],
             "data_wait_share": trainer.wait_seconds / max(trainer.totals["step_seconds"], 1e-9),
@@ -208,7 +219,8 @@ class Stage:
             "liger": self.liger,
         }
         watch.place = f"stage {self.name}, writing its results"
-        self.save(module)
+        with explained_full_disk(self.folder, f"the result of stage {self.name}", partial(result_size, module)):
+            self.save(module)
         barrier()
         record["state"] = "finished"
         if rank() == 0:
