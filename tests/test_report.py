@@ -158,10 +158,10 @@ def test_settings_tell_what_differs(run, tmp_path):
 
 def test_results_of_eval(run, tmp_path):
     answers = [Answer(id=str(i), question="?", answer="red", prediction="red" if i < 3 else "blue", type="other",
-                      source="rows") for i in range(4)]  # fmt: skip
+                      source="rows", scores={"exact_match": i < 3}) for i in range(4)]  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps(summarise({"mine": answers}, {"mine": {}})))
     (found,) = collect.read_results(tmp_path / "a.json")
-    assert (found["name"], found["accuracy"], found["rows"]) == ("mine", 0.75, 4)
+    assert (found["name"], found["mean"], found["rows"]) == ("mine", 0.75, 4)
     text = write_report([run.folder], tmp_path / "page.html", [tmp_path / "a.json"], samples=0).read_text()
     assert "75.00%" in text and f"{100 * found['interval'][0]:.2f}% to" in text
     for bad in ("{}", "no json", "[1]", '{"models": {"mine": {}}}'):

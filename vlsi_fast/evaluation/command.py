@@ -103,10 +103,15 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import torch
 
     from .answers import answer_rows
+    from .metrics import load_metrics
     from .report import print_report, summarise
 
     models = named_models(arguments)
     data = rows_config(arguments, overrides)
+    if arguments.metric:
+        load_metrics(arguments.metric, "--metric")
+        sources = [source.model_copy(update={"metric": arguments.metric}) for source in data.eval]
+        data = data.model_copy(update={"eval": sources})
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = {
         "num_beams": arguments.num_beams,
@@ -145,7 +150,5 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _write(file: Any, name: str, answer: Any) -> None:
-    from .metrics import METRICS
-
-    scores = {metric: right(answer.prediction, answer.answer) for metric, right in METRICS.items()}
-    file.write(json.dumps({"model": name, **vars(answer), **scores}, ensure_ascii=False) + "\n")
+    told = {"model": name, **vars(answer)}
+    file.write(json.dumps(told | told.pop("scores"), ensure_ascii=False) + "\n")

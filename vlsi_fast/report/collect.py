@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, RunConfig, field_names
+from ..evaluation.metrics import title
 from ..runs import Run
 
 PROGRESS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -150,15 +151,19 @@ def accuracies(run: Run) -> tuple[dict[str, float], dict[str, Any] | None]:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Exact matches of a `vlsi-fast eval --json` file: {"name", "accuracy" (0 to 1), "rows", "interval" (95%)} each.
+    """Headline scores of a `vlsi-fast eval --json` file: {"name", "metric", "mean" (0 to 1), "rows", "interval" (95%)}.
 
     Raises:
         ConfigError: another kind of file.
     """
     try:
-        models = json.loads(path.read_text())["models"]
-        scores = [{"name": name, **found["exact_match"]} for name, found in models.items()]
-        return [{key: score[key] for key in ("name", "accuracy", "rows", "interval")} for score in scores]
+        tree = json.loads(path.read_text())
+        metric = tree.get("metrics", ["exact_match"])[0]  # an older file has no list of them
+        scores = [{"mean": found[metric].get("accuracy")} | found[metric] for found in tree["models"].values()]
+        return [
+            {"name": name, "metric": title(metric)} | {key: score[key] for key in ("mean", "rows", "interval")}
+            for name, score in zip(tree["models"], scores)
+        ]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path} holds no scores of vlsi-fast eval; write it with vlsi-fast eval --json") from None
 

@@ -11,7 +11,7 @@ import torch
 from ..data.images import load_image
 from ..data.skipped import UnusableRow
 from ..data.sources import build_source
-from ..evaluation.metrics import normalise
+from ..evaluation.metrics import Metric, metrics_of_sources
 from ..loading import resolve_folder
 from ..runs import Run
 from ..viewer.columns import open_source, sources_of
@@ -34,7 +34,8 @@ def what_layers_say(run: Run, count: int, max_new_tokens: int = 64) -> dict[str,
 
     Returns:
         {"rows": [{"images": [data URI], "question", "answer", "models": [name], "rows": [{"layer", "cells"}]}],
-        "reason": what is missing and why, or ""}; a cell is {"text", "right"} or None where a model has no such layer.
+        "reason": what is missing and why, or ""}; a cell is {"text", "right", "share"}, or None where a model has no
+        such layer: whether the source's first metric is 1, and the score by the second one (the first, if alone).
     """
     try:
         questions = _questions(run, count)
@@ -78,19 +79,22 @@ def _questions(run: Run, count: int) -> list[dict[str, Any]]:
     """Up to `count` usable rows: a question, its images and the answer."""
     data = run.config.data
     source = build_source(data.eval or data.train)
+    metrics = metrics_of_sources([each.metrics for each in data.eval or data.train], "data")
     found = []
     for i in range(len(source)):  # a row that cannot be used gives its place to the next one
         if len(found) == count or i >= 20 * count:
             break
         try:
-            row = source[(i * max(1, len(source) // count)) % len(source) + i // count]
+            index = (i * max(1, len(source) // count)) % len(source) + i // count
+            row = source[index]
             user, assistant = row.messages
             text = "".join(part.get("text", "") for part in user["content"])
             images = [load_image(image, max_image_pixels=data.max_image_pixels) for image in row.images]
         except (UnusableRow, ValueError, IndexError):
             continue
         answer = "".join(part.get("text", "") for part in assistant["content"])
-        found.append({"question": text.strip(), "images": images, "answer": answer})
+        scored = {"metrics": metrics[source.part_of(index)], "id": row.id}
+        found.append({"question": text.strip(), "images": images, "answer": answer} | scored)
     if not found:
         raise ValueError("no row of one question and one answer could be used")
     return found
@@ -103,11 +107,10 @@ def _answers(speaker, question: dict[str, Any], max_new_tokens: int) -> dict[int
 
 def _row(question: dict[str, Any], answers: dict[str, dict[int | None, str]]) -> dict[str, Any]:
     layers = sorted({k for found in answers.values() for k in found if k is not None})
-    right = normalise(question["answer"])
 
     def cells(layer: int | None) -> list[dict[str, Any] | None]:
         texts = [found.get(layer) for found in answers.values()]
-        return [None if t is None else {"text": t, "right": normalise(t) == right} for t in texts]
+        return [None if text is None else {"text": text} | _scores(question, text) for text in texts]
 
     return {
         "images": [_thumbnail(image) for image in question["images"]],
@@ -116,6 +119,15 @@ def _row(question: dict[str, Any], answers: dict[str, dict[int | None, str]]) ->
         "models": list(answers),
         "rows": [{"layer": layer or "answer", "cells": cells(layer)} for layer in (*layers, None)],
     }
+
+
+def _scores(question: dict[str, Any], text: str) -> dict[str, Any]:
+    first, second = (*question["metrics"][:2], *question["metrics"][:1])[:2]
+
+    def score(metric: Metric) -> float:
+        return float(metric.score(text, question["answer"], question["id"]))
+
+    return {"right": score(first) == 1, "share": score(second)}
 
 
 def _thumbnail(image) -> str:
