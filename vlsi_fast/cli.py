@@ -184,7 +184,8 @@ class _ListOptions(argparse.Action):
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `train` and `train.py`."""
-    parser.add_argument("--stage", required=True, choices=STAGE_CHOICES, help="which stage to run, or all in order")
+    stage = "which stage to run, or all: those of the config's `stages`, in order"
+    parser.add_argument("--stage", required=True, choices=STAGE_CHOICES, help=stage)
     parser.add_argument("--config", required=True, help="YAML file of the run, e.g. configs/demo.yaml")
     parser.add_argument("--resume", action="store_true", help="continue this run from its last checkpoint")
     parser.add_argument("--options", nargs=0, action=_ListOptions, help="list every --section.field with its meaning")

@@ -458,6 +458,6 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.rows < 1:
         raise ConfigError("--rows must be at least 1")
     ranks = max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1
-    results = look(Subject(config, rows=arguments.rows, ranks=ranks))
+    results = look(Subject(config, tuple(config.stages), rows=arguments.rows, ranks=ranks))
     print(json.dumps([asdict(r) for r in results], indent=2) if arguments.json else as_text(results))
     return 1 if failed(results) else 0

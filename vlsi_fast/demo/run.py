@@ -17,8 +17,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ..config import STAGES, RunConfig, load_config
+from ..config import RunConfig, load_config
 from ..report.command import write_report
+from ..runs import open_run
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 
@@ -46,6 +47,9 @@ def main(arguments: argparse.Namespace, overrides: list[str] = ()) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"vlsi-fast demo: {error}\nRun it from the root of a checkout (make demo).", file=sys.stderr)
         return 2
+    if config.stages == ["verbalize"]:
+        print("vlsi-fast demo: its `stages` make no student; add interact, sft or both", file=sys.stderr)
+        return 2
     output = Path(config.output_dir)
     if arguments.fresh and output.exists():
         shutil.rmtree(output)
@@ -57,10 +61,10 @@ def main(arguments: argparse.Namespace, overrides: list[str] = ()) -> int:
 
     _say("Scoring teacher and student as they are")
     scores = _score(config, {"teacher": config.teacher.path, "student_before": config.student.path})
-    _say("VLsI: verbalize, interact, sft")
+    _say(f"VLsI: {', '.join(config.stages)}")
     _launch(arguments, ["--stage", "all", "--config", arguments.config, *overrides])
-    stages = {stage: _summary(output / stage) for stage in STAGES}
-    finals = {"student_after": output / "sft" / "student"}
+    stages = {stage: _summary(output / stage) for stage in config.stages}
+    finals = {"student_after": open_run(output).student}
     if arguments.control:
         _say("Control: the same student, data order and number of optimizer steps, sft alone")
         steps = sum(stage["optimizer_steps"] for stage in stages.values())
@@ -172,7 +176,7 @@ def _print_table(summary: dict[str, Any], output: Path, report: Path) -> None:
     console.print(table)
     console.print(
         f"peak memory of training {summary['peak_rss_bytes'] / 2**30:.2f} GiB, all in all {summary['seconds']:.0f} s\n"
-        f"distilled student: {output / 'sft' / 'student'}\nsummary: {output / 'summary.json'}\n"
+        f"distilled student: {open_run(output).student}\nsummary: {output / 'summary.json'}\n"
         f"report, with what each layer says: {report}\n"
         f"ask its layers yourself: vlsi-fast verbalize --run {output} --image FILE --question '..'"
     )

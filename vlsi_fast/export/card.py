@@ -22,6 +22,11 @@ from .scores import THIS, Score, source_label, summary_scores
 FILL = "**[to be filled in]**"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 TEMPLATE = Path(__file__).with_name("card.md")
+OBJECTIVES = {
+    "answers": "cross-entropy of the answers",
+    "own_output": "KL from the model's own last layer",
+    "both": "cross-entropy of the answers and KL from the model's own last layer",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def make_card(run: Run, stage: str, written: Written, choices: Choices) -> tuple
     """
     stages = run.stages_behind(stage)
     parents = _parents(run, stages, choices)
-    asked, summary = summary_scores(run) if stage == "sft" else ("", [])
+    asked, summary = summary_scores(run) if run.student.parent.name == stage else ("", [])
     license, notices = _license(choices, parents[0])
     for parent in parents:
         if parent.hub_id is None:
@@ -195,10 +200,17 @@ def _what(record: dict[str, Any]) -> str:
     config, name = record["config"], record["stage"]
     lora = f"LoRA (rank {config['lora']['rank']}, alpha {config['lora']['alpha']:g})"
     if name == "verbalize":
-        return f"verbalizers of {' and '.join(config['verbalize']['models'])}: cross-entropy of the answers"
+        objective = OBJECTIVES[config["verbalize"].get("objective", "answers")]
+        return f"verbalizers of {' and '.join(config['verbalize']['models'])}: {objective}"
     if name == "interact":
         losses = config["interact"]
-        return f"{lora} on the student: {losses['intermediate']} at target layers, {losses['last']} at the last layer"
+        kind = losses.get("divergence", "forward_kl")
+        kind = f"jsd (beta {losses['jsd_beta']:g})" if kind == "jsd" else kind
+        names = {} if kind == "forward_kl" else {"kld": kind}
+        layers, last = (names.get(losses[place], losses[place]) for place in ("intermediate", "last"))
+        course = losses.get("intermediate_schedule", "constant")
+        fading = "" if course == "constant" else f" (fading out, {course})"
+        return f"{lora} on the student: {layers} at target layers{fading}, {last} at the last layer"
     parts = "language model and vision tower" if config["sft"]["train_vision"] else "language model"
     return f"{lora if config['sft']['method'] == 'lora' else parts}: cross-entropy of the answers"
 

@@ -153,6 +153,7 @@ def inspect_verbalizers(folder: Path) -> dict[str, Any]:
         "architecture": spec.get("architecture"),
         "norm": spec.get("norm"),
         "residual": spec.get("residual"),
+        "objective": made_for.get("objective", "answers"),
         "layers": layers,
         "width": spec.get("hidden_size"),
         **_weight_facts(weights, folder),

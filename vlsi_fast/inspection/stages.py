@@ -26,7 +26,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "bytes": folder_bytes(folder),
         "stages": stages,
-        "next": _next(stages),
+        "next": _next(stages, stages[last]["planned"]),
         "settings": stages[last]["settings"],
         "problems": [one for stage in stages.values() for one in stage["problems"]],
     }
@@ -48,12 +48,16 @@ def is_run(folder: Path) -> bool:
     return folder.is_dir() and any(is_stage(folder / name) for name in STAGES)
 
 
-def _next(stages: dict[str, dict]) -> str:
+def _next(stages: dict[str, dict], planned: list[str]) -> str:
     for name in STAGES:
         state = stages.get(name, {}).get("state")
-        skipped = state is None and any(later in stages for later in STAGES[STAGES.index(name) :])
-        if state != "finished" and not skipped:
-            return stages[name]["resume"] if name in stages else f"--stage {name}"
+        skipped = any(later in stages for later in STAGES[STAGES.index(name) :]) or name not in planned
+        if state is None and not skipped:
+            return f"--stage {name}"
+        if state not in (None, "finished"):
+            return stages[name]["resume"]
+    if not {"interact", "sft"} & stages.keys():
+        return "all its stages are finished: other runs may take its verbalizers (student.verbalizers, ..)"
     return "all stages are finished: vlsi-fast export"
 
 
@@ -85,6 +89,7 @@ def inspect_stage(folder: Path) -> dict[str, Any]:
         "checkpoints": checkpoints,
         "bytes": folder_bytes(folder),
         "settings": differing_settings(record.get("config", {})),
+        "planned": record.get("config", {}).get("stages") or list(STAGES),
     }
     facts["results"] = _results(folder, record, problems)
     return facts | {"problems": problems}

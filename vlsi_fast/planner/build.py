@@ -81,9 +81,12 @@ def step_of(models: Models, stage: str, setup: Setup, batch: Callable[[ModelShap
     roles = {role: _placed(spoken, role, setup) for role, spoken in make(models).items()}
     vocab = min(models.shapes[role].vocab for role in roles)
     extra: dict[str, Any] = {}
+    if stage == "verbalize":
+        extra = {"objective": config.verbalize.objective}
     if stage == "interact":
         s = config.interact
         extra = {"intermediate": s.intermediate, "last": s.last, "headless": s.headless}
+        extra |= {"divergence": s.divergence, "matched": config.matching.k}
     batches = {role: batch(spoken.shape) for role, spoken in roles.items()}
     return Step(stage, roles, batches, setup, vocab, **extra)
 
@@ -119,8 +122,8 @@ def _spoken(models: Models, role: str, mode: str, verbalized: bool, trained: boo
 
 
 def _verbalize_roles(models: Models) -> dict[str, Spoken]:
-    names = models.config.verbalize.models
-    return {role: _spoken(models, role, "frozen", True, True, needs_last=False) for role in names}
+    s = models.config.verbalize
+    return {role: _spoken(models, role, "frozen", True, True, needs_last=s.needs_last) for role in s.models}
 
 
 def _interact_roles(models: Models) -> dict[str, Spoken]:

@@ -107,6 +107,9 @@ def _interact(records: list[dict]) -> dict[str, Any] | None:
     label = {name: name.removeprefix("loss/").replace("_", " ") for name in losses}
     series = {label[n]: (steps, collect.smooth([r[n] for r in records], width)) for n in losses}
     found = {"charts": [lines(series, "interact: loss of each layer", "nats a token", log=True)]}
+    weights = [r.get("intermediate_weight", 1.0) for r in records]  # older records have none
+    if len(set(weights)) > 1:
+        found["charts"].append(lines({"target layers": (steps, weights)}, "factor of the losses", "factor"))
     if "matches" not in records[0]:
         return found | {"students": [], "teachers": []}
     moved = collect.drift(records)

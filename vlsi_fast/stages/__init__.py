@@ -23,7 +23,7 @@ __all__ = ["STAGE_CLASSES", "NonFiniteLossError", "run"]
 
 
 def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str, Any]:
-    """Run one stage, or all three in order.
+    """Run one stage, or those of the config's `stages` in order.
 
     Args:
         config: from `load_config`.
@@ -39,7 +39,7 @@ def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str
     """
     if stage != "all" and stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, (*STAGES, 'all'))}")
-    names = STAGES if stage == "all" else (stage,)
+    names = config.stages if stage == "all" else (stage,)
     try:
         return {name: STAGE_CLASSES[name](config).run(resume) for name in names}
     except Exception as error:

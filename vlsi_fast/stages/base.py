@@ -39,8 +39,8 @@ class NonFiniteLossError(RuntimeError):
 class StageModule(nn.Module):
     """What a stage trains.
 
-    `forward(student=None, teacher=None, generator=None)` takes for each role `{"inputs": processor tensors,
-    "index": [N] answer positions, "labels": [N]}` and returns
+    `forward(student=None, teacher=None, generator=None, **schedule)` takes for each role `{"inputs": processor tensors,
+    "index": [N] answer positions, "labels": [N]}`, with what `schedule` gave, and returns
 
         loss      scalar, sum over `parts`, each a mean over the N answer tokens of the micro-batch
         parts     [P] float32, detached, in the order of `part_names`
@@ -56,6 +56,11 @@ class StageModule(nn.Module):
     """[S, L] where the stage matches layers."""
     layer_names: tuple[list[int], list[int]] = ([], [])
     """Target layers of student and teacher, for logs."""
+
+    def schedule(self, progress: float) -> dict[str, float]:
+        """Numbers that `forward` takes and metrics.jsonl tells; `progress` is the share of the stage's optimizer steps
+        that are done, 0 at the first. A function of where the run is, so a resumed run has the same."""
+        return {}
 
 
 class ContinuingSampler(torch.utils.data.Sampler):
@@ -169,13 +174,16 @@ class StageTrainer(Trainer):
             # Numbered over ranks as the data are, so that another number of ranks draws the same.
             micro = len(self._pending) * world_size() + rank()
             batch["generator"] = draw_generator(self.config.seed, self.state.global_step, micro)
-        output = model(**batch)
+        output = model(**batch, **self._schedule())
         self._pending.append((sums_of(self.module, output, facts), facts))
         if self.accelerator.sync_gradients:
             self._finish_step()
         # Gradients are averaged over ranks; the loss is a sum of tokens over their global count.
         loss = output["loss"] * (facts["answer_tokens"] * world_size() / num_items_in_batch.clamp_min(1))
         return (loss, output) if return_outputs else loss
+
+    def _schedule(self) -> dict[str, float]:
+        return self.module.schedule(self.state.global_step / max(1, self.state.max_steps))
 
     # ---- records ----
 
@@ -198,6 +206,7 @@ class StageTrainer(Trainer):
             self.module, values, world_size(), stage=self.stage, step=self.state.global_step + 1,
             learning_rate=self._get_learning_rate(), seconds=now - self._step_began,
         )  # fmt: skip
+        record |= self._schedule()
         self._step_began = now
         self._add_to_totals(record)
         self._scalars = tracker_scalars(record)

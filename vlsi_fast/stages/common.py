@@ -54,6 +54,9 @@ from ..watch import watch
 from .arguments import training_arguments
 from .base import StageModule, StageTrainer
 
+ADDED = ("objective", "divergence", "jsd_beta", "intermediate_schedule")
+"""Options of stages that came after the first records."""
+
 
 class Role:
     """One of the two models, `student` or `teacher`, before its weights are loaded."""
@@ -259,7 +262,7 @@ class Stage:
         data = {name: value for name, value in dump["data"].items() if name not in loose}
         facts = {name: role.facts for name, role in self.roles.items()}
         identity = {name: dump[name] for name in ("seed", "dtype", self.name, *self.sections)}
-        identity[self.name] = {name: value for name, value in dump[self.name].items() if name != "training"}
+        identity[self.name] = {n: v for n, v in dump[self.name].items() if n != "training" and not self._added(n, v)}
         rows = rows_per_step(self.config.stage_training(self.name), world_size())
         identity |= {"data": data, "training": training, "rows_per_step": rows}
         identity |= {"inputs": self.inputs(), "data_start": self.data_start()}
@@ -277,6 +280,10 @@ class Stage:
             "versions": versions(),
             "commit": code_commit(),
         }
+
+    def _added(self, name: str, value: Any) -> bool:
+        """Whether an option that older records do not know is at its default: a run begun before it goes on."""
+        return name in ADDED and value == type(self.settings).model_fields[name].default
 
     # ---- parts that stages share ----
 
