@@ -1,13 +1,14 @@
-"""The paper's table 4 and figure 4 at a size that one CPU core can run: each row several times, paired by seed.
+"""Where distilling pays, and the paper's table 4 and figure 4, at a size that one CPU core can run.
 
-    python benchmarks/study.py --prepare                        # data, teachers and students, once
-    python benchmarks/study.py --table 4e --seeds 5 --jobs 2    # goes on where it was stopped
-    python benchmarks/study.py --table why --seeds 3            # on the validation split: what to choose, and why
-    python benchmarks/study.py --table 4d --sft.training.max_steps 100   # any option of the config, for all rows
+    python benchmarks/study.py --prepare --table main           # data, teachers and students, once
+    python benchmarks/study.py --table main --seeds 5 --jobs 2  # goes on where it was stopped
+    python benchmarks/study.py --table layers --seeds 3 --split validation
+    python benchmarks/study.py --curves                         # one figure of the tables that there are
 
-Prints the table beside the paper's numbers, with the rank correlation of the two orderings, and writes
-`benchmarks/results/study_<table>.json` and `.png`. The tables look at the two test splits; nothing may
-be chosen on them. `--until 17:30` starts nothing after that time (UTC) and reports what there is.
+Every row is tuned in the same way on the validation split with seed 0 (`study_rows.py`); its best setting is then run
+with seeds 1, 2, .. and scored on the test split. Both go to `benchmarks/results/study_<table>.json` (and `.png`),
+beside the paper's numbers where it has any. `--until 17:30` starts nothing after that time (UTC) and reports what there
+is.
 """
 
 from __future__ import annotations
@@ -27,11 +28,20 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; a job is one process on one core
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import puzzles  # noqa: E402
+import study_curves  # noqa: E402
 import study_models  # noqa: E402
 from seeds import interval, machine, rank_correlation  # noqa: E402
-from study_jobs import Study, run_jobs  # noqa: E402
-from study_rows import PAPER, TABLES, Row, rows_of_table  # noqa: E402
+from study_jobs import Job, Study, run_jobs  # noqa: E402
+from study_rows import (  # noqa: E402
+    EQUAL_STEPS,
+    PAPER,
+    TABLES,
+    TITLES,
+    VLSI,
+    Row,
+    Setting,
+    models_of,
+)
 
 from vlsi_fast.config_files import parse_overrides  # noqa: E402
 from vlsi_fast.data.dataset import VlsiDataset  # noqa: E402
@@ -41,77 +51,136 @@ from vlsi_fast.lineage import versions  # noqa: E402
 from vlsi_fast.paper import load_table  # noqa: E402
 
 ROOT = study_models.ROOT
-TEST = ("test", "test_held_out")
-TITLES = {
-    "4b": "use of the sft step", "4c": "share of the sft step", "4d": "operations of intermediate / last layers",
-    "4e": "matching strategy", "4f": "verbalizer architecture", "fig4": "teacher -> student",
-    "why": "what helps, on validation",
-}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prepare, run, collect, print. Returns 1 where a job failed."""
+    """Prepare, tune, run, collect, print. Returns 1 where a job failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", choices=TABLES)
     parser.add_argument("--prepare", action="store_true", help="make data and models where they are not there yet")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (1 to 10)")
+    parser.add_argument("--curves", action="store_true", help="draw the figure of curves from results that are there")
+    parser.add_argument("--seeds", type=int, default=5, help="number of fresh seeds, from 1 (0 to 10; 0: tune only)")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="scored with fresh seeds")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one core each (default: %(default)s)")
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/study"))
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/study"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--until", help="HH:MM, UTC: start no job after it, and report on what is done")
     parser.add_argument(
         "--only", help="regular expression: run only rows whose names match; report on all that is done"
     )
     options, rest = parser.parse_known_args(arguments)
-    if not options.prepare and options.table is None:
-        parser.error("nothing to do: give --prepare, --table, or both")
-    if not 1 <= options.seeds <= 10:
-        parser.error("--seeds must be between 1 and 10")
-    overrides = parse_overrides(rest)
+    if options.curves:
+        print(json.dumps({"png": study_curves.plot(options.out)}))
+        return 0
+    if options.table is None:
+        parser.error("nothing to do: give --table, or --curves")
+    if not 0 <= options.seeds <= 10:
+        parser.error("--seeds must be between 0 and 10")
+    rows = TABLES[options.table]()
     study_models.keep_rows()
     if options.prepare:
-        study_models.prepare(options.work_dir, models_of(options.table))
-    if options.table is None:
-        return 0
-    missing = [name for name in models_of(options.table) if not (options.work_dir / "models" / name).is_dir()]
+        study_models.prepare(options.work_dir, models_of(rows))
+    missing = [name for name in models_of(rows) if not (options.work_dir / "models" / name).is_dir()]
     if missing:
         parser.error(f"{options.work_dir} has no {', '.join(missing)}; add --prepare")
-    study = Study(options.work_dir, overrides)
-    rows = rows_of_table(options.table, study.config)
-    splits = ("validation",) if options.table == "why" else TEST
-    if options.table == "why":
-        puzzles.write_noisy(options.work_dir / "data", "train", share=0.3, seed=0)
-    scores = {(row.name, seed): study.jobs(row, seed, splits) for seed in range(options.seeds) for row in rows}
-    wanted = [job for (name, _), jobs in scores.items() if re.search(options.only or "", name) for job in jobs]
-    if any(study.result(job) is None for job in wanted):
-        warm(study)
-    failed = run_jobs(study, wanted, options.jobs, lambda text: print(text, file=sys.stderr, flush=True),
-                      _deadline(options.until))  # fmt: skip
-    result = collect(study, options.table, rows, scores, options.seeds, splits)
+    study = Study(options.work_dir, parse_overrides(rest))
+    runner = Runner(study, options.jobs, _deadline(options.until))
+    chosen = [row for row in rows if re.search(options.only or "", row.name)]
+    warm(study, chosen)
+    runner.tune(chosen)
+    runner.fresh(chosen, range(1, options.seeds + 1), options.split)
+    result = collect(runner, options.table, rows, range(1, options.seeds + 1), options.split)
     options.out.mkdir(parents=True, exist_ok=True)
     name = f"study_{options.table}"
     print_table(result)
     result["png"] = plot(result, options.out / f"{name}.png")
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-    return 1 if failed else 0
+    print(json.dumps({"table": result["table"], "seeds_done": result["seeds_done"], "failed": runner.failed}))
+    return 1 if runner.failed else 0
 
 
-def models_of(table: str | None) -> list[str]:
-    """Models that a table needs, teachers first."""
-    more = {"fig4": ["teacher_small", "student_small"], "why": ["student_deep"]}
-    return sorted(["teacher", "student", *more.get(table, [])], key=lambda name: name.startswith("student"))
-
-
-def warm(study: Study) -> None:
+def warm(study: Study, rows: list[Row]) -> None:
     """Encode the training rows in this process, from which the jobs are forked."""
-    source = study_models.rows_of(study.work / "data" / "train.jsonl")
-    data = study.config.data.model_copy(update={"train": [type(study.config.data.train[0])(**source)]})
-    dataset = VlsiDataset(
-        build_source(data.train), {"student": load_processor(study.work / "models" / "student")}, data
-    )
-    for i in range(len(dataset)):
-        dataset[i]
+    kind = type(study.config.data.train[0])
+    for name in sorted({name for row in rows if row.arm for name in row.data}):
+        source = kind(**study_models.rows_of(study.work / "data" / name))
+        data = study.config.data.model_copy(update={"train": [source]})
+        processors = {"student": load_processor(study.work / "models" / "teacher")}
+        dataset = VlsiDataset(build_source(data.train), processors, data)
+        for i in range(len(dataset)):
+            dataset[i]
+
+
+class Runner:
+    """Tunes rows and runs them with fresh seeds, as far as time allows."""
+
+    def __init__(self, study: Study, workers: int, deadline: float = 0):
+        self.study, self.workers, self.deadline = study, workers, deadline
+        self.failed = 0
+
+    # ---- settings ----
+
+    def scores(self, row: Row) -> list[dict[str, Any]] | None:
+        """What tuning found: each candidate with its validation scores. None: not all of them are done."""
+        found = []
+        for setting in self._candidates(row) or ():
+            result = self.study.result(self._job(row, setting, 0, "validation"))
+            if result is None:
+                return None
+            found.append(setting | {"f1": result["f1"], "exact": result["exact"]})
+        return found or None
+
+    def setting(self, row: Row) -> Setting | None:
+        """The best candidate by F1 on validation (of equals the one with fewer steps, then the lower rate)."""
+        if not row.arm:
+            return {}
+        scores = self.scores(row.like or row)
+        if scores is None:
+            return None
+        best = min(scores, key=lambda each: (-each["f1"], each["steps"], each["rate"]))
+        return {"rate": best["rate"], "steps": best["steps"]}
+
+    def _candidates(self, row: Row) -> list[Setting] | None:
+        """None: they rest on another row that is not done."""
+        if row.after and self.setting(row.after) is None:
+            return None
+        if row.budget != "operations":
+            return list(row.candidates())
+        vlsi, sft = (self.setting(each) for each in (VLSI, EQUAL_STEPS))
+        if vlsi is None or sft is None:
+            return None
+        jobs = self._job(VLSI, vlsi, 0, "validation"), self._job(EQUAL_STEPS, sft, 0, "validation")
+        return list(row.candidates(self.study.operations_steps(*jobs)))
+
+    def _job(self, row: Row, setting: Setting, seed: int, split: str) -> Job:
+        after = self.setting(row.after) if row.after else None
+        return self.study.job(row, setting, seed, split, after)
+
+    # ---- work ----
+
+    def tune(self, rows: list[Row]) -> None:
+        """Run every candidate of every row on validation with seed 0; rows that rest on others afterwards."""
+        rows = [row.like or row for row in rows if row.arm]
+        wanted = [*rows, *(row.after for row in rows if row.after)]
+        if any(row.budget == "operations" for row in rows):
+            wanted += [VLSI, EQUAL_STEPS]
+        first = [row for row in wanted if not row.after and row.budget != "operations"]
+        for group in (first, [row for row in wanted if row not in first]):
+            self._run([self._job(row, each, 0, "validation") for row in group for each in self._candidates(row) or ()])
+
+    def fresh(self, rows: list[Row], seeds: range, split: str) -> None:
+        """Run each tuned row with each seed; all rows with the first seed before the next one."""
+        tuned = [(row, setting) for row in rows if (setting := self.setting(row)) is not None]
+        self._run([self._job(row, setting, seed, split) for seed in seeds for row, setting in tuned])
+
+    def fresh_job(self, row: Row, seed: int, split: str) -> Job | None:
+        """The score of a row's best setting; None where it is not tuned."""
+        setting = self.setting(row)
+        return None if setting is None else self._job(row, setting, seed, split)
+
+    def _run(self, jobs: list[Job]) -> None:
+        tell = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+        self.failed += len(run_jobs(self.study, jobs, self.workers, tell, self.deadline))
 
 
 def _deadline(until: str | None) -> float:
@@ -126,63 +195,50 @@ def _deadline(until: str | None) -> float:
 # ---- results ----
 
 
-def collect(
-    study: Study, table: str, rows: list[Row], scores: dict, seeds: int, splits: tuple[str, ...]
-) -> dict[str, Any]:
+def collect(runner: Runner, table: str, rows: list[Row], seeds: range, split: str) -> dict[str, Any]:
     """Everything about a table, as the JSON file has it. Rows without a finished seed have `seeds: []`."""
-    entries, by_seed = [], {}
+    study, entries, by_seed = runner.study, [], {}
     for row in rows:
-        done = {}
-        for seed in range(seeds):
-            found = [study.result(job) for job in scores[row.name, seed]]
-            if None not in found:
-                done[seed] = found
-        by_seed[row.name] = {
-            s: sum(f["correct"] for f in found) / sum(f["rows"] for f in found) for s, found in done.items()
-        }
-        entries.append(_entry(study, row, done, by_seed[row.name], scores, splits))
-    base = next((row.name for row in rows if "default" in row.name), None)
+        jobs = {seed: runner.fresh_job(row, seed, split) for seed in seeds}
+        done = {seed: job for seed, job in jobs.items() if job is not None and study.result(job) is not None}
+        by_seed[row.name] = {seed: study.result(job) for seed, job in done.items()}
+        entries.append(_entry(runner, row, done))
+    base = next((row.name for row in rows if "default" in row.name), VLSI.name)
     for entry in entries:
         mine, theirs = by_seed[entry["name"]], by_seed.get(base, {})
         common = [seed for seed in mine if seed in theirs]
         if common and entry["name"] != base:
-            entry["difference_to_default"] = interval([mine[s] - theirs[s] for s in common])
+            for measure in ("exact", "f1"):
+                differences = [mine[s][measure] - theirs[s][measure] for s in common]
+                entry[f"{measure}_to_default"] = interval(differences)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    counts = [result["rows"] for found in by_seed.values() for result in found.values()]
     return {
-        "benchmark": "study", "table": table, "title": TITLES[table], "splits": splits, "seeds_asked": seeds,
+        "benchmark": "study", "table": table, "title": TITLES[table], "split": split, "seeds_asked": len(seeds),
         "seeds_done": min(len(entry["seeds"]) for entry in entries), "default": base, "rows": entries,
-        "order": _orders(table, rows, entries), "questions": _questions(scores, study),
-        "task": json.loads((study.work / "data" / "finished").read_text()), "sizes": study_models.SIZES,
+        "order": _orders(table, rows, entries), "questions": counts[0] if counts else None,
+        "task": json.loads((study.work / "data" / "finished").read_text()),
+        "teachers": study_models.TEACHERS, "students": study_models.STUDENTS,
         "overrides": study.overrides, "config": study.config.model_dump(mode="json"), "machine": machine(),
         "versions": versions(), "commit": commit.strip(),
         "note": "The machine was shared: seconds are those of the processor, and indicative only.",
     }  # fmt: skip
 
 
-def _entry(study: Study, row: Row, done: dict, accuracy: dict[int, float], scores: dict, splits) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": row.name, "paper_rows": row.paper, "seeds": list(accuracy)}
-    if not accuracy:
+def _entry(runner: Runner, row: Row, done: dict[int, Job]) -> dict[str, Any]:
+    """A row: its setting and how it was tuned, its scores by seed, steps and cost."""
+    study, setting = runner.study, runner.setting(row)
+    entry: dict[str, Any] = {"name": row.name, "arm": row.arm, "paper_rows": row.paper, "seeds": list(done)}
+    entry |= {"setting": setting, "tuning": runner.scores(row.like or row) if row.arm else None}
+    if not done:
         return entry
-    entry["accuracy"] = interval(list(accuracy.values()))
-    types: dict[str, list[float]] = {}
-    for found in done.values():
-        for split, result in zip(splits, found):
-            for kind, (right, count) in result["types"].items():
-                types.setdefault(f"{split}/{kind}", []).append(right / count)
-    entry["types"] = {kind: statistics.fmean(shares) for kind, shares in types.items()}
-    chains = [[study.result(job) for job in scores[row.name, seed][0].chain()[:-1]] for seed in accuracy]
+    for measure in ("exact", "f1"):
+        entry[measure] = interval([study.result(job)[measure] for job in done.values()])
+    chains = [[study.result(each) for each in job.chain()[:-1]] for job in done.values()]
     entry["steps"] = {result["stage"]: result["steps"] for result in chains[0]}
     entry["tflop"] = statistics.fmean(sum(result["flops"] for result in chain) for chain in chains) / 1e12
     entry["cpu_seconds"] = statistics.fmean(sum(result["cpu_seconds"] for result in chain) for chain in chains)
     return entry
-
-
-def _questions(scores: dict, study: Study) -> int | None:
-    for jobs in scores.values():
-        found = [study.result(job) for job in jobs]
-        if None not in found:
-            return sum(result["rows"] for result in found)
-    return None
 
 
 def paper_means(table: str, rows: list[Row]) -> dict[str, dict[str, float]]:
@@ -203,7 +259,7 @@ def paper_means(table: str, rows: list[Row]) -> dict[str, dict[str, float]]:
 
 def _orders(table: str, rows: list[Row], entries: list[dict]) -> list[dict[str, Any]]:
     """Rank correlation of our means with the paper's, for each of its tables. With so few rows, p-values are large."""
-    ours = {entry["name"]: entry["accuracy"]["mean"] for entry in entries if "accuracy" in entry}
+    ours = {entry["name"]: entry["exact"]["mean"] for entry in entries if "exact" in entry}
     found = []
     for name, means in paper_means(table, rows).items():
         common = [row for row in means if row in ours]
@@ -223,24 +279,22 @@ def print_table(result: dict[str, Any]) -> None:
         half = value["half_width_95"]
         return [f"{100 * value['mean']:.1f}", "" if half is None else f"{100 * half:.1f}"]
 
-    types = next((list(entry["types"]) for entry in result["rows"] if "types" in entry), [])
     papers = [f"paper {order['paper_table'].removeprefix('table_')}" for order in result["order"]]
-    title = f"{result['table']}: {result['title']}; {result['questions']} questions of {' + '.join(result['splits'])}"
-    table = Table(*("row", "seeds", "right, %", "± 95%", "to default", "± 95%", *papers, "TFLOP", "cpu s"), title=title)
-    kinds = Table("right, %", *(name.replace("test_held_out/", "held out/") for name in types), title="by type")
+    title = f"{result['table']}: {result['title']}; {result['questions']} pictures of {result['split']}"
+    columns = ("row", "seeds", "rate", "steps", "exact, %", "± 95%", "F1, %", "± 95%", "exact to default", "± 95%")
+    table = Table(*columns, *papers, "TFLOP", "cpu s", title=title)
     for entry in result["rows"]:
         means = [order["paper_means"].get(entry["name"]) for order in result["order"]]
+        setting = entry["setting"] or {}
         table.add_row(
             *(entry["name"], f"{len(entry['seeds'])} of {result['seeds_asked']}"),
-            *(percent(entry.get("accuracy")) + percent(entry.get("difference_to_default"))),
+            *(f"{setting[key]:g}" if key in setting else "" for key in ("rate", "steps")),
+            *(percent(entry.get("exact")) + percent(entry.get("f1")) + percent(entry.get("exact_to_default"))),
             *("" if mean is None else f"{mean:.1f}" for mean in means),
             *((f"{entry['tflop']:.1f}", f"{entry['cpu_seconds']:.0f}") if "tflop" in entry else ("", "")),
         )
-        if "types" in entry:
-            kinds.add_row(entry["name"], *(f"{100 * entry['types'][name]:.0f}" for name in types))
     console = Console(width=200)
     console.print(table)
-    console.print(kinds)
     for order in result["order"]:
         if order["spearman"] is not None:
             console.print(
@@ -257,7 +311,7 @@ def plot(result: dict[str, Any], path: Path) -> str | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    scored = [entry for entry in result["rows"] if "accuracy" in entry]
+    scored = [entry for entry in result["rows"] if "exact" in entry]
     rows = [entry for entry in scored if entry["steps"]]
     if not rows:
         return None
@@ -268,15 +322,15 @@ def plot(result: dict[str, Any], path: Path) -> str | None:
     places = list(range(len(rows)))[::-1]
     ours, *theirs = axes[0]
     for y, entry in zip(places, rows):
-        value, color = entry["accuracy"], "tab:gray" if "control" in entry["name"] else "tab:blue"
+        value, color = entry["exact"], {"sft": "tab:gray", "last": "tab:green"}.get(entry["arm"], "tab:blue")
         half = value["half_width_95"] or 0
         ours.errorbar(100 * value["mean"], y, xerr=100 * half, fmt="o", color=color, capsize=3)
         ours.plot([100 * v for v in value["values"]], [y] * len(value["values"]), ".", color=color, alpha=0.4, ms=4)
     ours.set_yticks(places, [entry["name"] for entry in rows])
     fewest, most = min(len(e["seeds"]) for e in rows), max(len(e["seeds"]) for e in rows)
     seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
-    untrained = "; ".join(f"{e['name']} {100 * e['accuracy']['mean']:.1f}" for e in scored if not e["steps"])
-    ours.set_xlabel(f"answers right, % ({seeds}, mean and 95%)\n{textwrap.fill(untrained, 50)}")
+    untrained = "; ".join(f"{e['name']} {100 * e['exact']['mean']:.1f}" for e in scored if not e["steps"])
+    ours.set_xlabel(f"exact sets of facts, % ({seeds}, mean and 95%)\n{textwrap.fill(untrained, 50)}")
     for axis, order in zip(theirs, orders):
         for y, entry in zip(places, rows):
             if entry["name"] in order["paper_means"]:

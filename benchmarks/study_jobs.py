@@ -23,15 +23,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from study_models import CONFIG, TARGETS, rows_of
-from study_rows import Row
+from study_models import CONFIG, rows_of, targets
+from study_rows import FULL, Row, Setting, training
 
 from vlsi_fast import load_config, run
+from vlsi_fast.demo.pictures import exact_facts, facts_f1
 from vlsi_fast.evaluation.answers import answer_rows
-from vlsi_fast.evaluation.metrics import exact_match
 from vlsi_fast.lineage import weights_digest
 
-MAX_ANSWER = 32
+MAX_ANSWER = 96
 """Tokens after which an answer is cut; the longest right one has fewer."""
 
 
@@ -72,25 +72,49 @@ class Study:
         file = self.work / "jobs" / job.key / "job.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
-    def jobs(self, row: Row, seed: int, splits: tuple[str, ...]) -> list[Job]:
-        """The scores that a row needs, one a split; their chains hold its stages."""
-        last: tuple[Job, ...] = ()
+    def job(self, row: Row, setting: Setting, seed: int, split: str, after: Setting | None = None) -> Job:
+        """The score of a row on a split; its chain holds the stages.
+
+        Args:
+            row: what to train.
+            setting: its learning rate and steps ({} for a base model).
+            seed: of data order, verbalizers and matching.
+            split: what is scored.
+            after: setting of `row.after`.
+        """
+        scored = {"beams": row.beams, "checkpoint": row.scored, "weights": self._digest(row.scored), "split": split}
+        last = self._stages(row, setting, seed, after) if row.arm else ()
+        return Job("score", json.dumps(scored, sort_keys=True), last)
+
+    def _stages(self, row: Row, setting: Setting, seed: int, after: Setting | None) -> tuple[Job, ...]:
         shared = {"seed": seed, "teacher": row.teacher, "student": row.student, "data": row.data}
-        shared |= {"layers": {"teacher": TARGETS[row.teacher], "student": TARGETS[row.student]}}
-        shared |= {"config": hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()}
+        shared |= {"layers": {"teacher": targets(row.teacher), "student": targets(row.student)}}
+        shared |= {"config": hashlib.sha256(CONFIG.read_bytes()).hexdigest(), "overrides": self.overrides}
         shared |= {"weights": self._digest(row.teacher) + self._digest(row.student)}
 
-        def stage(name: str, changes: dict[str, Any]) -> tuple[Job]:
+        def stage(name: str, changes: dict[str, Any], last: tuple[Job, ...] = ()) -> tuple[Job, ...]:
             return (Job(name, json.dumps(shared | {"changes": changes}, sort_keys=True), last),)
 
+        rate, steps = setting["rate"], int(setting["steps"])
+        if row.arm == "sft":
+            before = self._stages(row.after, after, seed, None) if row.after else ()
+            start = {} if row.after else {"sft.start_from": "base"}
+            return stage("sft", training("sft", rate, steps) | start | row.changes, before)
+        if row.arm == "last":
+            alone = {"interact.intermediate": "none"}
+            return stage("interact", training("interact", rate, steps) | alone | row.changes)
+        verbalized: tuple[Job, ...] = ()
         if row.speaks:
-            last = stage("verbalize", row.verbalizer | row.verbalize)
-        if row.interact is not None:
-            last = stage("interact", row.verbalizer | row.interact)
-        if row.sft is not None:
-            last = stage("sft", row.sft)
-        scored = {"beams": row.beams, "checkpoint": row.scored, "weights": self._digest(row.scored)}
-        return [Job("score", json.dumps(scored | {"split": split}, sort_keys=True), last) for split in splits]
+            few = {"verbalize.training.max_steps": max(1, steps // 4)}
+            verbalized = stage("verbalize", few | row.verbalizer | row.verbalize)
+        rest = training("interact", rate, steps - steps // 4)
+        return stage("interact", rest | row.verbalizer | row.changes, verbalized)
+
+    def operations_steps(self, vlsi: Job, sft: Job) -> int:
+        """Steps of sft that cost what a finished row of `FULL` steps of VLsI cost (FLOPs of products), in tens."""
+        spent = sum(result.get("flops", 0) for result in map(self.result, vlsi.chain()))
+        (one,) = (self.result(job) for job in sft.chain() if job.stage == "sft")
+        return max(FULL, round(spent / (one["flops"] / one["steps"]) / 10) * 10)
 
     def _digest(self, model: str | None) -> str:
         if model is not None and model not in self._digests:
@@ -114,14 +138,11 @@ class Study:
 
     def _stage(self, job: Job, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         models = self.work / "models"
-        data, _, count = settings["data"].partition("#")
-        source = rows_of(self.work / "data" / data)
-        if count:
-            source["path"] += f"#{count}"
+        sources = [rows_of(self.work / "data" / name) for name in settings["data"]]
         changes = {f"{role}.layers": layers for role, layers in settings["layers"].items()}
         changes |= self.overrides | settings["changes"] | {"output_dir": str(folder), "seed": settings["seed"]}
         changes |= {f"{role}.path": str(models / settings[role]) for role in ("teacher", "student")}
-        changes["data.train"] = [source]
+        changes["data.train"] = sources
         for parent in job.parents:
             made = (self.work / "jobs" / parent.key).resolve()
             if job.stage == "interact":
@@ -140,18 +161,16 @@ class Study:
         else:
             parent = job.parents[0]
             checkpoint = self.work / "jobs" / parent.key / parent.stage / "student"
-        source = rows_of(self.work / "data" / f"{settings['split']}.jsonl") | {"type_column": "type"}
+        source = rows_of(self.work / "data" / f"{settings['split']}.jsonl")
         data, skipped = load_config(CONFIG, {"data.eval": [source]}).data, Counter()
         options = {"num_beams": settings["beams"], "max_new_tokens": MAX_ANSWER}
-        types: dict[str, list[int]] = {}
+        exact, f1 = 0.0, []
         for each in answer_rows(checkpoint, data, skipped=skipped, **options):
-            counts = types.setdefault(each.type, [0, 0])
-            counts[0] += exact_match(each.prediction, each.answer)
-            counts[1] += 1
+            exact += exact_facts(each.prediction, each.answer)
+            f1.append(facts_f1(each.prediction, each.answer))
         if skipped:
             raise RuntimeError(f"rows of {settings['split']} cannot be used: {dict(skipped)}; make the data again")
-        correct, rows = (sum(counts) for counts in zip(*types.values()))
-        return {"correct": correct, "rows": rows, "types": types}
+        return {"exact": exact / len(f1), "f1": sum(f1) / len(f1), "rows": len(f1)}
 
 
 class _counting:

@@ -1,70 +1,50 @@
-"""The studies' teachers and students, made by this project's own sft stage; `study.py --prepare` calls this.
+"""The studies' data, teachers and students; `study.py --prepare` makes them.
 
-Sizes are a small fraction of the demo's. A teacher learns from the large split: descriptions first (all of a picture in
-one answer), then mostly short answers, which the long ones would outweigh. A student gets the teacher's vision blocks
-(as the sizes of Qwen2-VL share one) and learns from `STUDENT_ROWS` rows of the same split: it can read the questions,
-and is wrong on many of them. What studies train on, `train`, is new to both.
+Teachers are trained by the demo's recipe (`vlsi_fast.demo.models`); the one of 8 layers and width 96 is the demo's own,
+as shipped. A student is a teacher with layers left out (`vlsi-fast shrink`), nothing else: so every label that it ever
+saw is one that a study gave it.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
-import puzzles
-
-from vlsi_fast import load_config, run
+from vlsi_fast.data.answering import answer
 from vlsi_fast.data.dataset import VlsiDataset
-from vlsi_fast.demo.models import make_model, make_processor, make_tokenizer, share_vision
-from vlsi_fast.loading import load_backbone
+from vlsi_fast.demo import models, pictures
+from vlsi_fast.shrinking import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "study.yaml"
-SIZES = {
-    "teacher": {"hidden_size": 96, "layers": 8, "intermediate_size": 256, "heads": 4, "kv_heads": 2},
-    "teacher_small": {"hidden_size": 64, "layers": 8, "intermediate_size": 160, "heads": 4, "kv_heads": 2},
-    "student": {"hidden_size": 64, "layers": 4, "intermediate_size": 128, "heads": 4, "kv_heads": 2},
-    "student_small": {"hidden_size": 48, "layers": 4, "intermediate_size": 96, "heads": 3, "kv_heads": 1},
-    "student_deep": {"hidden_size": 48, "layers": 8, "intermediate_size": 96, "heads": 3, "kv_heads": 1},
+SMALL = {"hidden_size": 64, "layers": 8, "intermediate_size": 160, "heads": 4, "kv_heads": 2}
+TEACHERS = {
+    "teacher": models.TEACHER,
+    "teacher_small": SMALL,
+    "teacher_12": models.TEACHER | {"layers": 12},
+    "teacher_16": models.TEACHER | {"layers": 16},
 }
-TARGETS = {
-    "teacher": [1, 2, 3, 4, 5, 6, 7], "teacher_small": [1, 2, 3, 4, 5, 6, 7],
-    "student": [1, 2, 3], "student_small": [1, 2, 3], "student_deep": [2, 4, 6],
-}  # fmt: skip
-"""Target layers."""
-SEEDS = {"student": 0, "student_small": 1, "teacher": 2, "teacher_small": 3, "student_deep": 4}
-STUDENT_ROWS = 6000
-COMMON = {
-    "training.per_device_train_batch_size": 64,
-    "training.learning_rate": 3e-3,
-    "training.min_learning_rate": 1e-4,
-    "training.warmup_steps": 30,
-    "training.save_steps": 50,
-    "sft.start_from": "base",
-    "sft.training": {},
-    "sft.train_vision": True,
+STUDENTS = {
+    "student": ("teacher", [1, 3, 6, 8]),
+    "student_3": ("teacher", [1, 5, 8]),
+    "student_2": ("teacher", [1, 8]),
+    "student_small": ("teacher_small", [1, 3, 6, 8]),
+    "student_6_of_12": ("teacher_12", [1, 3, 5, 8, 10, 12]),
+    "student_8_of_16": ("teacher_16", [1, 3, 5, 7, 10, 12, 14, 16]),
 }
-STEPS = {"captions": 300, "questions": 2200, "student": 300}
+"""Name -> the teacher that it is made from, and the layers kept (1: the first)."""
+LABELS = (30, 100, 300, 1000)
+UNLABELLED = 1500
+WRONG = (10, 30, 50)
+"""Percent of wrong answers."""
 
 
-def keep_rows() -> None:
-    """Encoded rows stay in memory, for this process and those forked from it: encoding takes longer than learning.
-
-    All models of a study have the same processor. The rows of one picture share one tensor.
-    """
-    encode, rows, pictures = VlsiDataset._encode, {}, {}
-
-    def kept(self, sample):
-        key = (self.sources.parts[0].image_root, sample.id)
-        if key not in rows:
-            row = next(iter(encode(self, sample).values()))
-            picture = (self.sources.parts[0].image_root, *map(str, sample.images))
-            row["pixel_values"] = pictures.setdefault(picture, row["pixel_values"])
-            rows[key] = row
-        return {role: dict(rows[key]) for role in self.processors}
-
-    VlsiDataset._encode = kept
+def targets(name: str) -> list[int]:
+    """Target layers: all but the last, which has its own loss."""
+    depth = TEACHERS[name]["layers"] if name in TEACHERS else len(STUDENTS[name][1])
+    return list(range(1, depth))
 
 
 def rows_of(path: Path) -> dict:
@@ -72,47 +52,86 @@ def rows_of(path: Path) -> dict:
     return {"reader": "messages", "path": str(path), "name": path.name, "image_root": str(path.parent)}
 
 
-def prepare(work: Path, roles: list[str], steps: dict[str, int] = STEPS, splits: dict = puzzles.SPLITS) -> None:
-    """Make data and the named models under `work`; what is finished is left as it is, what was stopped goes on."""
+def keep_rows() -> None:
+    """Encoded rows stay in memory, for this process and those forked from it: encoding takes longer than learning.
+
+    All models of a study have the same processor. The rows of one picture share one tensor.
+    """
+    encode, rows, seen = VlsiDataset._encode, {}, {}
+
+    def kept(self, sample):
+        key = (json.dumps(sample.messages, sort_keys=True), *map(str, sample.images))
+        if key not in rows:
+            row = next(iter(encode(self, sample).values()))
+            row["pixel_values"] = seen.setdefault(key[1:], row["pixel_values"])
+            rows[key] = row
+        return {role: dict(rows[key]) for role in self.processors}
+
+    VlsiDataset._encode = kept
+
+
+def prepare(work: Path, roles: list[str], splits: dict = pictures.SPLITS, changes: dict | None = None) -> None:
+    """Make data and the named models under `work`; what is finished is left as it is, what was stopped goes on.
+
+    Args:
+        work: the study's folder.
+        roles: names in `TEACHERS` and `STUDENTS`.
+        splits: as `pictures.write` takes them.
+        changes: overrides of the teachers' recipe.
+    """
     data = work / "data"
     if not (data / "finished").exists():
         shutil.rmtree(data, ignore_errors=True)
-        counts = puzzles.write(data, seed=0, splits=splits)
-        rows: dict[str, list[str]] = {"describe": [], "sequence": [], "short": []}
-        for line in (data / "teacher_train.jsonl").read_text().splitlines(keepends=True):
-            rows.get(json.loads(line)["type"], rows["short"]).append(line)
-        for name, lines in rows.items():
-            (data / f"teacher_train_{name}.jsonl").write_text("".join(lines))
-        (data / "finished").write_text(json.dumps(counts))
-    processor = make_processor(make_tokenizer(puzzles.texts(data)))
-    for role in roles:
-        if not (work / "models" / role / "config.json").exists():
-            _make(work, role, processor, steps)
+        pictures.write(data, splits)
+        write_conditions(data)
+        (data / "finished").write_text(json.dumps(splits))
+    for role in sorted(roles, key=lambda role: role in STUDENTS):
+        folder = work / "models" / role
+        if not (folder / "config.json").exists():
+            _make(work, role, folder, changes or {})
+    answered = data / "answered.jsonl"
+    if not answered.exists():
+        write_answered(work, answered)
 
 
-def _make(work: Path, role: str, processor, steps: dict[str, int]) -> None:
-    data, start = work / "data", work / "making" / role / "start"
-    model = make_model(SIZES[role], processor.tokenizer, seed=SEEDS[role])
-    described, sequences, short, everything = (
-        rows_of(data / f"teacher_train{name}.jsonl") for name in ("_describe", "_sequence", "_short", "")
-    )
-    mixed = [described | {"weight": 0.1}, sequences | {"weight": 0.2}, short | {"weight": 0.7}]
-    phases = {"captions": [described], "questions": mixed}
-    if role.startswith("student"):
-        share_vision(model, load_backbone(work / "models" / "teacher", "float32"))
-        rows = min(STUDENT_ROWS, len(Path(everything["path"]).read_text().splitlines()))
-        phases = {"student": [everything | {"path": f"{everything['path']}#{rows}"}]}
-    if not (start / "config.json").exists():
-        model.save_pretrained(start)
-        processor.save_pretrained(start)
-    for name, sources in phases.items():
-        output = work / "making" / role / name
-        changes = {"output_dir": str(output), "student.path": str(start), "teacher.path": str(start)}
-        changes |= {"student.layers": TARGETS[role], "teacher.layers": TARGETS[role]}
-        changes |= {"data.train": sources, "training.max_steps": steps[name]}
-        run(load_config(CONFIG, COMMON | changes), "sft", resume=True)
-        start = output / "sft" / "student"
-    partial = work / "models" / f"{role}.partial"
+def _make(work: Path, role: str, folder: Path, changes: dict) -> None:
+    if role in STUDENTS:
+        teacher, kept = STUDENTS[role]
+        shrink(work / "models" / teacher, folder, keep_layers=kept)
+        return
+    source = models.MODELS / "teacher"
+    if role != "teacher":
+        seed = sorted(TEACHERS).index(role)
+        source = models.train_teacher(work / "making" / role, work / "data", TEACHERS[role], seed, overrides=changes)
+    partial = folder.with_name(f"{role}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(start, partial)
-    partial.rename(work / "models" / role)
+    shutil.copytree(source, partial)
+    partial.rename(folder)
+
+
+def write_conditions(data: Path) -> None:
+    """What the curves train on: few labels, few wordings, wrong answers. A small set is part of every larger one."""
+    for kind in ("", "_plain", "_two"):
+        lines = (data / f"train{kind}.jsonl").read_text().splitlines(keepends=True)
+        for count in LABELS:
+            (data / f"labels_{count}{kind}.jsonl").write_text("".join(lines[:count]))
+    rows = [json.loads(line) for line in (data / "labels_300.jsonl").read_text().splitlines()]
+    order = random.Random("which are wrong").sample(range(len(rows)), len(rows))
+    for percent in WRONG:
+        wrong = order[: len(rows) * percent // 100]
+        said = {i: rows[i]["messages"][1]["content"] for i in wrong}
+        changed = json.loads(json.dumps(rows))
+        for i, other in zip(wrong, wrong[1:] + wrong[:1]):  # another picture's answer
+            changed[i]["messages"][1]["content"] = said[other]
+        text = "".join(json.dumps(row) + "\n" for row in changed)
+        (data / f"labels_300_wrong{percent}.jsonl").write_text(text)
+
+
+def write_answered(work: Path, target: Path) -> None:
+    """The teacher's own sampled answers on pictures that no label names: of `train`, the last `UNLABELLED`."""
+    lines = (work / "data" / "train.jsonl").read_text().splitlines(keepends=True)[-UNLABELLED:]
+    asked = target.with_name("unlabelled.jsonl")
+    asked.write_text("".join(lines))
+    answer(
+        work / "models" / "teacher", asked, None, target, temperature=1.0, max_new_tokens=96, batch_size=256, seed=0
+    )

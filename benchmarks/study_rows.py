@@ -1,151 +1,240 @@
-"""What the rows of table 4 and figure 4 change, as overrides of `configs/study.yaml`, with controls in each table.
+"""What the studies compare: rows, and how each is tuned.
 
-Controls have as many optimizer steps as VLsI's three stages together: `sft alone` makes them all with sft,
-`last-layer KL` gives those of verbalize, which it has no use for, to interact.
+A row trains the student in one of three ways (`arm`), with some overrides of `configs/study.yaml`:
+
+| arm  | stages                                                                                        |
+|------|-----------------------------------------------------------------------------------------------|
+| vlsi | verbalize for a quarter of the steps, then interact                                           |
+| last | interact with the KL of the last layer alone: ordinary distillation, no verbalizers           |
+| sft  | sft on the same rows                                                                          |
+
+Every row has the same tuning: each learning rate of its `rates` with each number of steps that its `budget` allows is
+run with seed 0 and scored on the validation split; the best one (by F1, whose noise is smaller than that of exact sets)
+is run with fresh seeds and scored on the test split. The rate is that of interact or sft; it ends at a thirtieth.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vlsi_fast.config import RunConfig
+RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+STEPS = (100, 200, 400)
+FULL = STEPS[-1]
+COARSE = (5e-3, 1e-2, 2e-2)
+"""For tables with many rows that share VLsI's loss."""
+FINE = (3e-3, 4.5e-3, 6.7e-3, 1e-2, 1.5e-2, 2.2e-2)
+"""Factors of 1.5: for differences of a few points."""
+GENTLE = (1e-4, 3e-4, 1e-3, 3e-3)
+"""For sft after interact."""
+SFT_STEPS = (50, 100)
+FLOOR = 1 / 30
+LABELLED = "labels_300.jsonl"
+ANSWERED = "answered.jsonl"
+Setting = dict[str, float]
+"""`rate` and `steps` of a row."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train the student. A stage that is None does not take place."""
+    """One way to train the student."""
 
     name: str
+    arm: str = "vlsi"
+    """vlsi, last, sft; "" for a base model that is scored as it is."""
+    budget: str | int = FULL
+    """Steps: a number; "best": the best of `STEPS`; "operations": as many as cost what VLsI's `FULL` steps cost."""
     paper: tuple[str, ...] = ()
     """Rows of the paper's table that it stands for (several: their mean)."""
-    interact: dict[str, Any] | None = field(default_factory=dict)
-    """Overrides of the config for stage interact."""
-    sft: dict[str, Any] | None = field(default_factory=dict)
-    """Overrides for stage sft."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Overrides for interact, or for sft of arm sft."""
     verbalizer: dict[str, Any] = field(default_factory=dict)
     """Overrides for stages verbalize and interact."""
     verbalize: dict[str, Any] = field(default_factory=dict)
     """Overrides for stage verbalize alone."""
+    data: tuple[str, ...] = (LABELLED,)
+    """Files of rows."""
+    after: Row | None = None
+    """Of arm sft: the row whose student it goes on with, at that row's own best setting."""
+    like: Row | None = None
+    """The row whose setting it takes: they differ in decoding alone."""
     teacher: str = "teacher"
     student: str = "student"
-    data: str = "train.jsonl"
     beams: int = 1
     scored: str | None = None
     """A base model to score instead of what the stages made."""
+    rates: tuple[float, ...] = RATES
 
     @property
     def speaks(self) -> bool:
         """Whether interact uses trained verbalizers."""
-        changes = self.interact or {}
-        return (
-            self.interact is not None
-            and changes.get("interact.intermediate") != "none"
-            and not changes.get("interact.headless")
-        )
+        return self.arm == "vlsi" and not self.changes.get("interact.headless")
+
+    def candidates(self, operations_steps: int | None = None) -> Iterator[Setting]:
+        """What tuning tries.
+
+        Args:
+            operations_steps: steps that `budget: operations` stands for, once they are known.
+        """
+        steps = STEPS if self.budget == "best" else (self.budget,)
+        if self.budget == "operations":
+            steps = (operations_steps,)
+        for count in steps:
+            for rate in self.rates:
+                yield {"rate": rate, "steps": count}
 
 
-DEFAULT = Row("VLsI (the paper's default)")
-TEACHER = Row("teacher", interact=None, sft=None, scored="teacher")
-BEFORE = Row("student before", interact=None, sft=None, scored="student")
-NO_LAYERS = {"interact.intermediate": "none"}
+def training(stage: str, rate: float, steps: int) -> dict[str, Any]:
+    """Overrides that set a stage's learning rate and steps."""
+    return {
+        f"{stage}.training.learning_rate": rate,
+        f"{stage}.training.min_learning_rate": rate * FLOOR,
+        f"{stage}.training.max_steps": max(1, steps),
+    }
 
 
-def steps_of(config: RunConfig) -> dict[str, int]:
-    """Optimizer steps of each stage."""
-    return {stage: config.stage_training(stage).max_steps for stage in ("verbalize", "interact", "sft")}
+VLSI = Row("VLsI")
+LAST = Row("last-layer KL", arm="last")
+BEST_SFT = Row("sft alone, its best steps", arm="sft", budget="best")
+EQUAL_STEPS = Row("sft alone, equal steps", arm="sft")
+EQUAL_OPERATIONS = Row("sft alone, equal operations", arm="sft", budget="operations")
+TEACHER = Row("teacher", arm="", scored="teacher")
+BEFORE = Row("student before", arm="", scored="student")
 
 
-def _steps(stage: str, steps: float) -> dict[str, Any]:
-    return {f"{stage}.training.max_steps": max(1, round(steps))}
+def controls() -> list[Row]:
+    """What every table has beside its own rows."""
+    return [TEACHER, BEFORE, BEST_SFT, EQUAL_STEPS, LAST]
 
 
-def sft_alone(config: RunConfig, **changes) -> Row:
-    """Control: all steps are sft's."""
-    total = sum(steps_of(config).values())
-    row = Row("control: sft alone", interact=None, sft={"sft.start_from": "base"} | _steps("sft", total))
-    return replace(row, **changes)
+def table_main() -> list[Row]:
+    """Every arm at its best, at equal steps, at equal operations; pictures without labels."""
+    both = (LABELLED, ANSWERED)
+    unlabelled = [
+        Row("VLsI, with the teacher's answers", data=both, budget="best"),
+        Row("last-layer KL, with the teacher's answers", arm="last", data=both, budget="best"),
+        Row("sft, with the teacher's answers", arm="sft", data=both, budget="best"),
+    ]
+    best = [replace(VLSI, name="VLsI, its best steps", budget="best"),
+            replace(LAST, name="last-layer KL, its best steps", budget="best")]  # fmt: skip
+    return [VLSI, *controls(), EQUAL_OPERATIONS, *best, *unlabelled]
 
 
-def last_layer(config: RunConfig, **changes) -> Row:
-    """Control: ordinary distillation of the last layer, then sft."""
-    steps = steps_of(config)
-    row = Row(
-        "control: last-layer KL, sft", interact=NO_LAYERS | _steps("interact", steps["verbalize"] + steps["interact"])
-    )
-    return replace(row, **changes)
-
-
-def controls(config: RunConfig) -> list[Row]:
-    """What every table has besides its own rows."""
-    return [TEACHER, BEFORE, sft_alone(config), last_layer(config)]
-
-
-def table_4b(config: RunConfig) -> list[Row]:
-    """With and without sft, greedy and beam."""
+def _three(label: str, **changes) -> list[Row]:
+    """The three arms, each at its best number of steps, under one condition."""
     return [
-        replace(BEFORE, name="student before", paper=("Qwen2-VL-2B", "Qwen2-VL-7B")),
-        Row("without sft", ("VLsI-2B, without sft", "VLsI-7B, without sft"), sft=None),
-        Row("without sft, beam 5", ("VLsI-2B (Beam), without sft", "VLsI-7B (Beam), without sft"), sft=None, beams=5),
-        replace(DEFAULT, paper=("VLsI-2B, with sft", "VLsI-7B, with sft")),
-        Row("with sft, beam 5", beams=5),
+        Row(f"{label}: VLsI", budget="best", **changes),
+        Row(f"{label}: last-layer KL", arm="last", budget="best", **changes),
+        Row(f"{label}: sft alone", arm="sft", budget="best", **changes),
     ]
 
 
-def table_4c(config: RunConfig) -> list[Row]:
+def table_labels() -> list[Row]:
+    """Accuracy against the number of labels; `all` are the 2,500 pictures that there are."""
+    rows = []
+    for count in (30, 100, 300, 1000):
+        rows += _three(f"{count} labels", data=(f"labels_{count}.jsonl",))
+    return [*rows, *_three("2500 labels", data=("train.jsonl",))]
+
+
+def table_wordings() -> list[Row]:
+    """300 labels in one wording, in at most two at each place, in all: what part of it do the wordings make?"""
+    rows = []
+    for label, kind in (("one wording", "_plain"), ("two wordings", "_two"), ("all wordings", "")):
+        rows += _three(label, data=(f"labels_300{kind}.jsonl",))
+    return rows
+
+
+def table_wrong() -> list[Row]:
+    """300 labels of which a share is another picture's."""
+    rows = []
+    for percent in (0, 10, 30, 50):
+        rows += _three(f"{percent}% wrong", data=(f"labels_300{f'_wrong{percent}' if percent else ''}.jsonl",))
+    return rows
+
+
+def table_operations() -> list[Row]:
+    """Accuracy against operations: the same arms with fewer and more steps."""
+    rows = []
+    for steps in (50, 100, 200, 400, 800):
+        rows += [Row(f"VLsI, {steps} steps", budget=steps), Row(f"last-layer KL, {steps} steps", "last", steps)]
+    return rows + [Row(f"sft alone, {steps} steps", "sft", steps) for steps in (50, 100, 200, 400, 1600)]
+
+
+def _then_sft(steps: int) -> Row:
+    return Row(f"VLsI, then {steps} steps of sft", "sft", steps, after=VLSI, rates=GENTLE)
+
+
+def table_4b() -> list[Row]:
+    """With and without sft after interact, greedy and beam."""
+    after = replace(_then_sft(SFT_STEPS[-1]), paper=("VLsI-2B, with sft", "VLsI-7B, with sft"))
+    without = ("VLsI-2B (Beam), without sft", "VLsI-7B (Beam), without sft")
+    return [
+        replace(BEFORE, paper=("Qwen2-VL-2B", "Qwen2-VL-7B")),
+        replace(VLSI, paper=("VLsI-2B, without sft", "VLsI-7B, without sft")),
+        replace(VLSI, name="VLsI, beam 5", paper=without, beams=5, like=VLSI),
+        after,
+        replace(after, name=f"{after.name}, beam 5", paper=(), beams=5, like=after),
+        *(row for row in controls() if row is not BEFORE),
+    ]
+
+
+def table_4c() -> list[Row]:
     """Share of the sft stage's steps, with and without VLsI before it."""
-    steps = steps_of(config)["sft"]
-    base = {"sft.start_from": "base"}
+    half, whole = SFT_STEPS
     return [
-        replace(BEFORE, name="student before", paper=("Qwen2-VL-7B",)),
-        Row("student, 50% of sft", ("Qwen2-VL-7B +50% sft",), interact=None, sft=base | _steps("sft", steps / 2)),
-        Row("student, 100% of sft", ("Qwen2-VL-7B +100% sft",), interact=None, sft=base | _steps("sft", steps)),
-        Row("VLsI without sft", ("VLsI-7B",), sft=None),
-        Row("VLsI, 50% of sft", ("VLsI-7B +50% sft",), sft=_steps("sft", steps / 2)),
-        replace(DEFAULT, paper=("VLsI-7B +100% sft",)),
+        replace(BEFORE, paper=("Qwen2-VL-7B",)),
+        Row(f"sft of {half} steps", "sft", half, ("Qwen2-VL-7B +50% sft",)),
+        Row(f"sft of {whole} steps", "sft", whole, ("Qwen2-VL-7B +100% sft",)),
+        replace(VLSI, paper=("VLsI-7B",)),
+        replace(_then_sft(half), paper=("VLsI-7B +50% sft",)),
+        replace(_then_sft(whole), paper=("VLsI-7B +100% sft",)),
+        TEACHER,
     ]
 
 
-def _operations(name: str, paper: tuple[str, ...] = (), headless: bool = False) -> Row:
+def _operations(name: str, headless: bool = False) -> Row:
     """A row of table 4d by its name, `intermediate / last`."""
     words = {"CE": "ce", "L2": "l2", "KLD": "kld", "-": "none"}
     intermediate, last = (words[word] for word in name.split(" / "))
     changes = {"interact.intermediate": intermediate, "interact.last": last}
     if headless:
         changes |= {"interact.headless": True, "verbalizer.residual": False}
-        return Row(f"{name}, headless", paper or (f"{name}, headless",), changes)
-    return Row(name, paper or (name,), changes)
+        return Row(f"{name}, headless", paper=(f"{name}, headless",), changes=changes)
+    return Row(name, paper=(name,), changes=changes)
 
 
-def table_4d(config: RunConfig) -> list[Row]:
+def table_4d() -> list[Row]:
     """Operations of intermediate and last layers; the last five rows are appendix D's."""
-    names = ("CE / -", "CE / CE", "CE / KLD", "L2 / KLD", "KLD / -", "KLD / CE")
-    rows = [_operations(name) for name in names]
-    rows.append(replace(DEFAULT, name="KLD / KLD (the paper's default)", paper=("KLD / KLD",)))
+    rows = [replace(VLSI, name="KLD / KLD (the paper's default)", paper=("KLD / KLD",))]
+    rows += [_operations(name) for name in ("CE / -", "CE / CE", "CE / KLD", "L2 / KLD", "KLD / -", "KLD / CE")]
     rows += [_operations(name, headless=True) for name in ("L2 / -", "L2 / KLD", "L2 / L2")]
-    return rows + [_operations(name) for name in ("- / L2", "- / KLD")]
+    rows.append(Row("- / L2", "last", paper=("- / L2",), changes={"interact.last": "l2"}))
+    rows.append(replace(LAST, name="- / KLD (last-layer KL)", paper=("- / KLD",)))
+    return [*rows, TEACHER, BEFORE, BEST_SFT, EQUAL_STEPS]
 
 
-def table_4e(config: RunConfig) -> list[Row]:
+def table_4e() -> list[Row]:
     """Matching strategies, from random to all of Algorithm 1."""
     off = {f"matching.{part}": False for part in ("search_range", "order_preservation", "adaptive_temperature")}
     multinomial = {"matching.strategy": "multinomial"}
-    return [
-        Row("random", ("Random Index",), {"matching.strategy": "random"}),
-        Row("uniform", ("Uniform Index",), {"matching.strategy": "uniform"}),
-        Row("bottom-1", ("Bottom-1 Index",), {"matching.strategy": "bottom"}),
-        Row("bottom-3", ("Bottom-3 Index",), {"matching.strategy": "bottom", "matching.k": 3}),
-        Row("multinomial", ("Multinomial Sampling",), multinomial | off),
-        Row("+ search range", ("+Search Range",), multinomial | off | {"matching.search_range": True}),
-        Row(
-            "+ order preservation", ("+Order Preservation",),
-            multinomial | {"matching.adaptive_temperature": False},
-        ),
-        replace(DEFAULT, name="+ adaptive temperature (the paper's default)", paper=("+Adaptive Temperature",)),
+    rows = [
+        Row("random", paper=("Random Index",), changes={"matching.strategy": "random"}),
+        Row("uniform", paper=("Uniform Index",), changes={"matching.strategy": "uniform"}),
+        Row("bottom-1", paper=("Bottom-1 Index",), changes={"matching.strategy": "bottom"}),
+        Row("bottom-3", paper=("Bottom-3 Index",), changes={"matching.strategy": "bottom", "matching.k": 3}),
+        Row("multinomial", paper=("Multinomial Sampling",), changes=multinomial | off),
+        Row("+ search range", paper=("+Search Range",), changes=multinomial | off | {"matching.search_range": True}),
+        Row("+ order preservation", paper=("+Order Preservation",),
+            changes=multinomial | {"matching.adaptive_temperature": False}),
+        replace(VLSI, name="+ adaptive temperature (the paper's default)", paper=("+Adaptive Temperature",)),
+        Row("the layers that the student was cut from", verbalizer={"teacher.layers": [1, 3, 6]}),
     ]  # fmt: skip
+    return [*(replace(row, rates=COARSE) for row in rows), *controls()]
 
 
-def table_4f(config: RunConfig) -> list[Row]:
+def table_4f() -> list[Row]:
     """The eight verbalizers."""
     names = {
         "decoder_x2": "Decoder×2", "decoder": "Decoder", "ffn_x2": "FFN×2", "ffn": "FFN",
@@ -156,69 +245,71 @@ def table_4f(config: RunConfig) -> list[Row]:
         changes = {"verbalizer.architecture": name}
         if name.startswith("decoder"):
             changes["verbalizer.residual"] = False  # it has its own
-        row = Row(name, (paper,), verbalizer=changes)
-        rows.append(
-            replace(DEFAULT, name="verb_ffn (the paper's default)", paper=(paper,)) if name == "verb_ffn" else row
-        )
-    return rows
+        row = Row(name, paper=(paper,), verbalizer=changes, rates=COARSE)
+        default = replace(VLSI, name="verb_ffn (the paper's default)", paper=(paper,), rates=COARSE)
+        rows.append(default if name == "verb_ffn" else row)
+    return [*rows, *controls()]
 
 
-def figure_4(config: RunConfig) -> list[Row]:
+def figure_4() -> list[Row]:
     """Every teacher with every student. The figure's cells are not in the paper's text: only the order of sizes is."""
     rows = []
     for student in ("student_small", "student"):
-        rows.append(replace(BEFORE, name=f"{student} before", scored=student))
+        rows.append(Row(f"{student} before", "", scored=student))
         for teacher in ("teacher_small", "teacher"):
-            row = Row(f"{teacher} -> {student}", teacher=teacher, student=student)
-            rows.append(replace(DEFAULT, name=row.name) if row == replace(DEFAULT, name=row.name) else row)
-        rows.append(sft_alone(config, name=f"control: sft alone, {student}", student=student))
-    return rows + [replace(TEACHER, name="teacher_small", scored="teacher_small"), TEACHER]
+            rows.append(Row(f"{teacher} -> {student}", teacher=teacher, student=student))
+        rows.append(replace(BEST_SFT, name=f"{student}, sft alone", student=student))
+    return rows + [Row("teacher_small", "", scored="teacher_small"), TEACHER]
 
 
-def table_why(config: RunConfig) -> list[Row]:
-    """On validation: rates, rank, verbalizers, temperature, weight, layers, shares of the steps, data, depth."""
-    steps = steps_of(config)
-    rate = config.stage_training("interact").learning_rate
-    floor = {"interact.training.min_learning_rate": 1e-6}
-    rows = [DEFAULT, sft_alone(config), last_layer(config), TEACHER, BEFORE]
-    total = 3 * sum(steps.values())  # a step of sft has a third of the operations of VLsI's mean step
-    equal = {"sft.start_from": "base"} | _steps("sft", total)
-    rows.append(sft_alone(config, name="control: sft alone, 3 x the steps", sft=equal))
-    for factor in (0.3, 3):
-        rows.append(
-            Row(
-                f"interact: learning rate x {factor}",
-                interact=floor | {"interact.training.learning_rate": rate * factor},
-            )
-        )
-    rows.append(Row("LoRA of rank 16", interact={"lora.rank": 16, "lora.alpha": 16}))
-    rows.append(Row("verbalize: 3 x the steps", verbalize=_steps("verbalize", 3 * steps["verbalize"])))
-    for temperature in (2, 4):
-        change = {"interact.temperature": temperature}
-        rows.append(Row(f"temperature {temperature}", interact=change))
-        rows.append(last_layer(config, name=f"last-layer KL, temperature {temperature}, sft",
-                               interact=last_layer(config).interact | change))  # fmt: skip
-    rows.append(Row("student's verbalizers learn in interact", interact={"interact.train_student_verbalizers": True}))
-    half = steps["interact"] // 2
-    rows.append(Row("half of interact's steps given to sft", interact=_steps("interact", half),
-                    sft=_steps("sft", steps["sft"] + half)))  # fmt: skip
-    for weight in (0.3, 0.1):
-        rows.append(Row(f"intermediate weight {weight}", interact={"interact.intermediate_weight": weight}))
-    rows.append(Row("target layers: the student's deepest alone", verbalizer={"student.layers": [3]}))
-    for data, label in (("train_noisy.jsonl", "30% of the answers wrong"), ("train.jsonl#400", "400 rows of data")):
-        rows.append(Row(f"{label}: VLsI", data=data))
-        rows.append(sft_alone(config, name=f"{label}: sft alone", data=data))
-        rows.append(last_layer(config, name=f"{label}: last-layer KL, sft", data=data))
-    deep = {"student": "student_deep"}
-    rows.append(replace(BEFORE, name="deeper student: before", scored="student_deep"))
-    rows.append(Row("deeper student: VLsI", **deep))
-    rows.append(sft_alone(config, name="deeper student: sft alone", **deep))
-    rows.append(last_layer(config, name="deeper student: last-layer KL, sft", **deep))
+def table_depth() -> list[Row]:
+    """Do intermediate layers pay? Students cut to several depths, from teachers of several depths."""
+    pairs = (("teacher", "student"), ("teacher", "student_3"), ("teacher", "student_2"),
+             ("teacher_12", "student_6_of_12"), ("teacher_16", "student_8_of_16"))  # fmt: skip
+    rows = []
+    for teacher, student in pairs:
+        common = {"teacher": teacher, "student": student}
+        rows += [Row(f"{student}: VLsI", **common), Row(f"{student}: last-layer KL", "last", **common)]
+        rows += [replace(BEST_SFT, name=f"{student}: sft alone", student=student)]
     return rows
 
 
+def table_layers() -> list[Row]:
+    """Do intermediate layers pay? What may help them, each at its own best rate of a finer grid, on validation."""
+    own, both = {"verbalize.objective": "own_output"}, {"verbalize.objective": "both"}
+    deepest, thinned = {"student.layers": [3]}, {"student.layers": [2]}
+    rows = [
+        VLSI,
+        replace(LAST, name="last-layer KL"),
+        Row("verbalizers learn the model's own output", verbalize=own),
+        Row("verbalizers learn both", verbalize=both),
+        Row("the layers that the student was cut from", verbalizer={"teacher.layers": [1, 3, 6]}),
+        Row("jsd", changes={"interact.divergence": "jsd"}),
+        Row("reverse KL", changes={"interact.divergence": "reverse_kl"}),
+        Row("temperature 2", changes={"interact.temperature": 2}),
+        Row("last-layer KL, temperature 2", "last", changes={"interact.temperature": 2}),
+        Row("intermediate weight 0.1", changes={"interact.intermediate_weight": 0.1}),
+        Row("intermediate weight 0.3", changes={"interact.intermediate_weight": 0.3}),
+        Row("intermediate weight, linear to 0", changes={"interact.intermediate_schedule": "linear"}),
+        Row("the student's deepest target layer alone", verbalizer=deepest),
+        Row("the student's middle target layer alone", verbalizer=thinned),
+        Row("no order in matching: uniform", changes={"matching.strategy": "uniform"}),
+    ]
+    return [replace(row, rates=FINE) for row in rows]
+
+
 TABLES = {
-    "4b": table_4b, "4c": table_4c, "4d": table_4d, "4e": table_4e, "4f": table_4f, "fig4": figure_4, "why": table_why,
+    "main": table_main, "labels": table_labels, "wordings": table_wordings, "wrong": table_wrong,
+    "operations": table_operations, "4b": table_4b, "4c": table_4c, "4d": table_4d, "4e": table_4e, "4f": table_4f,
+    "fig4": figure_4, "depth": table_depth, "layers": table_layers,
+}  # fmt: skip
+TITLES = {
+    "main": "300 labels, every arm at its own best rate", "labels": "number of labels",
+    "wordings": "wordings of the labels",
+    "wrong": "wrong labels", "operations": "operations", "4b": "use of the sft step", "4c": "share of the sft step",
+    "4d": "operations of intermediate / last layers", "4e": "matching strategy", "4f": "verbalizer architecture",
+    "fig4": "teacher -> student", "depth": "how many layers the student keeps",
+    "layers": "what may make intermediate layers pay",
 }  # fmt: skip
 PAPER = {
     "4b": ["table_4b"],
@@ -230,10 +321,6 @@ PAPER = {
 """Files of `vlsi_fast/paper` with the rows of a table."""
 
 
-def rows_of_table(table: str, config: RunConfig) -> list[Row]:
-    """A table's rows, then the controls that it does not have already."""
-    rows = TABLES[table](config)
-    names = {(row.interact is None and row.sft is None, row.scored) for row in rows}
-    if table not in ("fig4", "why"):
-        rows += [row for row in controls(config) if row.scored is None or (True, row.scored) not in names]
-    return rows
+def models_of(rows: list[Row]) -> list[str]:
+    """Names of the models that rows need."""
+    return sorted({name for row in rows for name in (row.teacher, row.student, row.scored) if name})

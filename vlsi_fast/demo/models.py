@@ -159,7 +159,10 @@ def make_model(size: dict[str, int], tokenizer, seed: int = 0):
     return model
 
 
-def train_teacher(work: Path, data: Path, size: dict[str, int] = TEACHER, seed: int = 0, config: str = CONFIG) -> Path:
+def train_teacher(
+    work: Path, data: Path, size: dict[str, int] = TEACHER, seed: int = 0, config: str = CONFIG,
+    overrides: dict | None = None,
+) -> Path:  # fmt: skip
     """Train a teacher of the given size on `pictures.write`'s data; a run that was stopped goes on.
 
     Args:
@@ -168,6 +171,7 @@ def train_teacher(work: Path, data: Path, size: dict[str, int] = TEACHER, seed: 
         size: as `make_model` takes it.
         seed: of the random weights.
         config: YAML file with the recipe.
+        overrides: of the recipe.
 
     Returns:
         Folder of a float32 checkpoint with its processor.
@@ -183,7 +187,8 @@ def train_teacher(work: Path, data: Path, size: dict[str, int] = TEACHER, seed: 
     for name, file in (("listing", "teacher_train_list.jsonl"), ("describing", "teacher_train.jsonl")):
         source = {"reader": "messages", "path": str(data / file), "image_root": str(data)}
         changes = {"output_dir": str(work / name), "student.path": str(folder), "teacher.path": str(folder)}
-        run(load_config(config, changes | {"data.train": [source]} | PHASES[name]), "sft", resume=True)
+        changes |= {"data.train": [source]} | PHASES[name] | (overrides or {})
+        run(load_config(config, changes), "sft", resume=True)
         folder = work / name / "sft" / "student"
     return folder
 
