@@ -140,7 +140,7 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
             for answer in answer_rows(folder, data, skipped=skipped[name], device=device, description=name, **settings):
                 answers[name].append(answer)
                 if file is not None:
-                    _write(file, name, answer)
+                    file.write(answer_line(name, answer) + "\n")
     finally:
         if file is not None:
             file.close()
@@ -161,6 +161,7 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _write(file: Any, name: str, answer: Any) -> None:
+def answer_line(name: str, answer: Any) -> str:
+    """A line of --predictions: whose answer, the row, and every metric's score."""
     told = {"model": name, **vars(answer)}
-    file.write(json.dumps(told | told.pop("scores"), ensure_ascii=False) + "\n")
+    return json.dumps(told | told.pop("scores"), ensure_ascii=False)
