@@ -137,7 +137,7 @@ def open_stage(folder: Path, record: dict[str, Any], resume: bool) -> dict[str, 
         return None
     changed = [
         f"{name}: there {there!r}, now {now!r}"
-        for name, there, now in _differences(found["identity"], json.loads(json.dumps(record["identity"])))
+        for name, there, now in differences(found["identity"], json.loads(json.dumps(record["identity"])))
     ]
     if changed:
         raise LineageError(
@@ -152,10 +152,11 @@ def open_stage(folder: Path, record: dict[str, Any], resume: bool) -> dict[str, 
     return found | {"checkpoint": last_checkpoint(folder)}
 
 
-def _differences(there: Any, now: Any, prefix: str = ""):
+def differences(there: Any, now: Any, prefix: str = ""):
+    """(dotted name, value there, value now) of what differs between nested mappings."""
     if isinstance(there, dict) and isinstance(now, dict):
         for key in sorted(there.keys() | now.keys()):
-            yield from _differences(there.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+            yield from differences(there.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
     elif there != now:
         yield prefix, there, now
 

@@ -30,7 +30,7 @@ class NoUsableRowError(RuntimeError):
 
 
 class VlsiDataset(Dataset):
-    """Map-style: row -> `{"id", "student", "teacher", "skipped"}`, the roles being those of `processors`.
+    """Map-style: row -> `{"id", "student", "teacher", "skipped", "answered"}`, the roles being those of `processors`.
 
     A row that cannot be used is replaced by the next usable one, and noted in the "skipped" list of the row returned.
 
@@ -70,7 +70,7 @@ class VlsiDataset(Dataset):
         Returns:
             `id`: the row used; each role's inputs as `encode` returns them (the same object for both roles where their
             processors are equivalent, the same vision tensors where their image processors agree); `skipped`:
-            `{"id", "cause", "detail"}` of the rows passed over.
+            `{"id", "cause", "detail"}` of the rows passed over; `answered`: whether a model wrote the row's answers.
 
         Raises:
             AnswerMismatchError: the roles' answer tokens differ.
@@ -83,7 +83,8 @@ class VlsiDataset(Dataset):
             at = (index + offset) % len(self)
             try:
                 sample = self.sources[at]
-                return {"id": sample.id, **self._encode(sample), "skipped": skipped}
+                answered = sample.answered_by is not None
+                return {"id": sample.id, **self._encode(sample), "skipped": skipped, "answered": answered}
             except UnusableRow as error:
                 skipped.append({"id": self.sources.row_id(at), "cause": error.cause, "detail": error.detail})
         counts = ", ".join(f"{cause} {n}" for cause, n in Counter(row["cause"] for row in skipped).most_common())

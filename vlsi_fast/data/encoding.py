@@ -198,7 +198,8 @@ def _end_of_prompt(prompt: str, text: str) -> int | None:
 
 
 def tokenizer_options(processor, text: str) -> dict:
-    """For the processor's call on rendered text. What `apply_chat_template(tokenize=True)` passes on: no second beginning-of-text token."""
+    """For a processor's call on rendered text, as `apply_chat_template(tokenize=True)` passes them on: no second
+    beginning-of-text token."""
     begin = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 

@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import tempfile
@@ -70,6 +71,12 @@ class JsonFile:
         with open(self.path, "rb") as file:  # opened for each row: safe in worker processes
             file.seek(start)
             return json.loads(file.read(length).decode("utf-8-sig"))
+
+
+    def mentions(self, key: str) -> bool:
+        """Whether a key stands anywhere in the file, as JSON writes it."""
+        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(json.dumps(key).encode()) >= 0
 
 
 def cache_folder() -> Path:

@@ -61,6 +61,9 @@ class SourceConfig(BaseModel):
     """Column of the answer, for qa."""
     options_column: str | None = None
     """Column of the choices of a question, for qa; they are lettered behind it."""
+    answered: bool | None = None
+    """Whether a model wrote the answers, which metrics then count apart. Default: rows that say so themselves, in a
+    column `answered_by`, as those of `vlsi-fast data answer` do; true or false: all of the rows, or none."""
     type_column: str | None = None
     """Column of the question's type, e.g. its category, by which `vlsi-fast eval` splits its table; default: the type
     follows from the answer (yes/no, choice, number, other)."""

@@ -259,6 +259,13 @@ def _data(record: dict[str, Any]) -> str:
         rows.append([source_label(source), source["reader"], count, FILL])
     skipped = sum(record.get("summary", {}).get("skipped_rows", {}).values())
     text = table(["source", "format", "rows", "licence"], rows)
+    summary = record.get("summary", {})
+    if answered := summary.get("answered_rows"):
+        share, tokens = answered / summary["rows"], summary["answered_tokens"] / max(summary["answer_tokens"], 1)
+        text += (
+            f"\n\nOf the {summary['rows']} rows read in the last stage, {answered} ({share:.0%}; {tokens:.0%} of the "
+            "answer tokens) have answers that a model wrote (`vlsi-fast data answer`), not people."
+        )
     return text + (f"\n\n{skipped} rows could not be used and were skipped in the last stage." if skipped else "")
 
 

@@ -132,7 +132,7 @@ class StageTrainer(Trainer):
         self._pending: list[tuple[Tensor, dict[str, Any]]] = []
         self._scalars: dict[str, float] = {}
         self._step_began, self._waited = time.perf_counter(), 0.0
-        self.totals = {"answer_tokens": 0, "rows": 0, "step_seconds": 0.0}
+        self.totals = {"answer_tokens": 0, "rows": 0, "answered_rows": 0, "answered_tokens": 0, "step_seconds": 0.0}
         self.wait_seconds = 0.0
 
     # ---- batches ----
@@ -216,7 +216,7 @@ class StageTrainer(Trainer):
 
     def _add_to_totals(self, record: dict[str, Any]) -> None:
         for name in self.totals:
-            self.totals[name] += record[name]
+            self.totals[name] += record.get(name, 0)  # older records count no answered rows
         self.wait_seconds += record.get("data_wait_share", 0.0) * record["step_seconds"]  # older records have none
 
     def _stop_on_non_finite(self) -> None:

@@ -199,6 +199,8 @@ class Stage:
             "optimizer_steps": result.global_step,
             "rows": trainer.totals["rows"],
             "answer_tokens": trainer.totals["answer_tokens"],
+            "answered_rows": trainer.totals["answered_rows"],
+            "answered_tokens": trainer.totals["answered_tokens"],
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
             "attention": self.attention,
@@ -260,6 +262,8 @@ class Stage:
         training["extra"].pop("ddp_timeout", None)
         dump, loose = self.config.model_dump(), ("num_workers", "eval", "max_skipped_share", "padding_free")
         data = {name: value for name, value in dump["data"].items() if name not in loose}
+        # what counts rows apart changes none of them
+        data["train"] = [{k: v for k, v in source.items() if k != "answered"} for source in data["train"]]
         facts = {name: role.facts for name, role in self.roles.items()}
         identity = {name: dump[name] for name in ("seed", "dtype", self.name, *self.sections)}
         identity[self.name] = {n: v for n, v in dump[self.name].items() if n != "training" and not self._added(n, v)}
