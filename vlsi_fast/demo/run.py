@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, load_config
+from . import inputs
 from .arms import VLSI, Arm, arm_changes, arm_config, arm_file, chosen
-from .inputs import KEPT_LAYERS, LABELLED, MAX_ANSWER, UNLABELLED, answer_pictures, draw_data, make_student
+from .inputs import KEPT_LAYERS, MAX_ANSWER, answer_pictures, draw_data, make_student
 from .progress import Progress
 from .training import command, shown, train
 
@@ -95,7 +96,8 @@ def _course(arguments: argparse.Namespace, configs: dict[Arm, RunConfig], progre
     with progress.part(PREPARING):
         draw_data(output / "data")
         make_student(config)
-        progress.say(f"{output / 'data'}: {LABELLED} pictures with descriptions, {UNLABELLED} without, for testing")
+        counts = f"{inputs.LABELLED} with descriptions, {inputs.UNLABELLED} without, and those to test on"
+        progress.say(f"{output / 'data'}: pictures, {counts}")
         progress.say(f"{config.student.path}: decoder layers {KEPT_LAYERS} of {config.teacher.path}")
     with progress.part(ASKING):
         more = [answer_pictures] if any(arm.answered for arm in configs) else []
@@ -103,9 +105,8 @@ def _course(arguments: argparse.Namespace, configs: dict[Arm, RunConfig], progre
         answers = _ask(config, paths, progress, more)
     for arm, own in configs.items():
         with progress.part(_title(arm)):
-            words, environment = command(
-                arguments.ranks, arm_file(arm, arguments.config), arm_changes(arm, config)
-            )  # fmt: skip
+            changes = arm_changes(arm, config)
+            words, environment = command(arguments.ranks, arm_file(arm, arguments.config), changes)
             progress.say(shown(words))
             train(words, environment, own, output / "logs" / f"{arm.name}.log", progress.at)
     with progress.part(SCORING):

@@ -19,7 +19,8 @@ def summarise_run(configs: dict[Arm, RunConfig], answers: dict[str, list]) -> di
 
     Returns:
         `<name>_accuracy`: mean of the first metric, 0 to 1, None where an arm was not run; `f1`: name -> mean of the
-        last metric; `intervals`: name -> metric -> 95% interval; `differences`: VLsI (first) against each other model,
+        last metric; `scores`: name -> `label`, `optimizer_steps` (None of a model that is scored as it is), and each
+        metric's `mean` and `interval`; `differences`: VLsI (first) against each other model,
         paired by question; `questions`, `metrics`, `stages` (VLsI's), `arms`, `peak_rss_bytes`, `seed`, `versions`.
     """
     from ..evaluation.report import summarise
@@ -33,7 +34,7 @@ def summarise_run(configs: dict[Arm, RunConfig], answers: dict[str, list]) -> di
     stages = arms[VLSI.name]["stages"]
     return {f"{name}_accuracy": scores[name][metrics[0]]["mean"] if name in scores else None for name in names} | {
         "f1": {name: scores[name][metrics[-1]]["mean"] if name in scores else None for name in names},
-        "intervals": {name: {m: scores[name][m]["interval"] for m in metrics} for name in answers},
+        "scores": {name: _scores(name, scores[name], metrics, arms) for name in LABELS if name in answers},
         "differences": found["differences"],
         "metrics": metrics,
         "questions": scores["teacher"][metrics[0]]["rows"],
@@ -44,6 +45,12 @@ def summarise_run(configs: dict[Arm, RunConfig], answers: dict[str, list]) -> di
         "seed": configs[VLSI].seed,
         "versions": versions(),
     }
+
+
+def _scores(name: str, found: dict[str, Any], metrics: list[str], arms: dict[str, Any]) -> dict[str, Any]:
+    told = {m: {key: found[m][key] for key in ("mean", "interval")} for m in metrics}
+    steps = arms[name]["optimizer_steps"] if name in arms else None
+    return {"label": LABELS[name], "optimizer_steps": steps} | told
 
 
 def _of_arm(config: RunConfig) -> dict[str, Any]:
@@ -75,12 +82,9 @@ def print_tables(summary: dict[str, Any], output: Path, report: Path) -> None:
         "model", "steps", *(f"{title(metric)} [95%]" for metric in (metrics[0], metrics[-1])),
         title=f"{summary['questions']} drawings of the test split",
     )  # fmt: skip
-    for name, label in LABELS.items():
-        if name in summary["intervals"]:
-            values = (summary[f"{name}_accuracy"], summary["f1"][name])
-            cells = [_cell(v, summary["intervals"][name][m]) for v, m in zip(values, (metrics[0], metrics[-1]))]
-            steps = summary["arms"][name]["optimizer_steps"] if name in summary["arms"] else ""
-            table.add_row(label, str(steps), *cells)
+    for score in summary["scores"].values():
+        cells = [_cell(score[m]) for m in (metrics[0], metrics[-1])]
+        table.add_row(score["label"], str(score["optimizer_steps"] or ""), *cells)
     console.print(table)
     for each in summary["differences"]:
         if each["metric"] == metrics[0] and each["second"] in summary["arms"]:
@@ -97,6 +101,6 @@ def print_tables(summary: dict[str, Any], output: Path, report: Path) -> None:
     )
 
 
-def _cell(value: float, interval: list[float]) -> str:
-    low, high = interval
-    return f"{100 * value:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+def _cell(score: dict[str, Any]) -> str:
+    low, high = score["interval"]
+    return f"{100 * score['mean']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
