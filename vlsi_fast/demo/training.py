@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -40,9 +41,17 @@ def command(ranks: int, config: Path, changes: dict[str, Any]) -> tuple[list[str
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     script = Path(__file__).resolve().parent.parent / "train.py"
-    words = [str(launcher), "--num_gpus" if gpus else "--num_accelerators", str(ranks), str(script)]
+    words = [str(launcher), "--num_gpus" if gpus else "--num_accelerators", str(ranks)]
+    words += ["--master_port", str(_free_port()), str(script)]
     words += ["--stage", "all", "--config", str(config), *(f"--{name}={value}" for name, value in changes.items())]
     return words, environment
+
+
+def _free_port() -> int:
+    """For the ranks to meet; DeepSpeed's own choice is always the same, and may be another run's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def train(words: list[str], environment: dict[str, str], config: RunConfig, log: Path, at: Callable) -> None:

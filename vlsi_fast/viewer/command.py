@@ -44,7 +44,8 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from .terminal import print_table
 
     if arguments.json:
-        print(json.dumps(_tree(arguments, run, [name for name, _ in pictures], question, columns), indent=2, ensure_ascii=False))
+        tree = _tree(arguments, run, [name for name, _ in pictures], question, columns)
+        print(json.dumps(tree, indent=2, ensure_ascii=False))
     else:
         print_table(columns, question, arguments.probabilities)
     if arguments.html:
