@@ -170,7 +170,7 @@ def test_sources_with_their_own_metrics(capsys):
     assert (differences["exact"]["only_first"], differences["exact"]["only_second"]) == (1, 0)
     print_report(found)
     text = capsys.readouterr().out
-    assert "each source's first metric" in text and "f1" in text and "75.00%" in text and "p = 1 (McNemar" in text
+    assert "each source's first metric" in text and "F1" in text and "75.00%" in text and "p = 1 (McNemar" in text
     alone = summarise({"x": first, "y": rows_of([{"exact": 1}], "d")}, {"x": {}, "y": {}})
     assert "f1" not in alone["models"]["y"] and alone["differences"] == []
     print_report(alone)

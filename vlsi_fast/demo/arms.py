@@ -33,14 +33,14 @@ class Arm:
 
 VLSI = Arm("student_after", "student after VLsI", 110, quick=True)
 ARMS = (
-    Arm("sft_best", "sft alone, its best steps", 35, control=True, quick=True),
-    Arm("sft_only", "sft alone, as many steps as VLsI", 60, control=True, quick=True),
+    Arm("sft_best", "sft alone, best steps", 35, control=True, quick=True),
+    Arm("sft_only", "sft alone, VLsI's steps", 60, control=True, quick=True),
     Arm("last_layer", "last-layer KL", 90),
     VLSI,
-    Arm("unlabelled", "VLsI, with pictures without labels", 160, answered=True),
+    Arm("unlabelled", "VLsI, + unlabelled pictures", 160, answered=True),
 )
 """In the order of their runs."""
-FURTHER = (Arm("unlabelled_sft", "sft alone, with pictures without labels", 60, control=True, answered=True),)
+FURTHER = (Arm("unlabelled_sft", "sft alone, + unlabelled pictures", 60, control=True, answered=True),)
 """Not part of the demo; `benchmarks/demo_seeds.py` runs them too."""
 BASES = {"teacher": "teacher", "student_before": "student before"}
 """What is scored as it is: name in summary.json -> label."""

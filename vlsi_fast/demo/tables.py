@@ -89,9 +89,8 @@ def print_tables(summary: dict[str, Any], output: Path, report: Path) -> None:
     for each in summary["differences"]:
         if each["metric"] == metrics[0] and each["second"] in summary["arms"]:
             low, high = (-100 * bound for bound in reversed(each["interval"]))
-            console.print(
-                f"VLsI less {LABELS[each['second']]}: {-100 * each['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]"
-            )
+            gain = 0.0 - 100 * each["difference"]  # no -0.0
+            console.print(f"VLsI less {LABELS[each['second']]}: {gain:+.1f} points [{low:+.1f}, {high:+.1f}]")
     console.print(
         f"peak memory of training {summary['peak_rss_bytes'] / 2**30:.2f} GiB, all in all {summary['seconds']:.0f} s\n"
         f"distilled student: {output / 'interact' / 'student'}\nsummary: {output / 'summary.json'}\n"

@@ -169,7 +169,7 @@ def _import(origin: str, field: str) -> Callable[[str, str], float | bool]:
 
 def title(metric: str) -> str:
     """A metric's name for people."""
-    return TITLES.get(metric) or metric.replace("_", " ").strip()
+    return TITLES.get(metric) or re.sub(r"\bf1\b", "F1", metric.replace("_", " ").strip())
 
 
 def is_graded(values: Iterable[float | bool]) -> bool:

@@ -159,14 +159,12 @@ def demo_scores(run: Run) -> dict[str, Any]:
     labels = {name: each["label"] for name, each in summary["scores"].items()}
     scores = {labels[name]: [each[m] for m in summary["metrics"]] for name, each in summary["scores"].items()}
     differences = [
-        {"label": labels[each["second"]], "metric": title(each["metric"]), "difference": -each["difference"],
+        {"label": labels[each["second"]], "metric": title(each["metric"]), "difference": 0.0 - each["difference"],
          "interval": [-bound for bound in reversed(each["interval"])]}
         for each in summary["differences"] if summary["scores"][each["second"]]["optimizer_steps"]
     ]  # fmt: skip
     metrics = [title(metric) for metric in summary["metrics"]]
-    return {
-        "metrics": metrics, "scores": scores, "questions": summary["questions"], "differences": differences
-    }  # fmt: skip
+    return {"metrics": metrics, "scores": scores, "questions": summary["questions"], "differences": differences}
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
