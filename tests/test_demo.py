@@ -136,6 +136,15 @@ def test_arms_differ_in_what_they_say_only(tmp_path):
             assert sum(own.stage_training(stage).max_steps for stage in own.stages) == steps
 
 
+def test_a_step_has_the_same_rows_on_any_number_of_ranks():
+    vlsi = load_config(DEMO)
+    for ranks, rows in ((1, 16), (2, 8), (4, 4), (16, 1)):
+        assert arms.arm_config(arms.VLSI, DEMO, vlsi, ranks).training.per_device_train_batch_size == rows
+    for ranks in (0, 3, 32):
+        with pytest.raises(ConfigError, match=f"--ranks {ranks}: .*16 rows"):
+            arms.arm_config(arms.VLSI, DEMO, vlsi, ranks)
+
+
 def test_the_file_of_sft_only_has_vlsis_steps():
     """So that it can be run alone, too."""
     vlsi, own = (load_config(arms.arm_file(arm, DEMO)) for arm in (arms.VLSI, arms.ARMS[1]))

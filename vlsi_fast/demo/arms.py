@@ -31,6 +31,8 @@ class Arm:
     """Trains on the teacher's answers to pictures without labels, too."""
 
 
+RANKS = 2
+"""That the configs' rows of a rank are meant for."""
 VLSI = Arm("student_after", "student after VLsI", 110, quick=True)
 ARMS = (
     Arm("sft_best", "sft alone, best steps", 35, control=True, quick=True),
@@ -58,26 +60,34 @@ def arm_file(arm: Arm, config: str | Path) -> Path:
     return Path(config) if arm is VLSI else Path(config).with_suffix("") / f"{arm.name}.yaml"
 
 
-def arm_changes(arm: Arm, vlsi: RunConfig) -> dict[str, Any]:
+def arm_changes(arm: Arm, vlsi: RunConfig, ranks: int = RANKS) -> dict[str, Any]:
     """Overrides of an arm's file: the run's folder, its data, student and seed; and the steps of `sft_only`.
 
     Args:
         arm: whose.
         vlsi: the demo's config.
+        ranks: of its launch; a step has the same rows on any number of them.
+
+    Raises:
+        ConfigError: a step's rows cannot be shared out.
     """
-    output = Path(vlsi.output_dir)
+    output, rows = Path(vlsi.output_dir), RANKS * vlsi.training.per_device_train_batch_size
+    if ranks < 1 or rows % ranks:
+        raise ConfigError(f"--ranks {ranks}: a step's {rows} rows cannot be shared out evenly; use a divisor of {rows}")
     changes = {
         "output_dir": str(output if arm is VLSI else output / arm.name),
         "data.root": str(output / "data"),
         "student.path": str(output / "start" / "student"),
         "seed": vlsi.seed,
     }
+    if ranks != RANKS:
+        changes["training.per_device_train_batch_size"] = rows // ranks
     if arm.name == "sft_only":
         changes["sft.training.max_steps"] = sum(vlsi.stage_training(stage).max_steps for stage in vlsi.stages)
     return changes
 
 
-def arm_config(arm: Arm, config: str | Path, vlsi: RunConfig) -> RunConfig:
+def arm_config(arm: Arm, config: str | Path, vlsi: RunConfig, ranks: int = RANKS) -> RunConfig:
     """An arm's config.
 
     Raises:
@@ -85,7 +95,7 @@ def arm_config(arm: Arm, config: str | Path, vlsi: RunConfig) -> RunConfig:
         ConfigError: an option is wrong, or a stage has no max_steps.
     """
     file = arm_file(arm, config)
-    found = load_config(file, arm_changes(arm, vlsi))
+    found = load_config(file, arm_changes(arm, vlsi, ranks))
     for stage in found.stages:
         if found.stage_training(stage).max_steps < 1:
             raise ConfigError(f"{file}: {stage}.training.max_steps: the demo counts steps; set a number")

@@ -22,7 +22,7 @@ from . import inputs
 from .arms import VLSI, Arm, arm_changes, arm_config, arm_file, chosen
 from .inputs import KEPT_LAYERS, MAX_ANSWER, answer_pictures, draw_data, make_student
 from .progress import Progress
-from .training import command, shown, train
+from .training import command, rank_count, shown, train
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 PREPARING, ASKING, SCORING, REPORT = (
@@ -59,22 +59,23 @@ def main(arguments: argparse.Namespace, overrides: list[str] = ()) -> int:
     arms = chosen(arguments.quick, arguments.control, arguments.all_arms)
     try:
         config = load_config(arguments.config, overrides)
-        config = arm_config(VLSI, arguments.config, config)
-        configs = {arm: arm_config(arm, arguments.config, config) for arm in arms}
+        ranks = rank_count(arguments.ranks)
+        arm_config(VLSI, arguments.config, config, ranks)  # its steps are others' measure
+        configs = {arm: arm_config(arm, arguments.config, config, ranks) for arm in arms}
     except (ValueError, FileNotFoundError) as error:
         print(f"vlsi-fast demo: {error}\nRun it from the root of a checkout (make demo).", file=sys.stderr)
         return 2
     output = Path(config.output_dir)
+    began = time.perf_counter()
     if arguments.fresh and output.exists():
         shutil.rmtree(output)
     if output.exists() and any(output.iterdir()):
         print(f"vlsi-fast demo: {output} holds an earlier run; add --fresh to replace it", file=sys.stderr)
         return 2
-    began = time.perf_counter()
     parts = {PREPARING: SECONDS[PREPARING], ASKING: SECONDS[ASKING]}
     parts |= {_title(arm): arm.seconds for arm in arms} | {SCORING: SECONDS[SCORING], REPORT: SECONDS[REPORT]}
     with Progress(parts) as progress:
-        report, summary = _course(arguments, configs, progress)
+        report, summary = _course(arguments, config, configs, progress)
     summary["seconds"] = time.perf_counter() - began
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     from .tables import print_tables
@@ -87,8 +88,10 @@ def _title(arm: Arm) -> str:
     return f"Training: {arm.label.removeprefix('student after ')}"
 
 
-def _course(arguments: argparse.Namespace, configs: dict[Arm, RunConfig], progress: Progress) -> tuple[Path, dict]:
-    """All parts in order. Returns the report and the summary."""
+def _course(
+    arguments: argparse.Namespace, base: RunConfig, configs: dict[Arm, RunConfig], progress: Progress
+) -> tuple[Path, dict[str, Any]]:
+    """All parts in order; `base` is the demo's config as it is read. Returns the report and the summary."""
     from ..report.command import write_report
     from .tables import summarise_run
 
@@ -105,8 +108,8 @@ def _course(arguments: argparse.Namespace, configs: dict[Arm, RunConfig], progre
         answers = _ask(config, paths, progress, more)
     for arm, own in configs.items():
         with progress.part(_title(arm)):
-            changes = arm_changes(arm, config)
-            words, environment = command(arguments.ranks, arm_file(arm, arguments.config), changes)
+            ranks = rank_count(arguments.ranks)
+            words, environment = command(ranks, arm_file(arm, arguments.config), arm_changes(arm, base, ranks))
             progress.say(shown(words))
             train(words, environment, own, output / "logs" / f"{arm.name}.log", progress.at)
     with progress.part(SCORING):

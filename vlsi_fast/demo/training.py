@@ -18,11 +18,19 @@ LAST_LINES = 25
 """Of the log, shown where training stopped with an error."""
 
 
+def rank_count(asked: int) -> int:
+    """Ranks of a launch: on GPUs at most their number."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return min(asked, gpus) if gpus else asked
+
+
 def command(ranks: int, config: Path, changes: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     """The launch of all of a config's stages, and its environment.
 
     Args:
-        ranks: on CPU; on GPUs at most their number.
+        ranks: from `rank_count`.
         config: YAML file.
         changes: overrides.
 
@@ -35,8 +43,7 @@ def command(ranks: int, config: Path, changes: dict[str, Any]) -> tuple[list[str
     if not launcher.is_file():
         raise SystemExit("vlsi-fast demo: no deepspeed beside this Python; run `make demo`, or pip install deepspeed")
     environment = os.environ | {"PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning"}
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    ranks = min(ranks, gpus) if gpus else ranks
+    gpus = torch.cuda.is_available()
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
