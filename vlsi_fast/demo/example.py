@@ -28,9 +28,10 @@ OVERRIDES = {
     "training.report_to": [],
 }
 """Of `configs/demo.yaml`."""
-TEST_PICTURE = 0
+TEST_PICTURE = 3
 """Number of the test picture asked about where the user asks none: the first that teacher and distilled student
-describe rightly, the base student and every student layer wrongly."""
+describe rightly, the base student and every first layer wrongly, and that no layer describes worse than the one before
+it."""
 
 
 def example_run() -> Run:
