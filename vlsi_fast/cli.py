@@ -40,7 +40,7 @@ class Command:
 
 COMMANDS = (
     Command(
-        "demo", "distil a tiny model end to end on easy-VQA, minutes on a laptop",
+        "demo", "distil a tiny model that describes drawings, end to end, minutes on a laptop",
         ".demo.run:add_arguments", ".demo.run:main",
         "vlsi-fast demo --fresh",
     ),
@@ -95,7 +95,7 @@ COMMANDS = (
     Command(
         "eval", "score checkpoints on your rows, or on the paper's benchmarks",
         ".evaluation.arguments:add_arguments", ".evaluation.command:main",
-        "vlsi-fast eval --run runs/demo --model vlsi_fast/demo/models/student\n"
+        "vlsi-fast eval --run runs/demo --model runs/demo/start/student\n"
         "  vlsi-fast eval --model Qwen/Qwen2-VL-2B-Instruct --data rows.jsonl --reader messages\n"
         "  vlsi-fast eval --run runs/mine --benchmarks mmb,mmmu,mmstar",
         takes_overrides=True,
