@@ -7,6 +7,7 @@ from typing import Any
 from ..config import STAGES, ConfigError, RunConfig, nearest
 from ..data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
 from ..lineage import LineageError
+from ..named_files import require_files
 from ..watch import watch
 from .base import NonFiniteLossError
 from .interact import InteractStage
@@ -40,6 +41,7 @@ def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str
     if stage != "all" and stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, (*STAGES, 'all'))}")
     names = STAGES if stage == "all" else (stage,)
+    require_files(config, names)
     try:
         return {name: STAGE_CLASSES[name](config).run(resume) for name in names}
     except Exception as error:
