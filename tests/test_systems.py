@@ -1,7 +1,7 @@
 """Every system of `configs/` at its real size on the meta device: where layers and head are, and how much is trained.
 
-The real configurations are in `real_configs/`; expected numbers here are worked out from the shapes by hand, or the
-paper's.
+The real configurations are in `vlsi_fast/planner/real_configs/`; expected numbers here are worked out from the shapes by
+hand, or the paper's.
 """
 
 import json
@@ -19,9 +19,9 @@ from vlsi_fast import load_config
 from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.data.tokens import shared_tokens
 from vlsi_fast.loading import load_model_config, require_same_tokens, shared_rows, target_layers
+from vlsi_fast.planner.shapes import REAL_CONFIGS
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
-REAL = runs.ROOT / "tests" / "real_configs"
 TOYS = ("demo", "study")
 SYSTEMS = sorted(p.stem for p in (runs.ROOT / "configs").glob("*.yaml") if not p.stem.startswith(TOYS))
 EVERY_FOURTH = [2, 6, 10, 14, 18, 22, 26]
@@ -85,7 +85,7 @@ def read(name):
 
 @cache
 def real_config(path):
-    fields = json.loads((REAL / f"{path.replace('/', '__')}.json").read_text())
+    fields = json.loads((REAL_CONFIGS / f"{path.replace('/', '__')}.json").read_text())
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
@@ -169,7 +169,7 @@ def test_vision_of_the_real_models(path):
 
 def test_vision_of_the_large_qwen2_5_vl():
     """Its 72B has not been found to the digit, its 32B has, which differs in the text model alone."""
-    fields = json.loads((REAL / "Qwen__Qwen2.5-VL-72B-Instruct.json").read_text())
+    fields = json.loads((REAL_CONFIGS / "Qwen__Qwen2.5-VL-72B-Instruct.json").read_text())
     fields |= {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40}
     fields["vision_config"]["out_hidden_size"] = 5120
     with torch.device("meta"):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 
 from . import __version__
@@ -161,16 +163,14 @@ class _ListOptions(argparse.Action):
     """`--options`: print every option of the config with its default and meaning."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        from rich.console import Console
-        from rich.table import Table
-
         from .config import RunConfig, field_names
 
-        table = Table("option", "default", "meaning")
+        width = max(40, shutil.get_terminal_size().columns - 2)
         for name, info in field_names(RunConfig).items():
             default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
-            table.add_row(f"--{name}", default, " ".join((info.description or "").split()))
-        Console().print(table)
+            print(f"--{name}   (default: {default})" if default != "required" else f"--{name}   (required)")
+            meaning = " ".join((info.description or "").split())
+            print(textwrap.fill(meaning, width, initial_indent="    ", subsequent_indent="    "))
         parser.exit()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from . import hub
 from .config import STAGES, ConfigError, RunConfig, load_config
 from .data.dataset import AnswerMismatchError, check_same_answers
 from .data.encoding import IGNORED, configure_image_bounds, encode
@@ -81,7 +82,14 @@ class Subject:
     found: dict[Any, Any] = field(default_factory=dict)  # (role or source, kind) -> what was read, or why it was not
 
     def processor(self, role: str):
-        return self._once(role, "processor", lambda: load_processor(self._folder(role)))
+        def read():
+            folder = self._folder(role)
+            try:
+                return load_processor(folder)
+            except OSError as error:
+                raise error if Path(folder).is_dir() else FileNotFoundError(hub.explain(folder, error)) from error
+
+        return self._once(role, "processor", read)
 
     def model_config(self, role: str):
         def read():
@@ -454,18 +462,18 @@ def failed(results: list[Result]) -> bool:
     return any(result.status == FAILURE for result in results)
 
 
-def as_text(results: list[Result], width: int = 110) -> str:
-    """The table as plain text."""
-    from rich.console import Console
+def as_text(results: list[Result]) -> str:
+    """The table as plain text, as wide as the terminal."""
     from rich.table import Table
+    from rich.text import Text
+
+    from .tabular import text_of
 
     table = Table("check", "result", "found; fix")
     for result in results:
-        table.add_row(result.name, result.status, result.detail + (f"\nfix: {result.fix}" if result.fix else ""))
-    console = Console(width=width, color_system=None, markup=False)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
+        found = result.detail + (f"\nfix: {result.fix}" if result.fix else "")
+        table.add_row(result.name, result.status, Text(found))
+    return text_of(table)
 
 
 def require_ready(config: RunConfig, stage: str, roles: dict[str, Any], ranks: int) -> None:

@@ -82,10 +82,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 def print_report(summary: dict[str, Any]) -> None:
     """Tables for a terminal. Relaxed accuracy is shown where it differs for any model."""
-    from rich.console import Console
     from rich.table import Table
 
-    console, models = Console(highlight=False), summary["models"]
+    from ..tabular import console, print_table
+
+    say, models = console().print, summary["models"]
     short = short_names(models)
     told = {metric: [found[metric]["correct"] for found in models.values()] for metric in METRICS}
     shown = [metric for metric in METRICS if metric == "exact_match" or told[metric] != told["exact_match"]]
@@ -99,11 +100,11 @@ def print_report(summary: dict[str, Any]) -> None:
                 cells = [each[key].get(name) for each in scores]
                 number = next(cell["rows"] for cell in cells if cell is not None)
                 table.add_row(f"  {name}", str(number), *("-" if cell is None else _cell(cell) for cell in cells))
-        console.print(table)
+        print_table(table)
     for each in summary["differences"]:
         if each["metric"] in shown:
             first, second, (low, high) = short[each["first"]], short[each["second"]], each["interval"]
-            console.print(
+            say(
                 f"{second} less {first}, {TITLES[each['metric']]}: {100 * each['difference']:+.2f} "
                 f"[{100 * low:+.2f}, {100 * high:+.2f}] points on {each['rows']} rows; only {second} right: "
                 f"{each['only_second']}, only {first}: {each['only_first']}; p = {each['p']:.2g} (McNemar, exact)"
@@ -111,7 +112,7 @@ def print_report(summary: dict[str, Any]) -> None:
     for name, found in models.items():
         if found["skipped"]:
             causes = ", ".join(f"{cause} {count}" for cause, count in found["skipped"].items())
-            console.print(f"{short[name]}: {sum(found['skipped'].values())} rows could not be used ({causes})")
+            say(f"{short[name]}: {sum(found['skipped'].values())} rows could not be used ({causes})")
 
 
 def _cell(score: dict[str, Any]) -> str:
