@@ -1,7 +1,7 @@
 """Every system of `configs/` at its real size on the meta device: where layers and head are, and how much is trained.
 
-The real configurations are in `vlsi_fast/planner/real_configs/`; expected numbers here are worked out from the shapes by
-hand, or the paper's.
+The real configurations are in `vlsi_fast/planner/real_configs/`; expected numbers here are worked out from the shapes
+by hand, or the paper's.
 """
 
 import json

@@ -14,6 +14,9 @@ from .backbones import default_layers, family_of
 from .config import BackboneConfig, ConfigError
 from .data.tokens import SharedTokens, shared_tokens
 from .shard_loading import load_sharded
+from .terminal import hush_bars
+
+hush_bars()
 
 
 def resolve_folder(path: str, field: str) -> Path:

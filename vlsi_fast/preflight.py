@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -32,6 +31,7 @@ from .data.sources import ConcatSource, SourceConfig, open_part
 from .loading import require_same_tokens, resolve_folder, target_layers
 from .sharding import rank
 from .sizes import format_count, format_size
+from .terminal import say
 
 PASS, NOTICE, FAILURE, UNCHECKED = "pass", "notice", "FAILURE", "not checked"
 SURPRISE = 0.01
@@ -489,7 +489,7 @@ def require_ready(config: RunConfig, stage: str, roles: dict[str, Any], ranks: i
     results = look(subject, AT_START)
     for result in results:
         if (result.name, result.status) == ("model sizes", NOTICE) and rank() == 0:
-            print(f"vlsi-fast: {result.detail}", file=sys.stderr)
+            say(result.detail)
     if failed(results):
         raise PreflightError(f"stage {stage} cannot start (preflight: false goes past this):\n{as_text(results)}")
 

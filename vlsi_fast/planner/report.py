@@ -272,8 +272,9 @@ def _scaling_table(plan: dict[str, Any]):
     from rich.table import Table
 
     unit, size = _unit(max(at["peak_bytes"] for s in plan["stages"] for at in s["scaling"]), BYTES)
-    table = Table("stage", "nodes", f"{unit} a GPU", "compute s", "comm. s", "share", "step s", "rows a step",
-                  f"days for {plan['samples'] / 1e6:g}M rows", box=None, padding=(0, 2, 0, 0), pad_edge=False)  # fmt: skip
+    days = f"days for {plan['samples'] / 1e6:g}M rows"
+    table = Table("stage", "nodes", f"{unit} a GPU", "compute s", "comm. s", "share", "step s", "rows a step", days,
+                  box=None, padding=(0, 2, 0, 0), pad_edge=False)  # fmt: skip
     for s in plan["stages"]:
         for at in s["scaling"]:
             table.add_row(

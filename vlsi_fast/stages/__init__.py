@@ -45,6 +45,8 @@ def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str
     try:
         return {name: STAGE_CLASSES[name](config).run(resume) for name in names}
     except Exception as error:
+        if watch.interrupted:  # the collectives' errors are only its echo
+            raise KeyboardInterrupt from None
         if not isinstance(error, SELF_EXPLAINING):
             watch.failed(error)
         raise

@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..config import ConfigError, RunConfig
 from ..named_files import read_deepspeed
+from ..terminal import say
 
 
 def launched() -> bool:
@@ -30,7 +31,7 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     read_deepspeed(deepspeed)
     _require_trackers(t.report_to)
     if deepspeed is not None and not launched():
-        print("vlsi-fast: no launcher, so training.deepspeed is not used (start with `deepspeed` or `torchrun`)")
+        say("no launcher, so training.deepspeed is not used (start with `deepspeed` or `torchrun`)")
         deepspeed = None
     if deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("training.deepspeed is set but deepspeed is not installed: pip install deepspeed")

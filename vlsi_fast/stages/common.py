@@ -47,6 +47,7 @@ from ..preflight import require_ready
 from ..rescaling import drop_incomplete, require_same_batch, rows_per_step
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
 from ..teacher import load_teacher, resolve_mode
+from ..terminal import say
 from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from ..watch import watch
@@ -201,6 +202,8 @@ class Stage:
             "padding_free": self.padding_free,
             "liger": self.liger,
         }
+        if rank() == 0 and trainer.skip_log.total():
+            say(f"stage {self.name}: {trainer.skip_log.total()}")
         watch.place = f"stage {self.name}, writing its results"
         self.save(module)
         barrier()
@@ -244,7 +247,7 @@ class Stage:
                 "(data.padding_free auto with flash-attention): remove it, or set data.padding_free to false"
             )
         for notice in notices if rank() == 0 else ():
-            print(f"vlsi-fast: {notice}")
+            say(notice)
         return packed
 
     def _record(self) -> dict[str, Any]:
