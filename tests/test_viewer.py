@@ -84,7 +84,29 @@ def test_layers_beams_table_and_page(run, workspace, asked, capsys, tmp_path):
     text = page.read_text()
     assert text.count('class="model"') == 3 and text.count('class="answer"') == 5 and "2 beams" in text
     assert text.count("<details>") == 5 and "data:image/png;base64," in text
+    assert str(run.parent) not in text and "sft/student" in text, "a page to be shown names no machine's folders"
+    assert len(re.findall(r"(?:layer \d|last layer) · \d+%", text)) == 5 and 'class="small"' in text
     assert "&lt;b&gt;this" in text and "<b>" not in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_right_and_wrong_are_marked(run, asked, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    assert main(["verbalize", "--run", str(run), *asked, "--json"]) == 0
+    texts = [layer["text"] for m in json.loads(capsys.readouterr().out)["models"] for layer in m["layers"]]
+    words = ["--answer", f" {texts[0].upper()} ", "--html", str(page), "--json"]
+    assert main(["verbalize", "--run", str(run), *asked, *words]) == 0
+    layers = [layer for m in json.loads(capsys.readouterr().out)["models"] for layer in m["layers"]]
+    right = [" ".join(text.split()).lower() == " ".join(texts[0].split()).lower() for text in texts]
+    assert [layer["right"] for layer in layers] == right and 0 < sum(right) < len(right)
+    assert not any(layer["alternatives"] for layer in layers), "as asked for: the page alone has them"
+    text = page.read_text()
+    assert text.count('class="answer right"') == sum(right)
+    assert text.count('class="answer wrong"') == len(right) - sum(right) and text.count("<details>") == len(right)
+    for kind in ("good", "bad"):
+        assert text.count(f"--{kind}:") == 3, "by day, by night, and in the app by night"
+    assert main(["verbalize", "--run", str(run), *asked, "--answer", texts[0]]) == 0
+    table = capsys.readouterr().out
+    assert table.count("✓") == sum(right) and "right answer: " in table
 
 
 def test_only_the_distilled_student_or_another_checkpoint(run, workspace, asked, capsys, monkeypatch):
@@ -119,11 +141,17 @@ def refused(capsys, *words) -> str:
     return capsys.readouterr().err
 
 
-def test_errors_name_the_fix(run, workspace, asked, capsys, tmp_path):
+def test_errors_name_the_fix(run, workspace, asked, capsys, tmp_path, monkeypatch):
     assert "holds no run" in refused(capsys, "--run", str(tmp_path), *asked)
     assert "--question is missing" in refused(capsys, "--run", str(run))
     missing = ["--image", str(tmp_path / "none.png"), "--question", "x"]
-    assert "none.png does not exist" in refused(capsys, "--run", str(run), *missing)
+    monkeypatch.setattr("vlsi_fast.viewer.columns.sources_of", None)  # said before any model is looked for
+    told = refused(capsys, "--run", str(run), *missing)
+    assert f"--image {missing[1]}: " in told and "does not exist" in told and "give an image file" in told
+    (tmp_path / "text.png").write_text("no image")
+    told = refused(capsys, "--run", str(run), "--image", str(tmp_path / "text.png"), "--question", "x")
+    assert "not an image file that Pillow can read (truncated_image)" in told
+    monkeypatch.undo()
     assert "there are some for [1, 3]" in refused(capsys, "--run", str(run), *asked, "--layers", "2")
     assert "folder nowhere does not exist" in refused(capsys, "--run", str(run), *asked, "--compare", "nowhere")
     record = json.loads((run / "sft" / "vlsi_stage.json").read_text())
