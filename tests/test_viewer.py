@@ -7,6 +7,7 @@ import socket
 import sys
 from types import SimpleNamespace
 
+import chromium
 import pytest
 import torch
 from PIL import Image
@@ -264,27 +265,54 @@ def test_the_apps_answers_and_limits(run, workspace, tmp_path):
         answer(None, "  ", 1, False)
 
 
-def test_the_page_of_the_app_in_gradio(run, workspace, tmp_path):
+@pytest.fixture
+def app(run):
+    """Address of the app, served by Gradio."""
     gradio = pytest.importorskip("gradio")
-    client = pytest.importorskip("gradio_client")
     from vlsi_fast.viewer.app import Answerer, build
 
-    arguments = app_arguments(run)
     opened = open_run(run)
-    page = build(gradio, Answerer(opened, sources_of(opened, ["base"]), arguments), "test")
+    page = build(gradio, Answerer(opened, sources_of(opened, ["base"]), app_arguments(run)), "test")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, max_file_size=20000)
-    try:
-        caller = client.Client(f"http://127.0.0.1:{port}", verbose=False, analytics_enabled=False)
-        image = client.handle_file(str(workspace / "images" / "0.png"))
-        assert caller.predict(image, "what?", 1, False, api_name="/ask").count('class="answer"') == 6
-        with pytest.raises(Exception, match="ask something"):
-            caller.predict(image, "", 1, False, api_name="/ask")
-        noise = torch.randint(0, 255, (200, 200, 3), dtype=torch.uint8).numpy()
-        Image.fromarray(noise).save(tmp_path / "big.png")
-        with pytest.raises(Exception, match="(?i)size|413|large"):
-            caller.predict(client.handle_file(str(tmp_path / "big.png")), "what?", 1, False, api_name="/ask")
-    finally:
-        page.close()
+    yield f"http://127.0.0.1:{port}"
+    page.close()
+
+
+def test_the_page_of_the_app_in_gradio(app, workspace, tmp_path):
+    client = pytest.importorskip("gradio_client")
+    caller = client.Client(app, verbose=False, analytics_enabled=False)
+    image = client.handle_file(str(workspace / "images" / "0.png"))
+    assert caller.predict(image, "what?", 1, False, api_name="/ask").count('class="answer"') == 6
+    with pytest.raises(Exception, match="ask something"):
+        caller.predict(image, "", 1, False, api_name="/ask")
+    noise = torch.randint(0, 255, (200, 200, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).save(tmp_path / "big.png")
+    with pytest.raises(Exception, match="(?i)size|413|large"):
+        caller.predict(client.handle_file(str(tmp_path / "big.png")), "what?", 1, False, api_name="/ask")
+
+
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium on this machine")
+def test_the_app_in_a_browser(app, workspace):
+    """As a user: upload, ask, read; ask nothing and be told; nothing is loaded from elsewhere."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium.find(), args=["--no-sandbox"])
+        page, asked, wrong = browser.new_page(), [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(app)
+        page.get_by_role("button", name="Ask").click()
+        page.get_by_text("ask something").first.wait_for()
+        page.locator("input[type=file]").first.set_input_files(str(workspace / "images" / "0.png"))
+        page.locator("img").first.wait_for()
+        page.get_by_label("question").fill("what is <b>this</b>?")
+        page.get_by_label("token probabilities").check()
+        page.get_by_role("button", name="Ask").click()
+        page.locator(".vlsi .answer").nth(5).wait_for()
+        assert page.locator(".vlsi .model").count() == 2 and page.locator(".vlsi .answer").count() == 6
+        assert page.locator(".vlsi details").count() == 6 and wrong == []
+        browser.close()
+    assert [url for url in asked if not url.startswith((app, "data:", "blob:"))] == []
