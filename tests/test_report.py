@@ -235,6 +235,45 @@ def test_slider_moves_in_a_browser(run, page, tmp_path, width):
     assert found["frames"]["0"]["cells"] != found["frames"]["39"]["cells"]
 
 
+LAYOUT = """
+document.querySelectorAll("details").forEach(d => d.open = true);
+const wide = [...document.querySelectorAll(".scroll")].filter(s => s.scrollWidth > s.clientWidth + 1);
+const out = [...document.querySelectorAll("section.card *")].filter(e => {
+  const card = e.closest("section.card").getBoundingClientRect(), box = e.getBoundingClientRect();
+  return !e.closest(".scroll") && box.width && box.right > card.right + 1;
+});
+const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+const rgb = (...colours) => {  // painted one over another
+  canvas.clearRect(0, 0, 1, 1);
+  for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+};
+const light = values => {
+  const [r, g, b] = values.map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+let faint = [];
+for (const e of document.querySelectorAll("body *")) {
+  if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || !e.getClientRects().length) continue;
+  const backs = [];
+  for (let up = e; up; up = up.parentElement) backs.unshift(getComputedStyle(up).backgroundColor);
+  const back = rgb("#fff", ...backs), [a, b] = [light(back), light(rgb(getComputedStyle(e).color))];
+  if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 3) faint.push(e.outerHTML.slice(0, 100));
+}
+const dark = light(rgb("#fff", getComputedStyle(document.body).backgroundColor)) < 0.1;
+return { wide: wide.map(s => s.innerText.slice(0, 60)), out: out.map(e => e.outerHTML.slice(0, 100)), faint, dark };
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width,dark", [(500, True), (800, False), (1400, True), (1400, False)])
+def test_nothing_is_cut_and_all_is_readable(page, tmp_path, width, dark):
+    """By day and by night; tables of settings may be wider than a narrow window, and scroll."""
+    found, console = chromium.run(page, LAYOUT, tmp_path, width, dark)
+    assert console == [] and found["dark"] == dark and found["out"] == [] and found["faint"] == []
+    assert [text for text in found["wide"] if "output_dir" not in text and "torch" not in text] == []
+
+
 @needs_browser
 def test_two_runs_compared_in_a_browser(run, tmp_path):
     other = make_run(tmp_path / "second", seed=1, interact={"temperature": 2.0})

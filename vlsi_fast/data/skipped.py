@@ -82,6 +82,7 @@ class SkipLog:
         self._read_to = 0  # bytes of the file that are in `_causes`
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._read_new_lines()
+        self._told = set(self._causes.values())
 
     def record(self, skipped: Iterable[dict], seen: int) -> None:
         """Takes in one batch.
@@ -119,6 +120,23 @@ class SkipLog:
     def summary(self) -> dict[str, int]:
         """Distinct skipped rows by cause, most frequent first, over all processes that share the file."""
         return dict(Counter(self._causes.values()).most_common())
+
+    def news(self) -> list[str]:
+        """A line for every cause that was not there before: what it means, its first row, where all rows are listed."""
+        self._read_new_lines()
+        first = {cause: row for row, cause in reversed(self._causes.items()) if cause not in self._told}
+        self._told.update(first)
+        listed = f"such rows are left out and listed in {self.path}"
+        why = {cause: CAUSES.get(cause, "see there") for cause in first}
+        return [f"row {row} skipped: {cause} ({why[cause]}); {listed}" for cause, row in first.items()]
+
+    def total(self) -> str:
+        """All skipped rows in a line, by cause; empty where there are none."""
+        self._read_new_lines()
+        if not self._causes:
+            return ""
+        causes = ", ".join(f"{cause} {count:,}" for cause, count in self.summary().items())
+        return f"{len(self._causes):,} of {self.total_rows:,} rows skipped: {causes} ({self.path})"
 
     def _stop(self, skipped: int, rows: int, of: str) -> None:
         counts = "\n".join(f"  {cause}: {count} ({CAUSES[cause]})" for cause, count in self.summary().items())

@@ -241,15 +241,18 @@ def build_source(configs: list[SourceConfig], field: str = "data.train") -> Conc
     """
     if not configs:
         raise ValueError(f"{field} is empty; add at least one source, e.g. {{reader: easy_vqa}}")
-    parts = []
-    for i, config in enumerate(configs):
-        part = READERS[config.reader](config, f"{field}[{i}]")
-        if len(part) == 0:
-            raise ValueError(f"{field}[{i}] ({part.name}) has no rows")
-        _check_count(config, part, f"{field}[{i}]")
-        parts.append(part)
+    parts = [open_part(config, f"{field}[{i}]") for i, config in enumerate(configs)]
     weights = [config.weight for config in configs]
     return ConcatSource(parts, weights if None not in weights else None)
+
+
+def open_part(config: SourceConfig, field: str) -> Reader:
+    """Opens one source; `field` is where it stands. Raises as `build_source`."""
+    part = READERS[config.reader](config, field)
+    if len(part) == 0:
+        raise ValueError(f"{field} ({part.name}) has no rows")
+    _check_count(config, part, field)
+    return part
 
 
 def _check_count(config: SourceConfig, part: Reader, field: str) -> None:

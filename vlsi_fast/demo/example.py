@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -39,13 +40,14 @@ def example_run() -> Run:
     return open_run(FOLDER)
 
 
-def example_question() -> tuple[Image.Image, str, str]:
-    """A picture of the test split, drawn here, its name, and the question about it."""
-    from .pictures import QUESTION, scenes
+def example_question() -> tuple[Image.Image, str, str, str]:
+    """A picture of the test split, drawn here, its name, the question about it, and a right answer."""
+    from .pictures import QUESTION, describe, scenes
 
-    for split, number, _, image in scenes():
+    for split, number, cells, image in scenes():
         if (split, number) == ("test", TEST_PICTURE):
-            return image, f"test picture {number} of vlsi_fast.demo.pictures", QUESTION
+            right = describe(cells, random.Random(0), wordings=1)
+            return image, f"test picture {number} of vlsi_fast.demo.pictures", QUESTION, right
     raise RuntimeError(f"demo.pictures has no test picture {TEST_PICTURE}; set TEST_PICTURE to one that it has")
 
 

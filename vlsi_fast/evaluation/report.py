@@ -110,10 +110,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 def print_report(summary: dict[str, Any]) -> None:
     """Tables for a terminal. Relaxed accuracy is shown where it differs from exact match for any model."""
-    from rich.console import Console
     from rich.table import Table
 
-    console, models = Console(highlight=False), summary["models"]
+    from ..tabular import console, print_table
+
+    say, models = console().print, summary["models"]
     short = short_names(models)
     told = {metric: [found.get(metric, {}).get("mean") for found in models.values()] for metric in summary["metrics"]}
     shown = [m for m in told if m != "relaxed_accuracy" or told[m] != told.get("exact_match")]
@@ -126,14 +127,14 @@ def print_report(summary: dict[str, Any]) -> None:
             groups = sorted({name for each in parts for name in each})
             for name in groups if len(groups) > 1 else ():
                 _add_row(table, f"  {name}", [each.get(name) for each in parts])
-        console.print(table)
+        print_table(table)
     for each in summary["differences"]:
         if each["metric"] in shown:
-            console.print(_difference_line(each, short))
+            say(_difference_line(each, short))
     for name, found in models.items():
         if found["skipped"]:
             causes = ", ".join(f"{cause} {count}" for cause, count in found["skipped"].items())
-            console.print(f"{short[name]}: {sum(found['skipped'].values())} rows could not be used ({causes})")
+            say(f"{short[name]}: {sum(found['skipped'].values())} rows could not be used ({causes})")
 
 
 def _add_row(table, label: str, scores: list[dict[str, Any] | None]) -> None:

@@ -8,6 +8,7 @@ from ..config import STAGES, ConfigError, RunConfig, nearest
 from ..data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
 from ..disk import DiskFullError
 from ..lineage import LineageError
+from ..named_files import require_files
 from ..watch import watch
 from .base import NonFiniteLossError
 from .interact import InteractStage
@@ -43,9 +44,12 @@ def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str
     if stage != "all" and stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, (*STAGES, 'all'))}")
     names = config.stages if stage == "all" else (stage,)
+    require_files(config, names)
     try:
         return {name: STAGE_CLASSES[name](config).run(resume) for name in names}
     except Exception as error:
+        if watch.interrupted:  # the collectives' errors are only its echo
+            raise KeyboardInterrupt from None
         if not isinstance(error, SELF_EXPLAINING):
             watch.failed(error)
         raise
