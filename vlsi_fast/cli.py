@@ -286,7 +286,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _where(config) -> str:
     """Where Ctrl-C found a run, and where it goes on from."""
-    from .lineage import last_checkpoint
+    from .checkpoints import last_checkpoint
 
     place = sys.modules["vlsi_fast.watch"].watch.place if "vlsi_fast.watch" in sys.modules else ""
     stage = next((name for name in STAGE_CHOICES if place.startswith(f"stage {name},")), None)
