@@ -22,7 +22,7 @@ from vlsi_fast.loading import load_model_config, require_same_tokens, shared_row
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 REAL = runs.ROOT / "tests" / "real_configs"
-TOYS = ("demo", "study")
+TOYS = ("demo", "study", "real_lm")
 SYSTEMS = sorted(p.stem for p in (runs.ROOT / "configs").glob("*.yaml") if not p.stem.startswith(TOYS))
 EVERY_FOURTH = [2, 6, 10, 14, 18, 22, 26]
 # teacher, student, target layers of both, rows of a micro-batch: (stages with the teacher, sft)
