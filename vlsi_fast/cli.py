@@ -67,6 +67,14 @@ COMMANDS = (
         takes_overrides=True,
     ),
     Command(
+        "shrink", "make a student of a teacher by leaving out decoder layers",
+        ".shrinking.arguments:add_arguments", ".shrinking.command:main",
+        "vlsi-fast shrink --model Qwen/Qwen2-VL-7B-Instruct --keep-layers 14 --out models/qwen2vl_7b_14_layers\n"
+        "  vlsi-fast shrink --model vlsi_fast/demo/models/teacher --keep-layers 1,3,5,7 --out models/four_layers\n"
+        "  vlsi-fast shrink --model MODEL --keep-layers 14 --by influence --config configs/demo.yaml --out STUDENT",
+        takes_overrides=True,
+    ),
+    Command(
         "verbalize", "what each target layer answers: base student, distilled student, teacher",
         ".viewer.options:add_verbalize_arguments", ".viewer.command:main",
         "vlsi-fast verbalize --run demo\n"

@@ -16,7 +16,7 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .config_files import ConfigError, apply_override, parse_overrides, read_tree
 from .data.sources import DataConfig
@@ -48,8 +48,10 @@ class BackboneConfig(Section):
 
     path: str
     """Folder or Hub name of a stock Hugging Face checkpoint with its processor."""
-    layers: list[int] | None = None
-    """Target layers; k: the hidden state after k decoder layers, 1 <= k <= depth. null: 2, 6, 10, .. (section 4.1b)."""
+    layers: list[int] | Literal["auto"] | None = None
+    """Target layers; k: the hidden state after k decoder layers, 1 <= k <= depth. null: 2, 6, 10, .. (section 4.1b).
+    auto, with a student by `vlsi-fast shrink`: the student's are as with null, but below 8 layers 1 .. depth - 1; the
+    teacher's are what the student's target layers were in it."""
     verbalizers: str | None = None
     """Folder of trained verbalizers of this model. null: those of this run's own verbalize stage."""
     attn_implementation: str = "auto"
@@ -60,9 +62,16 @@ class BackboneConfig(Section):
     max_pixels: int | None = Field(None, ge=1)
     """data.max_pixels for this model alone, where the two models' processors differ; default: the processor's own."""
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_kind(cls, value):
+        if value in (None, "auto") or (isinstance(value, list | tuple) and all(type(k) is int for k in value)):
+            return value
+        raise ValueError("use a list of whole numbers such as [2, 6, 10], auto or null")
+
     @model_validator(mode="after")
     def _layers_rise(self):
-        if self.layers is not None and (not self.layers or sorted(set(self.layers)) != self.layers):
+        if isinstance(self.layers, list) and (not self.layers or sorted(set(self.layers)) != self.layers):
             raise ValueError(f"layers must be a non-empty, strictly rising list, got {self.layers}; sort it")
         return self
 
@@ -311,7 +320,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        s, t = self.student.layers, self.teacher.layers
+        s, t = (each.layers if isinstance(each.layers, list) else None for each in (self.student, self.teacher))
+        if self.teacher.layers == "auto":
+            t = s  # one for each of the student's
         if s and t and len(s) > len(t):
             raise ValueError(
                 f"student.layers has {len(s)} target layers, teacher.layers {len(t)}: matching needs t_s <= t_l; "

@@ -68,7 +68,7 @@ def rows_config(arguments: argparse.Namespace, overrides: list[str]) -> DataConf
     if arguments.config:
         data, where = load_config(arguments.config, overrides).data, arguments.config
     elif reader:
-        data, where = _data_of_file(arguments, overrides), "--reader"
+        data, where = file_rows(arguments.data, reader, overrides, "eval"), "--reader"
     else:
         where = next((name for kind, name in arguments.models if kind == "run"), None)
         if where is None:
@@ -85,14 +85,26 @@ def rows_config(arguments: argparse.Namespace, overrides: list[str]) -> DataConf
     return data
 
 
-def _data_of_file(arguments: argparse.Namespace, overrides: list[str]) -> DataConfig:
-    source = {"reader": arguments.reader} | ({"path": arguments.data} if arguments.data else {"split": "test"})
-    tree = {"data": {"train": [source.copy()], "eval": [source]}}
+def file_rows(path: str | None, reader: str, overrides: list[str], part: str) -> DataConfig:
+    """A data section of one source.
+
+    Args:
+        path: its file; None for easy_vqa.
+        reader: its reader.
+        overrides: `--data.FIELD VALUE`.
+        part: "eval" or "train", where the source stands and overrides find it.
+
+    Raises:
+        ConfigError: wrong options.
+    """
+    split = {"eval": "test", "train": "train"}[part]
+    source = {"reader": reader} | ({"path": path} if path else {"split": split})
+    tree = {"data": {"train": [source.copy()], part: [source]}}
     for name, value in parse_overrides(overrides).items():
         if not name.startswith("data."):
             raise ConfigError(f"--{name}: with --reader only --data.FIELD VALUE is understood")
         apply_override(tree, name, value)
-    tree["data"]["train"] = tree["data"]["eval"]  # a config must have rows to train on; these are not read as such
+    tree["data"]["train"] = tree["data"][part]  # a config must have rows to train on; eval does not read them as such
     try:
         return DataConfig(**tree["data"])
     except ValidationError as error:

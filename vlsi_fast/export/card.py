@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..runs import Run
+from ..shrinking.record import describe, read_shrink_record
 from ..sizes import format_count, format_size
 from .checkpoint import Written
 from .scores import THIS, Score, source_label, summary_scores
@@ -85,6 +86,7 @@ def make_card(run: Run, stage: str, written: Written, choices: Choices) -> tuple
         student=f"`{parents[0].label}`",
         by=f"from `{parents[1].label}`" if len(parents) == 2 else "from no teacher (fine-tuned)",
         distilled=len(parents) == 2,
+        shrunk=_shrunk(run, stage),
         version=__version__,
         architecture=written.architecture,
         parameters=format_count(written.parameters),
@@ -123,11 +125,11 @@ def _parents(run: Run, stages: list[str], choices: Choices) -> list[Parent]:
         # a Hub name was resolved to a folder of the cache, a folder to itself
         is_hub_name = HUB_NAME.fullmatch(named) and Path(named) != folder
         hub_id = given or (named if is_hub_name else None)
-        parents.append(Parent(role, hub_id or folder.name, hub_id, _license_of(folder)))
+        parents.append(Parent(role, hub_id or folder.name, hub_id, license_of(folder)))
     return parents
 
 
-def _license_of(folder: Path) -> dict[str, str]:
+def license_of(folder: Path) -> dict[str, str]:
     """The license fields of a checkpoint's own card."""
     path = folder / "README.md"
     if not path.is_file():
@@ -138,6 +140,15 @@ def _license_of(folder: Path) -> dict[str, str]:
         return {}
     found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
     return {name: value for name, value in found.items() if isinstance(value, str)} if found["license"] else {}
+
+
+def _shrunk(run: Run, stage: str) -> str:
+    """What the student was made from before any training; empty for a model of its own."""
+    for folder in (run.student_of(stage), run.base("student")):
+        record = read_shrink_record(folder) if Path(folder).is_dir() else None
+        if record is not None:
+            return describe(record)
+    return ""
 
 
 def _license(choices: Choices, student: Parent) -> tuple[dict[str, str], list[str]]:

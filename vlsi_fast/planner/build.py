@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import ConfigError, RunConfig
 from ..loading import needed_depth, target_layers
+from ..shrinking.record import SHRINK_NAME
 from ..teacher import mode_under
 from .memory import Batch, Setup, Spoken, check_zero, compute_bytes
 from .shapes import ModelShape, model_shape, read_config, verbalizer_sizes
@@ -29,17 +30,26 @@ class Models:
         these roles are built."""
         self.config = config
         self.configs, self.shapes, self.layers = {}, {}, {}
+        beside = _student_beside(config, (paths or {}).get("student"))
         for role in configs or ("student", "teacher"):
             settings = getattr(config, role)
             found = configs[role] if configs else read_config(settings, role, (paths or {}).get(role))
             self.configs[role] = found
             self.shapes[role] = model_shape(found, role, config.lora)
-            self.layers[role] = target_layers(settings, found, role)
+            self.layers[role] = target_layers(settings, found, role, beside)
 
     def image_tokens(self, pixels: int) -> int:
         """Tokens of the student's language model for an image of so many pixels."""
         shape: ModelShape = self.shapes.get("student") or next(iter(self.shapes.values()))
         return pixels // (shape.image_size**2 * shape.merge)
+
+
+def _student_beside(config: RunConfig, path: str | None) -> RunConfig:
+    """The config with the student in the folder of its config.json, where `vlsi_shrink.json` lies as well."""
+    folder = Path(path).parent if path is not None and Path(path).is_file() else Path(path or "")
+    if path is None or not (folder / SHRINK_NAME).is_file():
+        return config
+    return config.model_copy(update={"student": config.student.model_copy(update={"path": str(folder)})})
 
 
 def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda") -> Setup:

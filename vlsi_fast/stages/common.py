@@ -46,6 +46,7 @@ from ..losses import OperatorOptions
 from ..preflight import require_ready
 from ..rescaling import drop_incomplete, require_same_batch, rows_per_step
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
+from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode
 from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
@@ -61,7 +62,7 @@ class Role:
         self.name, self.run, self.settings = name, config, getattr(config, name)
         self.folder: Path = resolve_folder(self.settings.path, f"{name}.path")
         self.config = load_model_config(self.settings, name)
-        self.layers = target_layers(self.settings, self.config, name)
+        self.layers = target_layers(self.settings, self.config, name, config, self.folder)
         self.processor = load_processor(self.folder)
         configure_image_bounds(self.processor, self.settings.min_pixels, self.settings.max_pixels, name)
 
@@ -359,6 +360,7 @@ class Stage:
                     stock = _merge(stock, adapter, trained, self.folder / "adapter")
                 stock.save_pretrained(folder)
             self.roles["student"].processor.save_pretrained(folder)
+            carry_record(self.roles["student"].folder, folder)
 
 
 def _merge(stock: nn.Module, adapter: nn.Module, trained: dict, folder: Path) -> nn.Module:

@@ -136,6 +136,9 @@ class InteractStage(Stage):
                     f"student has {students} target layers, teacher {teachers}: matching needs t_s <= t_l; "
                     "remove some of student.layers"
                 )
+            matching = self.config.matching
+            if matching.strategy == "bottom" and matching.k > teachers:
+                raise ConfigError(f"matching.k is {matching.k}, but the teacher has {teachers} target layers; lower it")
         if self.speaks:
             for name in self._speakers():
                 self.roles[name].require_verbalizers()
