@@ -6,8 +6,8 @@
 Teacher: SmolLM2-135M-Instruct (30 layers, 49,152 tokens). Student: 10 of its layers. Rows: functions of installed
 libraries and the first paragraph of their docstrings. Arms of as many optimizer steps each: VLsI (verbalize, then
 interact), last-layer KL alone, sft alone. Every arm gets the same grid of learning rates, and sft alone half of the
-steps as well; settings are chosen on validation with seed 0, test is only reported. What is finished is not done again.
-Writes `benchmarks/results/real_lm.json` and prints it as the last line.
+steps as well; settings are chosen on validation with seed 0, and only what was chosen is scored on test. What is
+finished is not done again. Writes `benchmarks/results/real_lm.json` and prints it as the last line.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,19 @@ from vlsi_fast.data.processors import load_processor
 from vlsi_fast.data.sources import build_source
 from vlsi_fast.lineage import versions
 from vlsi_fast.loading import load_backbone
+from vlsi_fast.shrinking import shrink
 from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "real_lm.yaml"
 ROWS = {"train": 2000, "validation": 160, "test": 320}
 STUDENT_LAYERS = 10
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3, 3e-4)
 """The grid of every arm; the cosine ends at a fiftieth."""
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vlsi": ("interact", {}),
-    "last_kl": ("interact", {"interact.intermediate": "none"}),
     "sft": ("sft", {"sft.start_from": "base"}),
+    "last_kl": ("interact", {"interact.intermediate": "none"}),
+    "vlsi": ("interact", {}),
 }
 """Arm -> the stage that trains the student, and its options."""
 MEASURES = {"loss": "nats a token", "agreement": "share", "kl": "nats a token", "accuracy": "share"}
@@ -72,9 +73,11 @@ class Trial:
 class Bench:
     """Where the work is, and every step of it."""
 
-    def __init__(self, work: Path, overrides: dict[str, Any] | None = None, rows: dict[str, int] | None = None):
-        """`overrides`: of the config, for every trial; `rows`: of each split."""
-        self.work, self.overrides, self.rows = work, overrides or {}, rows or ROWS
+    def __init__(
+        self, work: Path, overrides: dict[str, Any] | None = None, learning_rates: Sequence[float] = LEARNING_RATES
+    ):
+        """`overrides`: of the config, for every trial; `learning_rates`: the grid of every arm."""
+        self.work, self.overrides, self.learning_rates = work, overrides or {}, learning_rates
         config = self.config({})
         self.verbalize_steps = config.stage_training("verbalize").max_steps
         self.steps = self.verbalize_steps + config.stage_training("interact").max_steps
@@ -90,13 +93,13 @@ class Bench:
     def prepare(self) -> None:
         """Rows, teacher, student, and what the teacher says on the rows that are scored."""
         if not (self.work / "data" / "manifest.json").exists():
-            docstrings.write(self.work / "data", self.rows)
+            docstrings.write(self.work / "data", ROWS)
         (self.work / "models").mkdir(exist_ok=True)
         teacher, student = (self.work / "models" / role for role in ("teacher", "student"))
         if not teacher.exists():
             models.make_teacher(teacher)
         if not student.exists():
-            models.make_student(teacher, student, STUDENT_LAYERS)
+            shrink(teacher, student, STUDENT_LAYERS)
         for split in ("validation", "test"):
             file = self.work / f"teacher_{split}.safetensors"
             if not file.exists():
@@ -123,16 +126,13 @@ class Bench:
             labels.append(tokens)
         return torch.cat(hidden), torch.cat(labels), backbone.head_weight.detach().clone()
 
-    def scores(self, checkpoint: Path) -> dict[str, dict[str, float]]:
-        """Split -> `compare` of a checkpoint with the teacher."""
-        found = {}
-        for split in ("validation", "test"):
-            teacher = load_file(self.work / f"teacher_{split}.safetensors")
-            hidden, labels, head = self.states(checkpoint, split)
-            if not torch.equal(labels, teacher["labels"]):
-                raise RuntimeError(f"{checkpoint} and the teacher have other answer tokens in {split}; remove the work")
-            found[split] = compare(hidden, head, teacher["hidden"], teacher["head"], labels)
-        return found
+    def scores(self, checkpoint: Path, split: str) -> dict[str, float]:
+        """`compare` of a checkpoint with the teacher."""
+        teacher = load_file(self.work / f"teacher_{split}.safetensors")
+        hidden, labels, head = self.states(checkpoint, split)
+        if not torch.equal(labels, teacher["labels"]):
+            raise RuntimeError(f"{checkpoint} and the teacher have other answer tokens in {split}; remove {self.work}")
+        return compare(hidden, head, teacher["hidden"], teacher["head"], labels)
 
     # ---- trials ----
 
@@ -151,10 +151,23 @@ class Bench:
     def score_model(self, role: str) -> None:
         """Scores of teacher or student as they are."""
         if self.result(role) is None:
-            self._keep(role, self.scores(self.work / "models" / role))
+            self._keep(
+                role, {split: self.scores(self.work / "models" / role, split) for split in ("validation", "test")}
+            )
+
+    def test(self, trial: Trial) -> None:
+        """Score a trial that was chosen on test, too; its weights are no longer needed."""
+        found = self.result(trial.key)
+        student = self.work / "trials" / trial.key / ARMS[trial.arm][0] / "student"
+        if "test" not in found:
+            if not student.exists():  # another grid had not chosen it
+                (self.work / "trials" / trial.key / "result.json").unlink()
+                self.train(trial)
+            self._keep(trial.key, found | {"test": self.scores(student, "test")})
+        shutil.rmtree(student, ignore_errors=True)
 
     def train(self, trial: Trial) -> None:
-        """Run a trial, keep what it scores, and drop its weights."""
+        """Run a trial and keep what it scores on validation; its weights stay for `test`."""
         if self.result(trial.key) is not None:
             return
         folder = self.work / "trials" / trial.key
@@ -177,10 +190,10 @@ class Bench:
         if record["summary"]["optimizer_steps"] != steps or record["summary"]["skipped_rows"]:
             raise RuntimeError(f"{folder}: not the {steps} steps on all rows that were asked for: {record['summary']}")
         seconds[stage] = time.process_time() - began
-        result = {"trial": asdict(trial), "cpu_seconds": seconds, **self.scores(folder / stage / "student")}
-        for heavy in (*(folder / stage).glob("checkpoint-*"), folder / stage / "student", folder / stage / "adapter"):
+        for heavy in (*(folder / stage).glob("checkpoint-*"), folder / stage / "adapter"):
             shutil.rmtree(heavy, ignore_errors=True)
-        self._keep(trial.key, result)
+        result = {"trial": asdict(trial), "cpu_seconds": seconds}
+        self._keep(trial.key, result | {"validation": self.scores(folder / stage / "student", "validation")})
 
     def _verbalize(self, seed: int) -> dict[str, Any]:
         """Stage verbalize of a seed, which all learning rates of VLsI share."""
@@ -199,7 +212,7 @@ class Bench:
 
     def candidates(self, arm: str) -> list[Trial]:
         """The settings tried for an arm; of sft the shorter one follows when its learning rate is known."""
-        trials = [Trial(arm, rate, self.steps, seed=0) for rate in LEARNING_RATES]
+        trials = [Trial(arm, rate, self.steps, seed=0) for rate in self.learning_rates]
         if arm == "sft" and all(self.result(trial.key) for trial in trials):
             trials.append(Trial(arm, self._best(trials).learning_rate, self.steps // 2, seed=0))
         return trials
@@ -216,21 +229,24 @@ class Bench:
         """The chosen setting with every seed."""
         best = self.chosen(arm)
         for seed in range(seeds if best else 0):
-            yield Trial(arm, best.learning_rate, best.steps, seed)
+            yield replace(best, seed=seed)
 
     def train_all(self, seeds: int) -> None:
         """Everything that is not done: settings first, then further seeds, all arms of one before the next."""
         for role in ("teacher", "student"):
             self.score_model(role)
         for arm in ARMS:
+            while self.chosen(arm) is None:  # of sft, further ones follow from the first
+                for trial in self.candidates(arm):
+                    self.train(trial)
+            self.test(self.chosen(arm))
             for trial in self.candidates(arm):
-                self.train(trial)
-            for trial in self.candidates(arm):  # with the one that follows from the others
-                self.train(trial)
+                shutil.rmtree(self.work / "trials" / trial.key / ARMS[arm][0] / "student", ignore_errors=True)
         for seed in range(1, seeds):
             for arm in ARMS:
-                best = self.chosen(arm)
-                self.train(Trial(arm, best.learning_rate, best.steps, seed))
+                trial = replace(self.chosen(arm), seed=seed)
+                self.train(trial)
+                self.test(trial)
 
 
 def compare(
@@ -276,10 +292,11 @@ def collect(bench: Bench, seeds: int) -> dict[str, Any]:
     """
     if not all(bench.chosen(arm) for arm in ARMS):
         raise RuntimeError(f"the settings of not all arms are chosen yet; run --step train --work-dir {bench.work}")
-    done = [
-        seed for seed in range(seeds)
-        if all(bench.result(trial.key) for arm in ARMS for trial in bench.seeds_of(arm, seeds) if trial.seed == seed)
-    ]  # fmt: skip
+
+    def tested(trial: Trial) -> bool:
+        return "test" in (bench.result(trial.key) or {})
+
+    done = [seed for seed in range(seeds) if all(tested(replace(bench.chosen(arm), seed=seed)) for arm in ARMS)]
     tests = {arm: [bench.result(t.key)["test"] for t in bench.seeds_of(arm, seeds) if t.seed in done] for arm in ARMS}
 
     def less(arm: str, other: str) -> dict[str, Any]:
@@ -303,20 +320,28 @@ def collect(bench: Bench, seeds: int) -> dict[str, Any]:
         "arms": {
             arm: {
                 "chosen": {k: v for k, v in asdict(bench.chosen(arm)).items() if k in ("learning_rate", "steps")},
-                "validation": [bench.result(trial.key) | {"test": None} for trial in bench.candidates(arm)],
+                "validation": [_without_test(bench.result(t.key)) for t in bench.candidates(arm)],
                 "test": {name: interval([t[name] for t in tests[arm]]) for name in MEASURES},
                 "cpu_seconds": seconds(arm),
             }
             for arm in ARMS
         },
         "differences": {f"{a} - {b}": less(a, b) for a, b in pairs},
-        "settings": {"learning_rates": LEARNING_RATES, "steps": bench.steps, "verbalize_steps": bench.verbalize_steps}
+        "settings": {
+            "learning_rates": bench.learning_rates,
+            "steps": bench.steps,
+            "verbalize_steps": bench.verbalize_steps,
+        }
         | {"config": config.model_dump(mode="json", exclude={"output_dir", "seed"})},
         "data": data,
         "machine": machine() | {"threads": torch.get_num_threads()},
         "versions": versions(),
         "commit": commit.strip(),
     }
+
+
+def _without_test(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name != "test"}
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -347,13 +372,14 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, default=Path("runs/real_lm"), help="models, rows, trials (2 GB)")
     parser.add_argument("--step", choices=("all", "prepare", "train", "report"), default="all")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (1 to 10)")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=LEARNING_RATES, help="the grid of every arm")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
     options = parser.parse_args()
     if not 1 <= options.seeds <= 10:
         parser.error("--seeds must be 1 to 10")
     torch.set_num_threads(1)
     options.work_dir.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.work_dir)
+    bench = Bench(options.work_dir, learning_rates=options.learning_rates)
     try:
         if options.step != "report":
             bench.prepare()

