@@ -85,7 +85,7 @@ def shrink(
     fields = json.loads((folder / "config.json").read_text())
     require_plain(folder, fields)
     config = AutoConfig.from_pretrained(folder)
-    depth, fixed = config.get_text_config().num_hidden_layers, family_of(config).layers_added_to(config)
+    fixed, depth = family_of(config).layers_added_to(config), config.get_text_config().num_hidden_layers
     if isinstance(keep_layers, list):
         require_list(keep_layers, depth, fixed)
         kept = keep_layers
