@@ -205,7 +205,12 @@ def bench(tmp_path_factory):
         turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in ROWS]
         (work / "data" / f"{split}.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
     changes = {f"{stage}.training.max_steps": 1 for stage in ("verbalize", "interact", "sft")}
-    changes |= {"training.per_device_train_batch_size": 2, "student.layers": [1], "teacher.layers": [1, 2]}
+    changes |= {
+        "training.warmup_steps": 0,
+        "training.per_device_train_batch_size": 2,
+        "student.layers": [1],
+        "teacher.layers": [1, 2],
+    }
     return real_lm.Bench(work, changes)
 
 
