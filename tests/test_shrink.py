@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -235,6 +236,7 @@ def test_files_and_record(tmp_path):
         assert (made.folder / name).read_bytes() == (source / name).read_bytes(), name
     assert license_of(made.folder) == {"license": "apache-2.0"}
     card = ModelCard.load(made.folder / "README.md").text
+    assert ModelCard.load(made.folder / "README.md").data.base_model is None  # no folder's name
     assert "layers 2, 4 of the 4 of Big-VL" in card and "99%" not in card and str(tmp_path) not in card
     record = json.loads((made.folder / "vlsi_shrink.json").read_text())
     assert record == made.record and record["kept_layers"] == [2, 4] and record["method"] == "list"
@@ -320,6 +322,7 @@ def test_deepstack_layers_must_stay(keep, deep, tmp_path):
         ({"method": "influence"}, "give --config FILE, or --data FILE"),
         ({"method": "influence", "rows": {"train": []}}, "data.train"),
         ({"method": "influence", "keep_layers": [1], "rows": {}}, "give a number there"),
+        ({"method": "influence", "rows": {}, "limit": 0}, "at least 1 row"),
         ({"rows": {"train": []}}, "for method influence, not for even"),
         ({"out": "teacher/inside"}, "in the model's own folder"),
         ({"out": "rows.jsonl"}, "is a file"),
@@ -388,6 +391,15 @@ def test_influence_of_a_model(workspace, tmp_path):
     assert made.influence[:5] == pytest.approx([1 - sum(c) / len(c) for c in cosines], abs=1e-6)
     expected = logits(without_layers(model, made.kept_layers), processor)
     assert torch.equal(logits(stock(made.folder), processor), expected)
+
+
+def test_influence_that_is_no_number(workspace, tmp_path):
+    source = shutil.copytree(workspace / "teacher", tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    name = next(key for key in weights if "layers.2.mlp.up_proj" in key)
+    save_file(weights | {name: weights[name] * float("nan")}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="decoder layer 3 gives no finite numbers"):
+        shrink(source, tmp_path / "out", 3, "influence", rows_of(workspace), limit=1)
 
 
 def test_rows_that_cannot_be_used(workspace, tmp_path):
@@ -475,7 +487,7 @@ def resolve(config):
     return {
         role: target_layers(
             getattr(config, role), AutoConfig.from_pretrained(getattr(config, role).path), role, config,
-            runs.Path(getattr(config, role).path),
+            Path(getattr(config, role).path),
         )
         for role in ("student", "teacher")
     }  # fmt: skip

@@ -244,6 +244,22 @@ def test_decoder_verbalizers_of_the_real_models(path):
 # ---- a shrunk student ----
 
 
+@pytest.mark.parametrize("path", SHAPES)
+def test_config_of_a_shrunk_copy(path):
+    """The real files, flat and nested: half the layers, their kinds, and nothing else."""
+    fields = json.loads((REAL / f"{path.replace('/', '__')}.json").read_text())
+    whole, depth = real_config(path), SHAPES[path][0]
+    fields = shrunk_fields(fields, whole.get_text_config(), list(range(2, depth + 1, 2)))
+    short = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    text = short.get_text_config()
+    assert text.num_hidden_layers == depth // 2
+    assert not getattr(text, "layer_types", None) or len(text.layer_types) == depth // 2
+    assert short.vision_config.to_dict() == whole.vision_config.to_dict()
+    before, after = whole.get_text_config().to_dict(), text.to_dict()
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert changed <= {"num_hidden_layers", "layer_types", "max_window_layers"}
+
+
 @pytest.fixture
 def shrunk_student(tmp_path):
     """What `vlsi-fast shrink` leaves of Qwen2-VL-7B with 14 layers, but for the weights."""
@@ -258,7 +274,7 @@ def shrunk_student(tmp_path):
 
 
 def test_the_shrunk_system(shrunk_student):
-    """8.29B without 14 decoder layers of 4 d^2-like attention matrices and biases, three of the FFN, two norms."""
+    """8.29B less 14 decoder layers: attention with biases on all but its output, three FFN matrices, two norms."""
     config = read(SHRUNK)
     text = (runs.ROOT / "configs" / f"{SHRUNK}.yaml").read_text()
     assert f"vlsi-fast shrink --model {config.teacher.path} --keep-layers 14 --out {config.student.path}\n" in text
