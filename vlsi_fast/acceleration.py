@@ -10,10 +10,7 @@ from torch import nn
 
 from .config import ConfigError
 
-LIGER_NAMES = {
-    "qwen2": "qwen2", "llama": "llama",
-    "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3",
-}  # fmt: skip
+LIGER_NAMES = {"qwen2": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """A language model's `config.model_type` -> that of the plain language model with the same layers, by which
 liger-kernel patches it. Its patches of the Qwen-VL families (0.8.5) need classes that transformers no longer has."""
 
