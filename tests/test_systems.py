@@ -26,7 +26,7 @@ from vlsi_fast.shrinking.checkpoint import shrunk_fields
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 ZERO3 = str(runs.ROOT / "configs" / "zero3.json")
-TOYS = ("demo", "study")
+TOYS = ("demo", "study", "real_lm")
 SHRUNK = "qwen2vl_7b_shrunk_14"
 SYSTEMS = sorted(
     p.stem for p in (runs.ROOT / "configs").glob("*.yaml") if not p.stem.startswith(TOYS) and p.stem != SHRUNK
