@@ -55,7 +55,7 @@ def encode(
     for token in (getattr(processor, "video_token", None), getattr(processor, "audio_token", None)):
         if token is not None and token in text:
             raise UnusableRow("bad_row", f"the text holds {token}, but rows have no videos and no sound")
-    options = _tokenizer_options(processor, text)
+    options = tokenizer_options(processor, text)
     try:
         # nested, as `apply_chat_template` passes them: LLaVA-OneVision treats several images of one row differently
         row = dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", **options))
@@ -86,8 +86,8 @@ def encode_question(question: str, images: list[Image.Image], processor) -> dict
     for token in (getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")):
         if token is not None and token in question:
             raise ValueError(f"the question holds the special token {token}; leave it out, images are given as files")
-    text = _render(processor, [{"role": "user", "content": parts}], prompt=True)
-    options = _tokenizer_options(processor, text)
+    text = render(processor, [{"role": "user", "content": parts}], prompt=True)
+    options = tokenizer_options(processor, text)
     return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", **options))
 
 
@@ -111,7 +111,7 @@ def answer_spans(messages: list[dict], processor) -> tuple[str, list[tuple[int, 
     Raises:
         UnusableRow: cause template, where the template fails or does not continue its own generation prompt.
     """
-    full = _render(processor, messages, prompt=False)
+    full = render(processor, messages, prompt=False)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -119,8 +119,8 @@ def answer_spans(messages: list[dict], processor) -> tuple[str, list[tuple[int, 
         if i == 0:
             raise UnusableRow("template", "the conversation starts with an assistant turn, so it has no prompt")
         last = i == len(messages) - 1
-        through = (full if last else _render(processor, messages[: i + 1], prompt=False)).rstrip()
-        start = _end_of_prompt(_render(processor, messages[:i], prompt=True), through)
+        through = (full if last else render(processor, messages[: i + 1], prompt=False)).rstrip()
+        start = _end_of_prompt(render(processor, messages[:i], prompt=True), through)
         if start is None or not full.startswith(through):
             raise UnusableRow(
                 "template", f"the chat template renders turn {i + 1} differently with and without what surrounds it"
@@ -163,7 +163,12 @@ def configure_image_bounds(processor, min_pixels: int | None, max_pixels: int | 
     image_processor.size = {**size, "shortest_edge": low, "longest_edge": high}
 
 
-def _render(processor, messages: list[dict], prompt: bool) -> str:
+def render(processor, messages: list[dict], prompt: bool) -> str:
+    """The conversation as the chat template writes it; `prompt`: up to where the next answer starts.
+
+    Raises:
+        UnusableRow: cause template, where the template fails.
+    """
     try:
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except (TemplateError, TypeError, KeyError, IndexError) as error:
@@ -192,8 +197,8 @@ def _end_of_prompt(prompt: str, text: str) -> int | None:
     return at
 
 
-def _tokenizer_options(processor, text: str) -> dict:
-    """What `apply_chat_template(tokenize=True)` passes on: no second beginning-of-text token."""
+def tokenizer_options(processor, text: str) -> dict:
+    """For the processor's call on rendered text. What `apply_chat_template(tokenize=True)` passes on: no second beginning-of-text token."""
     begin = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 

@@ -64,7 +64,7 @@ def from_llava(row: dict, sample_id: str, image_root: str, placeholder: str = PL
         if not isinstance(value, str):
             raise UnusableRow("bad_row", f"the value of a {turn['from']!r} turn is {type(value).__name__}, not text")
         messages.append({"role": role, "content": [_text(value)]})
-    return _placed(Sample(sample_id, messages, images), placeholder)
+    return placed(Sample(sample_id, messages, images), placeholder)
 
 
 def from_messages(
@@ -103,7 +103,7 @@ def from_messages(
         found += refs
         own += sum(ref is not None for ref in refs)
     if not found:
-        return _placed(Sample(sample_id, messages, loose), placeholder)
+        return placed(Sample(sample_id, messages, loose), placeholder)
     if len(found) - own != len(loose):
         raise UnusableRow("bad_row", f"{len(found) - own} image parts without a path, but {len(loose)} images")
     rest = iter(loose)
@@ -152,7 +152,7 @@ def from_question(
         text += "".join(f"\n({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
     reply = "" if row[answer] is None else str(row[answer])
     turns = [{"role": "user", "content": [_text(text)]}, {"role": "assistant", "content": [_text(reply)]}]
-    return _placed(Sample(sample_id, turns, refs), PLACEHOLDER)
+    return placed(Sample(sample_id, turns, refs), PLACEHOLDER)
 
 
 def as_images(value: Any, image_root: str) -> list[ImageRef]:
@@ -204,7 +204,7 @@ def _parts(content: Any, role: str, image_root: str) -> tuple[list[dict], list[I
     return parts, refs
 
 
-def _placed(sample: Sample, placeholder: str) -> Sample:
+def placed(sample: Sample, placeholder: str) -> Sample:
     """Turns placeholders in user text into image parts, or puts the images first where there are none."""
     users = [message for message in sample.messages if message["role"] == "user"]
     count = sum(part["text"].count(placeholder) for message in users for part in message["content"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..asking import Prompt, encode_prompts, generate, make_prompt
 from ..data.encoding import configure_image_bounds
 from ..data.images import load_image
 from ..data.processors import load_processor
@@ -69,7 +69,6 @@ def answer_rows(
     rows = build_source(data.eval, "data.eval")
     processor = load_processor(checkpoint)
     configure_image_bounds(processor, data.min_pixels, data.max_pixels)
-    processor.tokenizer.padding_side = "left"
     model = load_backbone(checkpoint, dtype).to(device)
     options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
     wanted, pending = list(_first_rows(rows, limit)), []
@@ -79,9 +78,10 @@ def answer_rows(
         except UnusableRow as error:
             skipped[error.cause] += 1
         if pending and (len(pending) == batch_size or position == len(wanted) - 1):
-            predictions = _generate(model, processor, pending, options)
-            for question, prediction in zip(pending, predictions, strict=True):
-                yield Answer(prediction=prediction, **question["row"])
+            new = generate(model, encode_prompts(processor, [prompt for prompt, _ in pending]), **options)
+            predictions = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for (_, row), prediction in zip(pending, predictions, strict=True):
+                yield Answer(prediction=prediction, **row)
             pending = []
 
 
@@ -94,37 +94,23 @@ def _first_rows(rows: ConcatSource, limit: int | None) -> Iterator[tuple[int, st
         start += len(part)
 
 
-def _question(sample, source: str, processor, data: DataConfig) -> dict:
-    """The conversation up to the last answer, as prompt and images, and the row's part of an `Answer`."""
+def _question(sample, source: str, processor, data: DataConfig) -> tuple[Prompt, dict]:
+    """The conversation up to the last answer, and the row's part of an `Answer`."""
     turns = sample.messages
     if not turns or turns[-1]["role"] != "assistant":
         raise UnusableRow("bad_row", "the last turn is no answer to compare with")
-    load = partial(load_image, max_image_pixels=data.max_image_pixels)
+    images = [load_image(image, data.max_image_pixels) for image in sample.images]
     asked = next((turn for turn in reversed(turns) if turn["role"] == "user"), {"content": []})
     answer = _text(turns[-1])
-    return {
-        "text": processor.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True),
-        "images": [load(image) for image in sample.images],
-        "row": {
-            "id": sample.id,
-            "source": source,
-            "type": sample.type or question_type(answer),
-            "question": _text(asked),
-            "answer": answer,
-        },
+    row = {
+        "id": sample.id,
+        "source": source,
+        "type": sample.type or question_type(answer),
+        "question": _text(asked),
+        "answer": answer,
     }
+    return make_prompt(processor, turns[:-1], images), row
 
 
 def _text(turn: dict) -> str:
     return "".join(part.get("text", "") for part in turn["content"])
-
-
-def _generate(model, processor, questions: list[dict], options: dict) -> list[str]:
-    # a list for each row that has images: LLaVA-OneVision treats several images of one row otherwise than one
-    images = [question["images"] for question in questions if question["images"]]
-    inputs = processor(
-        text=[question["text"] for question in questions], images=images or None, padding=True, return_tensors="pt"
-    ).to(model.device)
-    generated = model.generate(**inputs, **options)
-    new = generated[:, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.batch_decode(new, skip_special_tokens=True)
