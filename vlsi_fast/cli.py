@@ -146,10 +146,14 @@ def _named(path: str):
     return getattr(importlib.import_module(module, __package__), name)
 
 
+OF_ROWS = ("AnswerMismatchError", "NoUsableRowError", "SpecialTokenError")
+"""Errors that one rank's rows cause."""
+
+
 def report(error: Exception, code: int) -> int:
     """Errors whose message is the whole story: no traceback, and once a machine."""
     # What every rank finds is said once a machine; what one rank's rows did, by that rank.
-    if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in ("AnswerMismatchError", "NoUsableRowError"):
+    if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in OF_ROWS:
         print(f"vlsi-fast: {error}", file=sys.stderr, flush=True)
     return code
 
@@ -204,7 +208,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return report(error, 2)
     import torch
 
-    from .data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
+    from .data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows
     from .lineage import LineageError
     from .stages import NonFiniteLossError, run
 
@@ -212,7 +216,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         run(config, arguments.stage, arguments.resume)
     except (ConfigError, LineageError, FileNotFoundError) as error:
         return report(error, 2)
-    except (AnswerMismatchError, NoUsableRowError, NonFiniteLossError, TooManySkippedRows) as error:
+    except (AnswerMismatchError, NoUsableRowError, SpecialTokenError, NonFiniteLossError, TooManySkippedRows) as error:
         return report(error, 1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -30,10 +30,13 @@ CACHED_FROM_BYTES = 32 * 2**20
 """A smaller file is read through in less than a second; its table is not kept."""
 CHUNK_BYTES = 4 * 2**20
 MAX_ROW_BYTES = 256 * 2**20
-"""A row of a JSON list that has no end within so many bytes is an error of the file."""
+"""A longer line is a bad row; a row of a JSON list that has no end within so many bytes is an error of the file."""
+COUNTED_BYTES = 256 * 2**20
+"""Lines are counted (to name a bad row's) up to here, which takes a tenth of a second or two."""
 _VERSION = 1  # of the tables on disk
 _OPENING = re.compile(r"[ \t\r\n]*\[")
 _GAP = re.compile(r"[ \t\r\n,]*")
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 class JsonFile:
@@ -64,12 +67,23 @@ class JsonFile:
         """Row `row`, parsed.
 
         Raises:
-            ValueError: it is not valid JSON.
+            ValueError: it is not valid JSON, nested too deeply, or larger than any row is.
         """
         start, length = (int(value) for value in self.table[row])
+        if length > MAX_ROW_BYTES:
+            raise ValueError(f"{length} bytes, a row has at most {MAX_ROW_BYTES}")
         with open(self.path, "rb") as file:  # opened for each row: safe in worker processes
             file.seek(start)
-            return json.loads(file.read(length).decode("utf-8-sig"))
+            return _parse(file.read(length))
+
+    def line(self, row: int) -> int | None:
+        """The line (1: the first) on which row `row` starts; None far inside a large file."""
+        start = int(self.table[row][0])
+        if start > COUNTED_BYTES:
+            return None
+        with open(self.path, "rb") as file:
+            blocks = (min(CHUNK_BYTES, start - at) for at in range(0, start, CHUNK_BYTES))
+            return 1 + sum(file.read(size).count(b"\n") for size in blocks)
 
 
 def cache_folder() -> Path:
@@ -82,17 +96,42 @@ def _scan_lines(path: Path, keep: Callable[[Any], bool] | None) -> Iterator[tupl
     """(start, length) in bytes of every line that is a kept row."""
     at = 0
     with open(path, "rb") as file:
-        for line in file:
-            if line.strip() and (keep is None or _line_is_kept(line, keep)):
-                yield at, len(line)
-            at += len(line)
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            length = len(line)
+            while not line.endswith(b"\n") and (rest := file.readline(CHUNK_BYTES)):  # too long: told when it is read
+                length, line = length + len(rest), rest
+            if length > MAX_ROW_BYTES or (line.strip() and (keep is None or _line_is_kept(line, keep))):
+                yield at, length
+            at += length
 
 
 def _line_is_kept(line: bytes, keep: Callable[[Any], bool]) -> bool:
     try:
-        return keep(json.loads(line.decode("utf-8-sig")))
+        return keep(_parse(line))
     except ValueError:
         return True  # told when the row is read
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _integer(digits: str) -> int | float:
+    """Python refuses to read an integer of thousands of digits, which is valid JSON."""
+    return int(digits) if len(digits) < 1000 else float(digits)
+
+
+def _end_of(text: str, at: int) -> int:
+    """Where the list or object that starts at `at` ends, however deep. Raises ValueError where it has no end."""
+    depth = 0
+    for found in _BRACKET.finditer(text, at):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth == 0:
+            return found.end()
+    raise ValueError("the row has no end")
 
 
 def _scan_list(path: Path, keep: Callable[[Any], bool] | None) -> Iterator[tuple[int, int]]:
@@ -112,7 +151,7 @@ class _Window:
     def __init__(self, file: BinaryIO, path: Path):
         self.file, self.path = file, path
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
-        self.parse = json.JSONDecoder().raw_decode
+        self.parse = json.JSONDecoder(parse_int=_integer).raw_decode
         self.byte = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0  # of text[at]
         file.seek(self.byte)
         self.text, self.at, self.ended = "", 0, False
@@ -131,7 +170,7 @@ class _Window:
                 if self.text[self.at] == "]":
                     return None
                 try:
-                    value, end = self.parse(self.text, self.at)
+                    value, end = self._element()
                 except ValueError as error:  # cut at the chunk's end, or wrong: known once there is no more to read
                     reason = str(error)
                 else:
@@ -140,6 +179,13 @@ class _Window:
                         self._advance(end)
                         return value, start, self.byte - start
             self._more(reason)
+
+    def _element(self) -> tuple[Any, int]:
+        """(value, end in text); a value that is nested too deeply is None, and told when the row is read."""
+        try:
+            return self.parse(self.text, self.at)
+        except RecursionError:
+            return None, _end_of(self.text, self.at)
 
     def _advance(self, to: int) -> None:
         self.byte += len(self.text[self.at : to].encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import STAGES, ConfigError, RunConfig, nearest
-from ..data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
+from ..data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows
 from ..lineage import LineageError
 from ..watch import watch
 from .base import NonFiniteLossError
@@ -14,7 +14,7 @@ from .sft import SftStage
 from .verbalize import VerbalizeStage
 
 SELF_EXPLAINING = (ConfigError, LineageError, FileNotFoundError, AnswerMismatchError, NoUsableRowError)
-SELF_EXPLAINING += (NonFiniteLossError, TooManySkippedRows)
+SELF_EXPLAINING += (NonFiniteLossError, SpecialTokenError, TooManySkippedRows)
 """Errors whose message is the whole story: the command line prints it without a traceback."""
 
 STAGE_CLASSES = {stage.name: stage for stage in (VerbalizeStage, InteractStage, SftStage)}
