@@ -126,7 +126,13 @@ class Rows:
         return self.samples[index]
 
     def skip_record(self, index, error):
-        return {"id": f"r#{index}", "cause": error.cause, "detail": error.detail, "file": "rows.jsonl", "line": index + 1}
+        return {
+            "id": f"r#{index}",
+            "cause": error.cause,
+            "detail": error.detail,
+            "file": "rows.jsonl",
+            "line": index + 1,
+        }
 
 
 def test_the_option_skips_or_stops():
@@ -230,7 +236,9 @@ def test_answers_of_a_long_conversation_are_found_by_few_renderings(processor, m
 
 def test_an_irregular_template_has_a_bound_on_answers():
     processor = tiny.make_processor()
-    processor.chat_template = processor.chat_template.replace("part['text'] -}}", "part['text'] | replace('n', 'N') -}}")
+    processor.chat_template = processor.chat_template.replace(
+        "part['text'] -}}", "part['text'] | replace('n', 'N') -}}"
+    )
     encoded(Sample("r", [m for m in long_conversation(30) if "<|" not in str(m)], []), processor)
     messages = [{"role": r, "content": parts("no")} for _ in range(33) for r in ("user", "assistant")]
     with pytest.raises(UnusableRow, match="template: .*no more than 32 answers"):

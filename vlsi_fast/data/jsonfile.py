@@ -36,6 +36,9 @@ COUNTED_BYTES = 256 * 2**20
 _VERSION = 1  # of the tables on disk
 _OPENING = re.compile(r"[ \t\r\n]*\[")
 _GAP = re.compile(r"[ \t\r\n,]*")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_LIST = re.compile(rb"\[\s*[{\]]")
+_ROW = re.compile(rb"^[ \t]*\{", re.MULTILINE)
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
@@ -55,9 +58,10 @@ class JsonFile:
         self.path = str(path.absolute())
         with open(path, "rb") as file:
             head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-        if not head.startswith((b"[", b"{")):
+        lines = _is_lines(path, head)
+        if not lines and not head.startswith(b"["):
             raise ValueError(f"{path} is neither a JSON list of rows nor JSON lines")
-        scan = _scan_list if head.startswith(b"[") else _scan_lines
+        scan = _scan_lines if lines else _scan_list
         self.table = _table(path, lambda out: _write_table(scan(path, keep), out), keep_key)
 
     def __len__(self) -> int:
@@ -90,6 +94,19 @@ def cache_folder() -> Path:
     """Where tables are kept: $VLSI_FAST_CACHE, or `vlsi-fast` in the user's cache folder ($XDG_CACHE_HOME)."""
     own = os.environ.get("VLSI_FAST_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlsi-fast"
+
+
+def _is_lines(path: Path, head: bytes) -> bool:
+    """Whether a file that starts so is JSON lines. One that is called .jsonl stays so where its first row is bad."""
+    if head.startswith(b"{") or path.suffix != ".jsonl":
+        return head.startswith(b"{")
+    first, _, rest = head.partition(b"\n")
+    if _LIST.match(head):
+        try:
+            _parse(first)
+        except ValueError:
+            return False
+    return _ROW.search(rest) is not None
 
 
 def _scan_lines(path: Path, keep: Callable[[Any], bool] | None) -> Iterator[tuple[int, int]]:
@@ -143,6 +160,7 @@ def _scan_list(path: Path, keep: Callable[[Any], bool] | None) -> Iterator[tuple
             value, start, length = found
             if keep is None or keep(value):
                 yield start, length
+        window.close_list()
 
 
 class _Window:
@@ -160,6 +178,14 @@ class _Window:
         while not (found := _OPENING.match(self.text)):
             self._more("it does not start with [")
         self._advance(found.end())
+
+    def close_list(self) -> None:
+        self._advance(self.at + 1)
+        while not self.ended:
+            self._advance(_SPACE.match(self.text, self.at).end())
+            if self.at < len(self.text):
+                raise ValueError(f"{self.path} is not valid JSON: something follows the list, at byte {self.byte}")
+            self._more("")
 
     def next_element(self) -> tuple[Any, int, int] | None:
         """(value, start, length in bytes), or None at the end of the list."""

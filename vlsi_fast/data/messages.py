@@ -147,6 +147,8 @@ def from_question(
         first, rest = text.split(PLACEHOLDER, 1)
         text = first + PLACEHOLDER + rest.replace(PLACEHOLDER, "")
     choices = (row.get(options) or []) if options is not None else []
+    if not isinstance(choices, list | tuple):
+        raise UnusableRow("bad_row", f"{options!r} is {type(choices).__name__}, not a list of choices")
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     if [str(choice).strip() for choice in choices] != letters:
         text += "".join(f"\n({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))

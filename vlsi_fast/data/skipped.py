@@ -74,6 +74,10 @@ class SpecialTokenError(RuntimeError):
     """A row's text holds a special token, and `data.special_tokens` is error."""
 
 
+_ALLOCATOR = "DefaultCPUAllocator: "
+"""How torch says, by a RuntimeError, that there is no memory left."""
+
+
 @contextmanager
 def row_boundary() -> Iterator[None]:
     """What stands between a row and the program: anything that a row raises inside is an `UnusableRow`.
@@ -87,7 +91,9 @@ def row_boundary() -> Iterator[None]:
     except (UnusableRow, SpecialTokenError, MemoryError):
         raise
     except Exception as error:
-        if "allocate memory" in str(error) or "out of memory" in str(error):  # torch's own, a RuntimeError
+        if type(error).__name__ == "OutOfMemoryError" or _ALLOCATOR in (
+            str(error) if type(error) is RuntimeError else ""
+        ):
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.basename(last.filename)}:{last.lineno}"
