@@ -103,7 +103,7 @@ def _open(ref: ImageRef, max_image_pixels: int) -> Image.Image:
     source = io.BytesIO(ref.data) if ref.data is not None else _safe_path(ref)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below decides
+            warnings.simplefilter("ignore")  # of pixels, where the bound below decides; of tags, where loading does
             image = Image.open(source, formats=_formats())
     except Image.DecompressionBombError as error:
         raise UnusableRow("decompression_bomb", f"{ref.name}: {error}") from error
