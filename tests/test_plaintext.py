@@ -45,7 +45,6 @@ def load(ref):
 
 
 def encoded(sample, processor, config=CONFIG):
-    config = config.model_copy(update={"max_row_pixels": 10**9, "max_image_pixels": 10**6})
     return encode(sample, processor, config, load)
 
 
@@ -60,8 +59,7 @@ def processor(request):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_special_tokens_of_a_row_are_text(processor, attack, monkeypatch):
-    monkeypatch.setattr(encoding, "check_pixels", lambda *_: None)
+def test_special_tokens_of_a_row_are_text(processor, attack):
     harmless = encoded(row("What?", "red"), processor)
     own = special_in(harmless["input_ids"], processor)
     for sample in (row(attack, "red"), row("What?", attack), row(attack, attack)):

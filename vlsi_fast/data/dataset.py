@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vlsi_fast.data.encoding import IGNORED, configure_image_bounds, encode
-from vlsi_fast.data.images import load_image
+from vlsi_fast.data.images import check_pixels, load_image
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.shared_images import SharedImages, share_images
 from vlsi_fast.data.skipped import SpecialTokenError, UnusableRow
@@ -102,14 +102,16 @@ class VlsiDataset(Dataset):
         )
 
     def _encode(self, sample: Sample) -> dict[str, dict[str, torch.Tensor]]:
-        loader = lru_cache(maxsize=None)(partial(load_image, max_image_pixels=self.data_config.max_image_pixels))
+        data = self.data_config
+        check_pixels(sample.images, data.max_image_pixels, data.max_row_pixels)
+        loader = lru_cache(maxsize=None)(partial(load_image, max_image_pixels=data.max_image_pixels))
         rows = {}
         try:
             for role, processor in self.processors.items():
                 if self.shared and rows:
                     rows[role] = next(iter(rows.values()))
                 else:
-                    rows[role] = encode(sample, processor, self.data_config, loader)
+                    rows[role] = encode(sample, processor, data, loader)
         finally:
             if self.images is not None:
                 self.images.forget()

@@ -7,8 +7,7 @@ where the rendering of the conversation through that turn ends. Whitespace after
 the model learns to stop and not what a template puts between turns. Token offsets carry that span over to tokens, and
 since a processor only lengthens runs of the image token, collapsing those runs carries it over to the model's input.
 
-A row's words never become control tokens (plaintext.py), and a row that costs too much is refused by looks that cost
-little: its characters, then its images' headers.
+A row's words never become control tokens (plaintext.py), and endless text is refused before it is tokenized.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from PIL import Image
 
-from vlsi_fast.data.images import ImageRef, check_pixels
+from vlsi_fast.data.images import ImageRef
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.plaintext import Rendered, apply_template, plainly, render
 from vlsi_fast.data.skipped import UnusableRow, row_boundary
@@ -42,7 +41,7 @@ def encode(
     Args:
         sample: the conversation.
         processor: a Hugging Face processor with a chat template and a fast tokenizer.
-        data_config: `max_length`, the bounds on pixels and `special_tokens` are read.
+        data_config: `max_length` and `special_tokens` are read.
         image_loader: opens one image; asked once for an image that the row shows several times.
 
     Returns:
@@ -55,7 +54,6 @@ def encode(
     """
     check_messages(sample)
     check_length(sample.messages, processor, data_config.max_length)
-    check_pixels(sample.images, data_config.max_image_pixels, data_config.max_row_pixels)
     rendered, spans = answer_spans(sample.messages, processor)
     check_special(rendered, data_config)
     loaded = {ref: image_loader(ref) for ref in dict.fromkeys(sample.images)}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlsi_fast.data.skipped import UnusableRow
+from vlsi_fast.data.skipped import UnusableRow, row_boundary
 
 PILLOW_MAX_IMAGE_PIXELS = 178956970
 """Pixels above which Pillow itself refuses to open an image (twice its warning limit)."""
@@ -66,6 +66,7 @@ def load_image(ref: ImageRef, max_image_pixels: int = PILLOW_MAX_IMAGE_PIXELS) -
             raise _damaged(ref, error) from error
 
 
+@row_boundary()
 def check_pixels(refs: Sequence[ImageRef], max_image_pixels: int, max_row_pixels: int) -> None:
     """Compares the pixels that a row's images announce with the bound on them all, before one of them is decoded.
 
