@@ -6,8 +6,9 @@
     python benchmarks/study.py --curves                         # one figure of the tables that there are
 
 Every row is tuned in the same way on the validation split with seed 0 (`study_rows.py`); its best setting is then run
-with seeds 1, 2, .. and scored on the test split. Both go to `benchmarks/results/study_<table>.json` (and `.png`), beside
-the paper's numbers where it has any. `--until 17:30` starts nothing after that time (UTC) and reports what there is.
+with seeds 1, 2, .. and scored on the test split. Both go to `benchmarks/results/study_<table>.json` (and `.png`),
+beside the paper's numbers where it has any. `--until 17:30` starts nothing after that time (UTC) and reports what there
+is.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         parser.error(f"{options.work_dir} has no {', '.join(missing)}; add --prepare")
     study = Study(options.work_dir, parse_overrides(rest))
-    warm(study, rows)
     runner = Runner(study, options.jobs, _deadline(options.until))
     chosen = [row for row in rows if re.search(options.only or "", row.name)]
+    warm(study, chosen)
     runner.tune(chosen)
     runner.fresh(chosen, range(1, options.seeds + 1), options.split)
     result = collect(runner, options.table, rows, range(1, options.seeds + 1), options.split)

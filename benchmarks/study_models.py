@@ -110,7 +110,7 @@ def _make(work: Path, role: str, folder: Path, changes: dict) -> None:
 
 
 def write_conditions(data: Path) -> None:
-    """What the curves train on: so many labels, fewer wordings, wrong answers. A small set is part of every larger one."""
+    """What the curves train on: few labels, few wordings, wrong answers. A small set is part of every larger one."""
     for kind in ("", "_plain", "_two"):
         lines = (data / f"train{kind}.jsonl").read_text().splitlines(keepends=True)
         for count in LABELS:
@@ -132,6 +132,5 @@ def write_answered(work: Path, target: Path) -> None:
     lines = (work / "data" / "train.jsonl").read_text().splitlines(keepends=True)[-UNLABELLED:]
     asked = target.with_name("unlabelled.jsonl")
     asked.write_text("".join(lines))
-    answer(
-        work / "models" / "teacher", asked, None, target, temperature=1.0, max_new_tokens=96, batch_size=256, seed=0
-    )
+    options = {"temperature": 1.0, "max_new_tokens": 96, "batch_size": 256, "seed": 0}
+    answer(None, asked, None, target, model=work / "models" / "teacher", **options)

@@ -322,9 +322,16 @@ def test_words_of_rows_are_words_on_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(page_of, "lines", lambda *_, **__: "data:,")
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
     make_run(tmp_path / "run")
-    cells = [{"text": evil, "right": False}]
-    row = {"images": [], "question": evil, "answer": evil, "models": ["base"], "rows": [{"layer": 2, "cells": cells}]}
+    cells = [{"text": evil, "right": False, "share": 0.5}]
+    row = {
+        "images": [],
+        "question": evil,
+        "answer": evil,
+        "models": ["base"],
+        "shade": evil,
+        "rows": [{"layer": 2, "cells": cells}],
+    }
     run = open_run(tmp_path / "run")
-    page = page_of.build_page([run], [], {run.folder: {"rows": [row], "reason": ""}})
+    page = page_of.build_page([run], [], {run.folder: {"rows": [row], "chosen_of": 0, "reason": evil}})
     assert "<script>alert" not in page and "<img src=x" not in page and "&lt;script&gt;alert(1)" in page
     assert "{{ 7 * 7 }}" in page

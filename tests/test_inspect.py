@@ -108,12 +108,16 @@ def test_what_is_resumable(copy, capsys):
     assert code == 0 and "--resume goes on after step 2" in words and "4 rows a step must stay" in words
     assert "--stage interact --resume" in inspect_folder(copy)["next"]
     assert "--resume goes on from here" in show(copy / "interact" / "checkpoint-2", capsys)[1]
-    (copy / "interact" / "checkpoint-2" / "trainer_state.json").unlink()
+    damaged = copy / "interact" / "checkpoint-2"
+    (damaged / "trainer_state.json").unlink()
     assert "--resume goes on after step 1" in show(copy / "interact", capsys)[1]
     code, words = show(copy / "interact" / "checkpoint-2", capsys)
     assert code == 1 and "is incomplete" in words and "checkpoint-1 and removes this one" in words
     shutil.rmtree(copy / "interact" / "checkpoint-1")
+    assert "every checkpoint is damaged" in show(copy / "interact", capsys)[1]
+    (damaged / "manifest.json").unlink()
     assert "starts from step 0" in show(copy / "interact", capsys)[1]
+    assert "the run ended while writing it" in show(damaged, capsys)[1]
 
 
 def damage(path, text=None):

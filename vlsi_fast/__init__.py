@@ -6,7 +6,7 @@
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load_config", "run"]
+__all__ = ["__version__", "load_config", "run", "shrink"]
 
 
 def __getattr__(name: str):
@@ -19,4 +19,8 @@ def __getattr__(name: str):
         from .stages import run
 
         return run
+    if name == "shrink":
+        from .shrinking import shrink
+
+        return shrink
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from . import __version__
 from .config_files import ConfigError
 
+OF_ONE_RANK = ("AnswerMismatchError", "NoUsableRowError", "SpecialTokenError", "DiskFullError", "UnsafeFileError")
+"""Errors that one rank alone may meet, and then says."""
 STAGE_CHOICES = ("verbalize", "interact", "sft", "all")
 
 
@@ -38,7 +40,7 @@ class Command:
 
 COMMANDS = (
     Command(
-        "demo", "distil a tiny model end to end on easy-VQA, minutes on a laptop",
+        "demo", "distil a tiny model that describes drawings, end to end, minutes on a laptop",
         ".demo.run:add_arguments", ".demo.run:main",
         "vlsi-fast demo --fresh",
     ),
@@ -67,6 +69,14 @@ COMMANDS = (
         takes_overrides=True,
     ),
     Command(
+        "shrink", "make a student of a teacher by leaving out decoder layers",
+        ".shrinking.arguments:add_arguments", ".shrinking.command:main",
+        "vlsi-fast shrink --model Qwen/Qwen2-VL-7B-Instruct --keep-layers 14 --out runs/students/qwen2vl_7b_14_layers\n"
+        "  vlsi-fast shrink --model vlsi_fast/demo/models/teacher --keep-layers 1,3,5,7 --out runs/students/demo\n"
+        "  vlsi-fast shrink --model MODEL --keep-layers 14 --by influence --config configs/demo.yaml --out STUDENT",
+        takes_overrides=True,
+    ),
+    Command(
         "verbalize", "what each target layer answers: base student, distilled student, teacher",
         ".viewer.options:add_verbalize_arguments", ".viewer.command:main",
         "vlsi-fast verbalize --run demo\n"
@@ -85,7 +95,7 @@ COMMANDS = (
     Command(
         "eval", "score checkpoints on your rows, or on the paper's benchmarks",
         ".evaluation.arguments:add_arguments", ".evaluation.command:main",
-        "vlsi-fast eval --run runs/demo --model vlsi_fast/demo/models/student\n"
+        "vlsi-fast eval --run runs/demo --model runs/demo/start/student\n"
         "  vlsi-fast eval --model Qwen/Qwen2-VL-2B-Instruct --data rows.jsonl --reader messages\n"
         "  vlsi-fast eval --run runs/mine --benchmarks mmb,mmmu,mmstar",
         takes_overrides=True,
@@ -146,14 +156,10 @@ def _named(path: str):
     return getattr(importlib.import_module(module, __package__), name)
 
 
-OF_ROWS = ("AnswerMismatchError", "NoUsableRowError", "SpecialTokenError")
-"""Errors that one rank's rows cause."""
-
-
 def report(error: Exception, code: int) -> int:
     """Errors whose message is the whole story: no traceback, and once a machine."""
     # What every rank finds is said once a machine; what one rank's rows did, by that rank.
-    if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in OF_ROWS:
+    if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in OF_ONE_RANK:
         print(f"vlsi-fast: {error}", file=sys.stderr, flush=True)
     return code
 
@@ -180,7 +186,8 @@ class _ListOptions(argparse.Action):
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `train` and `train.py`."""
-    parser.add_argument("--stage", required=True, choices=STAGE_CHOICES, help="which stage to run, or all in order")
+    stage = "which stage to run, or all: those of the config's `stages`, in order"
+    parser.add_argument("--stage", required=True, choices=STAGE_CHOICES, help=stage)
     parser.add_argument("--config", required=True, help="YAML file of the run, e.g. configs/demo.yaml")
     parser.add_argument("--resume", action="store_true", help="continue this run from its last checkpoint")
     parser.add_argument("--options", nargs=0, action=_ListOptions, help="list every --section.field with its meaning")
@@ -209,6 +216,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import torch
 
     from .data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows
+    from .disk import DiskFullError
     from .lineage import LineageError
     from .stages import NonFiniteLossError, run
 
@@ -216,7 +224,9 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         run(config, arguments.stage, arguments.resume)
     except (ConfigError, LineageError, FileNotFoundError) as error:
         return report(error, 2)
-    except (AnswerMismatchError, NoUsableRowError, SpecialTokenError, NonFiniteLossError, TooManySkippedRows) as error:
+    except (AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows) as error:
+        return report(error, 1)
+    except (NonFiniteLossError, DiskFullError) as error:
         return report(error, 1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .config_files import ConfigError, apply_override, parse_overrides, read_tree
 from .data.sources import DataConfig
@@ -48,8 +48,10 @@ class BackboneConfig(Section):
 
     path: str
     """Folder or Hub name of a stock Hugging Face checkpoint with its processor."""
-    layers: list[int] | None = None
-    """Target layers; k: the hidden state after k decoder layers, 1 <= k <= depth. null: 2, 6, 10, .. (section 4.1b)."""
+    layers: list[int] | Literal["auto"] | None = None
+    """Target layers; k: the hidden state after k decoder layers, 1 <= k <= depth. null: 2, 6, 10, .. (section 4.1b).
+    auto, with a student by `vlsi-fast shrink`: the student's are as with null, but below 8 layers 1 .. depth - 1; the
+    teacher's are what the student's target layers were in it."""
     verbalizers: str | None = None
     """Folder of trained verbalizers of this model. null: those of this run's own verbalize stage."""
     attn_implementation: str = "auto"
@@ -60,9 +62,16 @@ class BackboneConfig(Section):
     max_pixels: int | None = Field(None, ge=1)
     """data.max_pixels for this model alone, where the two models' processors differ; default: the processor's own."""
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_kind(cls, value):
+        if value in (None, "auto") or (isinstance(value, list | tuple) and all(type(k) is int for k in value)):
+            return value
+        raise ValueError("use a list of whole numbers such as [2, 6, 10], auto or null")
+
     @model_validator(mode="after")
     def _layers_rise(self):
-        if self.layers is not None and (not self.layers or sorted(set(self.layers)) != self.layers):
+        if isinstance(self.layers, list) and (not self.layers or sorted(set(self.layers)) != self.layers):
             raise ValueError(f"layers must be a non-empty, strictly rising list, got {self.layers}; sort it")
         return self
 
@@ -216,6 +225,15 @@ class VerbalizeConfig(StageSection):
     """Fields of `training` that this stage overrides. No clipping by default: a global norm would couple the layers."""
     models: list[Literal["student", "teacher"]] = ["student", "teacher"]
     """Whose verbalizers to train: both at once, or one here and the other in a run of its own (see .verbalizers)."""
+    objective: Literal["answers", "own_output", "both"] = "answers"
+    """What a layer learns to say: answers, the labels (autoregressive loss, the paper's); own_output, what the model's
+    own last layer says at the answer positions (KL(last layer || verbalized layer), in nats a token); both: their sum.
+    All but answers run the model to its last layer."""
+
+    @property
+    def needs_last(self) -> bool:
+        """Whether the models' own last layers are read."""
+        return self.objective != "answers"
 
     @model_validator(mode="after")
     def _some_model(self):
@@ -233,6 +251,15 @@ class InteractConfig(StageSection):
     """Loss of the last layer: KL or L2 (logits) to the teacher's last layer, or CE on the answers."""
     intermediate_weight: float = Field(1.0, gt=0)
     """Factor of the target layers' losses beside the last layer's (the paper: 1)."""
+    intermediate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of intermediate_weight over the stage's optimizer steps: as it is, or down to 0 like a learning rate
+    (whole at the first step, 0 after the last), by a line or half a cosine. metrics.jsonl has each step's."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """What kld stands for, p the teacher's and q the student's distribution: forward_kl, KL(p || q), the paper's;
+    reverse_kl, KL(q || p); jsd, beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. Layers are
+    matched by the forward KL all the same; each further pair of layers then costs a pass over the vocabulary."""
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """beta of divergence jsd, the teacher's share of m (as TRL's GKD has it)."""
     headless: bool = False
     """Appendix D's ablation: no head; verb-FFN outputs matched by L2, the student's widened to the teacher's width."""
     temperature: float = Field(1.0, gt=0)
@@ -240,10 +267,34 @@ class InteractConfig(StageSection):
     train_student_verbalizers: bool = False
     """Train the student's verbalizers along with LoRA (the paper keeps them frozen)."""
 
+    @property
+    def beta(self) -> float:
+        """`divergence` as `vlsi_kernels.linear_divergence` counts it: 0 forward KL, 1 reverse KL."""
+        return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.jsd_beta}[self.divergence]
+
+    @property
+    def speakers(self) -> list[str]:
+        """The models that speak through trained verbalizers."""
+        if self.intermediate == "none" or self.headless:
+            return []
+        return ["student"] if self.intermediate == "ce" else ["student", "teacher"]
+
     @model_validator(mode="after")
     def _check(self):
         if self.intermediate == self.last == "none":
             raise ValueError("interact.intermediate and interact.last are both none: nothing to learn; set one")
+        if self.divergence != "forward_kl" and "kld" not in (self.intermediate, self.last):
+            raise ValueError(
+                f"interact.divergence {self.divergence} is what kld stands for, and neither interact.intermediate nor "
+                "interact.last is kld; set one of them, or remove divergence"
+            )
+        if self.jsd_beta != 0.5 and self.divergence != "jsd":
+            raise ValueError("interact.jsd_beta belongs to interact.divergence jsd; set that, or remove jsd_beta")
+        if self.intermediate_schedule != "constant" and "none" in (self.intermediate, self.last):
+            raise ValueError(
+                f"interact.intermediate_schedule {self.intermediate_schedule} hands over from the target layers to the "
+                "last one: it needs both interact.intermediate and interact.last; set both, or remove it"
+            )
         if self.intermediate == "none" and self.intermediate_weight != 1:
             raise ValueError("interact.intermediate_weight weighs nothing with interact.intermediate none; remove it")
         if self.headless and self.intermediate != "l2":
@@ -286,6 +337,9 @@ class RunConfig(Section):
     """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed, else torch."""
     liger: Literal["auto", True, False] = False
     """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed."""
+    stages: list[Literal["verbalize", "interact", "sft"]] = list(STAGES)
+    """What --stage all runs, in this order; plan and check look at these. [verbalize, interact] where sft on few labels
+    costs points; [interact, sft] where interact.intermediate is none, or verbalizers are trained already."""
     preflight: bool = True
     """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more)."""
     teacher: TeacherConfig
@@ -311,7 +365,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        s, t = self.student.layers, self.teacher.layers
+        s, t = (each.layers if isinstance(each.layers, list) else None for each in (self.student, self.teacher))
+        if self.teacher.layers == "auto":
+            t = s  # one for each of the student's
         if s and t and len(s) > len(t):
             raise ValueError(
                 f"student.layers has {len(s)} target layers, teacher.layers {len(t)}: matching needs t_s <= t_l; "
@@ -325,6 +381,7 @@ class RunConfig(Section):
             for role in ("student", "teacher"):
                 if getattr(self.data, name) is not None and getattr(getattr(self, role), name) is not None:
                     raise ValueError(f"data.{name} is for both models, {role}.{name} for one: remove one of the two")
+        self._check_stages()
         for stage in STAGES:
             if self.stage_training(stage).group_by_length and self.data.padding_free is True:
                 raise ValueError(
@@ -332,6 +389,24 @@ class RunConfig(Section):
                     "remove one of the two (padding_free needs flash-attention to be fast)"
                 )
         return self
+
+    def _check_stages(self) -> None:
+        """Known, once each, in order; and each finds what it starts from."""
+        names = list(self.stages)
+        if not names or names != [name for name in STAGES if name in names]:
+            raise ValueError(f"stages must name some of {', '.join(STAGES)}, once each, in this order; got {names}")
+        if "sft" in names and "interact" not in names and self.sft.start_from == "interact":
+            raise ValueError(
+                "stages has sft but not interact, whose student sft starts from: add interact, or set sft.start_from "
+                "to base (to continue a finished interact stage leave stages as it is, and run --stage sft)"
+            )
+        mute = [role for role in self.interact.speakers if getattr(self, role).verbalizers is None]
+        if "interact" in names and "verbalize" not in names and mute:
+            raise ValueError(
+                "stages has interact but not verbalize, whose verbalizers its target layers speak through: add "
+                f"verbalize, name trained ones ({', '.join(f'{role}.verbalizers' for role in mute)}), or set "
+                "interact.intermediate to none"
+            )
 
     def stage_training(self, stage: str) -> TrainingConfig:
         """`training` with the overrides of one stage. Raises ConfigError where an override is wrong."""

@@ -16,7 +16,8 @@ from typing import Any
 from .config_files import ConfigError
 
 RECORD_NAME = "vlsi_stage.json"
-FORMAT = 1
+FORMAT = 2
+"""Of records; since 2 every checkpoint has a manifest."""
 
 
 class LineageError(RuntimeError):
@@ -106,26 +107,11 @@ def write_record(folder: str | Path, record: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint of a stage, or None. The trainer state is written last: it marks completeness."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if _is_complete(p)]
-    return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):  # killed before, or while, it was written
-        return False
-    return True
-
-
 def open_stage(folder: Path, record: dict[str, Any], resume: bool) -> dict[str, Any] | None:
     """Look whether a run may use a stage's folder.
 
     Returns:
-        None for a new start. With `resume`: the record of the same run, with `checkpoint`, the folder to continue from
-        (None where it had not come to one), unless its state is "finished".
+        None for a new start. With `resume`: the record of the same run.
 
     Raises:
         LineageError: the folder holds another run, or this one and `resume` is not set.
@@ -137,7 +123,7 @@ def open_stage(folder: Path, record: dict[str, Any], resume: bool) -> dict[str, 
         return None
     changed = [
         f"{name}: there {there!r}, now {now!r}"
-        for name, there, now in _differences(found["identity"], json.loads(json.dumps(record["identity"])))
+        for name, there, now in differences(found["identity"], json.loads(json.dumps(record["identity"])))
     ]
     if changed:
         raise LineageError(
@@ -149,13 +135,14 @@ def open_stage(folder: Path, record: dict[str, Any], resume: bool) -> dict[str, 
         raise LineageError(
             f"{folder} holds this very run, which {state}; pass --resume to continue it, or choose another output_dir"
         )
-    return found | {"checkpoint": last_checkpoint(folder)}
+    return found
 
 
-def _differences(there: Any, now: Any, prefix: str = ""):
+def differences(there: Any, now: Any, prefix: str = ""):
+    """(dotted name, value there, value now) of what differs between nested mappings."""
     if isinstance(there, dict) and isinstance(now, dict):
         for key in sorted(there.keys() | now.keys()):
-            yield from _differences(there.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+            yield from differences(there.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
     elif there != now:
         yield prefix, there, now
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from .backbones import default_layers, family_of
-from .config import BackboneConfig, ConfigError
+from .config import BackboneConfig, ConfigError, RunConfig
 from .data.tokens import SharedTokens, shared_tokens
 from .shard_loading import load_sharded
+from .shrinking.record import auto_layers
 
 
 def resolve_folder(path: str, field: str) -> Path:
@@ -47,14 +48,25 @@ def load_model_config(settings: BackboneConfig, role: str):
     return config
 
 
-def target_layers(settings: BackboneConfig, config, role: str) -> list[int]:
+def target_layers(
+    settings: BackboneConfig, config, role: str, run: RunConfig | None = None, folder: Path | None = None
+) -> list[int]:
     """Target layers of a role, the paper's where the config names none.
 
+    Args:
+        settings: the role's section.
+        config: transformers config of its model.
+        role: student or teacher.
+        run: the whole config, which `layers: auto` needs.
+        folder: the role's checkpoint, where it is at hand; with auto a teacher there must be the one that was shrunk.
+
     Raises:
-        ConfigError: a layer beyond the model's depth.
+        ConfigError: a layer beyond the model's depth, or auto without a shrunk student.
     """
     depth = config.get_text_config().num_hidden_layers
     layers = settings.layers if settings.layers is not None else default_layers(depth)
+    if layers == "auto":
+        layers = auto_layers(run, role, depth, folder)
     outside = [k for k in layers if not 1 <= k <= depth]
     if outside:
         raise ConfigError(

@@ -12,6 +12,7 @@
 Readings of table 4d that the paper leaves open: `ce` is the loss on the ground-truth answer (section 3.3 speaks of
 avoiding the *autoregressive* loss in this stage; a cross-entropy against the teacher would have KL's own gradient);
 `l2` still chooses its pairs by KL (Algorithm 1) and compares the logits of all vocabulary entries (mean over V).
+`kld` may also be the reverse KL or Jensen-Shannon (`interact.divergence`); its pairs are chosen by the forward KL too.
 All losses are means over the N tokens, one number a layer; the caller sums over layers.
 """
 
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlsi_kernels import layer_kl_matrix, linear_cross_entropy, teacher_targets
+from vlsi_kernels import layer_kl_matrix, linear_cross_entropy, linear_divergence, teacher_targets
 
 from .sharding import gathered
 
@@ -71,6 +72,40 @@ class AnswerLoss(nn.Module):
         return loss.view(layers, tokens).sum(1) / max(tokens, 1)
 
 
+class OwnOutputLoss(nn.Module):
+    """KL of a frozen model's layers from its own last layer, all through its own head; with the answers' loss if asked.
+
+    Both are columns of one KL matrix: an answer y is a teacher that is sure of it, neg_entropy 0 and expectation W[y].
+    So there is one pass over the vocabulary for the last layer and one a target layer, whatever is asked for.
+    """
+
+    def __init__(self, weight: nn.Parameter, options: OperatorOptions, with_answers: bool):
+        super().__init__()
+        self.options, self.with_answers = options, with_answers
+        self._frozen = [weight]
+
+    def forward(self, hidden: Tensor, last: Tensor, labels: Tensor) -> Tensor:
+        """hidden [L, N, d], last [N, d] after the final norm, labels [N] -> [L] float32 means over tokens (0: N is 0).
+
+        Differentiable in hidden.
+        """
+        options = {"vocab_size": self.options.vocab_size, "impl": self.options.impl}
+        if torch.is_autocast_enabled(hidden.device.type):  # as in AnswerLoss
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        with gathered(self._frozen):
+            weight = self._frozen[0].detach()
+            targets = teacher_targets(last[None], weight, weight, **options)
+            if self.with_answers:
+                neg_entropy, expectation = targets.neg_entropy, targets.expectation
+                rows = self.options.vocab_size  # a label beyond them is no token of this head: NaN stops the stage
+                sure = torch.zeros_like(neg_entropy).masked_fill(labels >= rows, torch.nan)
+                answers = weight[labels.clamp(max=rows - 1)][None].to(expectation.dtype)
+                targets = targets._replace(
+                    neg_entropy=torch.cat([neg_entropy, sure]), expectation=torch.cat([expectation, answers])
+                )
+            return layer_kl_matrix(hidden, weight, targets, **options).sum(1)
+
+
 class PairwiseKL(nn.Module):
     """KL of every (student layer, teacher layer) pair in one pass over the vocabulary a layer."""
 
@@ -90,6 +125,41 @@ class PairwiseKL(nn.Module):
             student_weight, teacher_weight = self._weights
             targets = teacher_targets(teacher, teacher_weight, student_weight, **options)
             return layer_kl_matrix(student, student_weight, targets, **options)
+
+
+class MatchedDivergence(nn.Module):
+    """Divergence of matched layers where it is not the forward KL: a pass over both heads for each pair, no targets.
+
+    `beta` 1: KL(student || teacher); between 0 and 1: generalized Jensen-Shannon, two passes (`linear_divergence`).
+    """
+
+    def __init__(
+        self, student_weight: nn.Parameter, teacher_weight: nn.Parameter, options: OperatorOptions, beta: float
+    ):
+        super().__init__()
+        self.options, self.beta = options, beta
+        self._weights = [student_weight, teacher_weight]
+
+    def forward(self, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+        """student [S, N, d_s], teacher [S, N, d_l], already matched -> [S] float32 mean over tokens.
+
+        Differentiable in student.
+        """
+        layers, tokens = student.shape[:2]
+        with gathered(self._weights):
+            student_weight, teacher_weight = (weight.detach() for weight in self._weights)
+            loss = linear_divergence(
+                student.flatten(0, 1),
+                student_weight,
+                teacher.detach().flatten(0, 1),
+                teacher_weight,
+                beta=self.beta,
+                reduction="none",
+                temperature=temperature,
+                vocab_size=self.options.vocab_size,
+                impl=self.options.impl,
+            )
+        return loss.view(layers, tokens).sum(1) / max(tokens, 1)
 
 
 class LogitL2(nn.Module):

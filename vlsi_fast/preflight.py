@@ -128,7 +128,9 @@ def check_models(subject: Subject) -> str:
                 cause = error.__cause__
                 raise Failed(f"{role} {kind}: {cause}", f"correct {role}.path, or fetch the model first") from cause
         try:
-            layers = target_layers(getattr(subject.config, role), subject.model_config(role), role)
+            settings = getattr(subject.config, role)
+            folder = Path(settings.path) if list(Path(settings.path).glob("*.safetensors")) else None
+            layers = target_layers(settings, subject.model_config(role), role, subject.config, folder)
         except ConfigError as error:
             raise Failed(str(error), f"change {role}.layers") from error
         said.append(f"{role}: {subject.model_config(role).model_type}, {len(layers)} target layers")
@@ -457,6 +459,6 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.rows < 1:
         raise ConfigError("--rows must be at least 1")
     ranks = max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1
-    results = look(Subject(config, rows=arguments.rows, ranks=ranks))
+    results = look(Subject(config, tuple(config.stages), rows=arguments.rows, ranks=ranks))
     print(json.dumps([asdict(r) for r in results], indent=2) if arguments.json else as_text(results))
     return 1 if failed(results) else 0

@@ -8,6 +8,9 @@ whole tensors that any number of ranks can read. Without DeepSpeed every checkpo
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +19,10 @@ from typing import Any
 
 import torch
 
-from .lineage import LineageError, last_checkpoint, read_record
-from .sharding import barrier, rank, world_size
+from .checkpoints import MANIFEST_NAME, damage, describe, files_of, read_manifest, write_manifest
+from .lineage import LineageError, read_record
+from .sharding import gathered_objects, rank, world_size
+from .unpickling import data_only
 
 UNIVERSAL_MARK = "latest_universal"
 """DeepSpeed's file beside a conversion that is complete; it holds the conversion's name."""
@@ -52,16 +57,6 @@ def require_same_batch(folder: Path, stage: str, training: Any) -> None:
     )
 
 
-def drop_incomplete(folder: Path) -> None:
-    """Delete checkpoints that were being written when a run died: their files, one a rank, would stay among those of
-    a new checkpoint of the same step that fewer ranks write. Rank 0's work."""
-    kept = last_checkpoint(folder)
-    last = int(kept.rsplit("-", 1)[1]) if kept else -1
-    for found in folder.glob("checkpoint-*"):
-        if int(found.name.rsplit("-", 1)[1]) > last:
-            shutil.rmtree(found)
-
-
 def require_same_engine(checkpoint: str, deepspeed: bool) -> None:
     """Raise LineageError where DeepSpeed wrote a checkpoint and does not read it, or the other way round."""
     written = bool(list(Path(checkpoint).glob("global_step*")))
@@ -91,8 +86,9 @@ def universal_where_needed(engine, checkpoint: str):
     _require_convertible(engine, checkpoint, writers)
     if rank() == 0:
         print(f"vlsi-fast: {checkpoint} is of {writers} ranks; converting it for {world_size()}", flush=True)
-        _convert(source)
-    barrier()
+    problem = gathered_objects(_converted(Path(checkpoint), source) if rank() == 0 else None)[0]
+    if problem:
+        raise LineageError(problem)
     optimizer = engine.optimizer.optimizer
     own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
@@ -121,17 +117,58 @@ def _require_convertible(engine, checkpoint: str, writers: int) -> None:
     )
 
 
-def _convert(source: Path) -> None:
-    """`source` (checkpoint-N/global_stepM) -> `<source>_universal`, unless it is there already.
+def _converted(checkpoint: Path, source: Path) -> str | None:
+    """Have `source` (checkpoint-N/global_stepM) converted to `<source>_universal`, unless that is done already.
 
     A process of its own: the converter forks workers, which is unsafe where communication threads run.
+
+    Returns:
+        None, or why a file of the checkpoint is refused.
     """
     mark, target = source.with_name(UNIVERSAL_MARK), source.with_name(f"{source.name}_universal")
-    if mark.is_file() and mark.read_text().strip() == target.name and target.is_dir():
-        return
-    shutil.rmtree(target, ignore_errors=True)  # half of one
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", str(source), "--output_folder", str(target)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode or not mark.is_file():
+    manifest = read_manifest(target)
+    if manifest and manifest.get("source") == _fingerprint(checkpoint) and mark.is_file() and not damage(target):
+        return None
+    command = [sys.executable, "-m", "vlsi_fast.rescaling", str(checkpoint)]
+    package = str(Path(__file__).resolve().parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([package, *sys.path])}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode == 2:
+        return done.stdout.rpartition("vlsi-fast: ")[2].strip()
+    if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
+    return None
+
+
+def convert(checkpoint: Path) -> None:
+    """Join a checkpoint's parts, one a rank, to whole tensors in `global_stepM_universal` beside them.
+
+    Raises:
+        LineageError: no checkpoint of DeepSpeed; or a file of it is refused, see `data_only`.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    source = next((p for p in checkpoint.glob("global_step*") if not p.name.endswith("_universal")), None)
+    if source is None or not (checkpoint / MANIFEST_NAME).is_file():
+        raise LineageError(f"{checkpoint} is no complete checkpoint of DeepSpeed; give a folder <stage>/checkpoint-N")
+    target = source.with_name(f"{source.name}_universal")
+    shutil.rmtree(target, ignore_errors=True)  # half of one, or of other files
+    multiprocessing.set_start_method("fork", force=True)  # workers, too, load data only
+    sys.argv[1:] = ["--input_folder", str(source), "--output_folder", str(target)]
+    with data_only():
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+    write_manifest(target, describe(target, files_of(target)), source=_fingerprint(checkpoint))
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    return hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":  # python -m vlsi_fast.rescaling <stage>/checkpoint-N
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m vlsi_fast.rescaling <output_dir>/<stage>/checkpoint-N")
+    try:
+        convert(Path(sys.argv[1]))
+    except LineageError as refused:
+        print(f"vlsi-fast: {refused}", flush=True)
+        sys.exit(2)

@@ -95,6 +95,27 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def stored_names(folder: str | Path, model: nn.Module) -> dict[str, tuple[Path, list[str]]]:
+    """What a checkpoint stores: name -> its file, and the parameters of the stock model that it becomes.
+
+    Names on disk may be those of an older transformers. Only the files' headers are read.
+
+    Args:
+        folder: checkpoint.
+        model: its `empty_model`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: tensors that are missing, unknown or there twice.
+    """
+    model.tie_weights()
+    targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    groups = _groups(folder, model)
+    found = {key: (file, list(group.names)) for group in groups for key, _, file in group.stored}
+    _check_names(folder, groups, model, {name: targets[name] for name in model.state_dict()})
+    return found
+
+
 @contextlib.contextmanager
 def _partitioning(zero: dict[str, Any]):
     """Modules built inside are partitioned and keep whatever their memory holds: every value is read afterwards."""

@@ -29,6 +29,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def gathered_objects(value) -> list:
+    """What every rank passed, in order of ranks. Collective."""
+    everyone = [value]
+    if world_size() > 1:
+        everyone = [None] * world_size()
+        dist.all_gather_object(everyone, value)
+    return everyone
+
+
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor], writer: int | None = None):
     """Whole parameters inside the block; with `writer`, that rank's changes are scattered back on leaving."""

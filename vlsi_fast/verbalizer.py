@@ -56,7 +56,8 @@ class VerbalizerSpec:
     backbone_config: dict | None = None
     """The backbone's configuration, stored for decoder verbalizers only."""
     made_for: dict = field(default_factory=dict)
-    """The backbone they were trained on: path, digests of checkpoint and tokenizer, layers, settings."""
+    """What they were trained on: the backbone's path, digests of checkpoint and tokenizer, layers, settings, objective
+    (`verbalize.objective`; absent from older ones, which learnt the answers)."""
 
     @classmethod
     def of(cls, config, layers, settings, output_size: int | None = None, made_for=None) -> VerbalizerSpec:

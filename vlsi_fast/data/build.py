@@ -2,7 +2,8 @@
 
     OUT/manifest.json          rows, bytes and sha256 of every shard; rows read, written and dropped of every source
     OUT/mix.yaml               a mix file: `data.train: OUT/mix.yaml` reads the folder, with the weights of the config
-    OUT/<source>/train-*.parquet   columns id, source, row, messages, images (bytes as they were, never encoded again)
+    OUT/<source>/train-*.parquet   columns id, source, row, messages, images (bytes as they were, never encoded
+                               again), answered_by (JSON; null where people answered)
     OUT/skipped_rows.jsonl     every row dropped, and why
 
 The same input gives the same bytes, whatever the number of workers and however often the build was interrupted: a
@@ -29,6 +30,7 @@ from vlsi_fast.data.encoding import check_messages
 from vlsi_fast.data.images import check_pixels, image_bytes, load_image
 from vlsi_fast.data.manifest import FORMAT, JOURNAL_NAME, MANIFEST_NAME, read_manifest, sha256
 from vlsi_fast.data.messages import Sample
+from vlsi_fast.data.readers import ANSWERED_BY
 from vlsi_fast.data.skipped import SkipLog, UnusableRow, printable, row_boundary
 from vlsi_fast.data.sources import ConcatSource, DataConfig, SourceConfig, build_source
 
@@ -200,7 +202,7 @@ def _schema():
     text = Value("string")
     turn = {"role": text, "content": List({"type": text, "text": text})}
     columns = {"id": text, "source": text, "row": Value("int64"), "messages": List(turn), "images": List(Image())}
-    return Features(columns).arrow_schema
+    return Features(columns | {ANSWERED_BY: text}).arrow_schema
 
 
 class _Converter:
@@ -264,7 +266,9 @@ def _converted(sample: Sample, bounds: tuple[int, int]) -> dict:
     for turn in sample.messages:
         content = [{"type": part["type"], "text": part.get("text")} for part in turn["content"]]
         turns.append({"role": turn["role"], "content": content})
-    return {"id": sample.id, "row": int(sample.id.rsplit("#", 1)[1]), "messages": turns, "images": images}
+    by = None if sample.answered_by is None else json.dumps(sample.answered_by)
+    row = {"id": sample.id, "row": int(sample.id.rsplit("#", 1)[1]), "messages": turns, "images": images}
+    return row | {ANSWERED_BY: by}
 
 
 def _folders(source: ConcatSource) -> list[str]:
@@ -276,7 +280,7 @@ def _folders(source: ConcatSource) -> list[str]:
 def _key(data: DataConfig, source: ConcatSource, shard_bytes: int) -> str:
     """Names the build: what its bytes follow from, as far as it can be known without reading all rows."""
     loose = {"weight", "count", "count_tolerance"}
-    facts = [FORMAT, [config.model_dump(exclude=loose) for config in data.train], source.sizes]
+    facts = [FORMAT, ANSWERED_BY, [config.model_dump(exclude=loose) for config in data.train], source.sizes]
     bounds = [data.max_image_pixels, data.max_row_pixels]
     return hashlib.sha256(json.dumps([*facts, *bounds, shard_bytes]).encode()).hexdigest()
 

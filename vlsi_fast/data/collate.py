@@ -41,11 +41,12 @@ class Collator:
         """Joins B rows.
 
         Returns:
-            `ids`: B row names. `skipped`: the rows' records of unusable rows, in order. `tokens`: role -> the rows'
-            tokens. Each role: `input_ids` [B, T] padded with the padding id, `labels` [B, T] with -100,
-            `attention_mask` and every other per-token tensor [B, T] with 0; vision tensors joined along their first
-            axis, absent where no row has an image, and padded with zeros along the second where images have different
-            numbers of patches there (LLaVA-OneVision). Where all rows share one encoding between the roles, both roles
+            `ids`: B row names. `skipped`: the rows' records of unusable rows, in order. `answered`: how many rows, and
+            tokens to predict, have answers that a model wrote. `tokens`: role -> the rows' tokens. Each role:
+            `input_ids` [B, T] padded with the padding id, `labels` [B, T] with -100, `attention_mask` and every
+            other per-token tensor [B, T] with 0; vision tensors joined along their first axis, absent where no row has
+            an image, and padded with zeros along the second where images have different numbers of patches there
+            (LLaVA-OneVision). Where all rows share one encoding between the roles, both roles
             hold the same tensors; where they share vision tensors alone, the same vision tensors.
 
             A packed role has the same with per-token tensors [1, S], S all rows' tokens and a blank image's, and
@@ -53,6 +54,8 @@ class Collator:
         """
         batch = {"ids": [row["id"] for row in rows], "skipped": [record for row in rows for record in row["skipped"]]}
         roles = [role for role in ROLES if role in self._pad_ids]
+        answered = [row[roles[0]]["labels"] for row in rows if row.get("answered")]
+        batch["answered"] = (len(answered), sum(int((labels[:, 1:] != IGNORED).sum()) for labels in answered))
         joined: dict[tuple[int, ...], torch.Tensor] = {}  # vision tensors by the identities of their rows' tensors
         parts = {role: [row[role] for row in rows] for role in roles}
         batch["tokens"] = {role: sum(row["input_ids"].shape[1] for row in parts[role]) for role in roles}

@@ -1,4 +1,4 @@
-"""`vlsi-fast data build | verify | stats`."""
+"""`vlsi-fast data build | verify | stats | answer`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vlsi_fast.config import ConfigError, explain, load_config, parse_overrides
+from vlsi_fast.data.answering.arguments import add_answer_arguments
 from vlsi_fast.data.mixfile import read_mix
 from vlsi_fast.data.skipped import TooManySkippedRows
 from vlsi_fast.data.sources import DataConfig, build_source
@@ -27,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--out", required=True, type=Path, help="folder to write; continued where interrupted")
     build.add_argument("--shard-size", default="1GB", type=parse_size, help="of a shard, e.g. 500MB (default: 1GB)")
     build.add_argument("--workers", default=0, type=int, help="processes that read images (default 0: this one)")
+    answer = commands.add_parser(
+        "answer",
+        help="let the teacher answer pictures without labels: rows to train on",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_answer_arguments(answer)
     verify = commands.add_parser("verify", help="compare a built folder with its manifest")
     verify.add_argument("folder", type=Path)
     verify.add_argument("--quick", action="store_true", help="sizes only, no checksums")
@@ -39,6 +46,10 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
             if overrides:
                 raise ConfigError(f"data verify reads no config and takes no {overrides[0]}; remove it")
             return _verify(arguments)
+        if arguments.data_command == "answer":
+            from vlsi_fast.data.answering.command import main as answer
+
+            return answer(arguments, overrides)
         return {"build": _build, "stats": _stats}[arguments.data_command](arguments, overrides)
     except TooManySkippedRows as error:
         print(f"vlsi-fast: {error}", file=sys.stderr)
@@ -98,10 +109,15 @@ def _stats(arguments: argparse.Namespace, overrides: list[str]) -> int:
     data = data_config(arguments.config, overrides)
     source = build_source(data.train)
     order = EpochOrder(source.sizes, 0, source.weights, data.stopping_strategy)
+    answered = 0
     for config, part, quota in zip(data.train, source.parts, order.quotas, strict=True):
         weight = "" if config.weight is None else f", weight {config.weight:g}"
-        print(f"{part.name}: {len(part)} rows{weight}; {quota} an epoch ({quota / len(order):.2%})")
-    print(f"{len(source)} rows; {len(order)} an epoch")
+        found = part.answered_rows()
+        answered += found
+        by = f", {found} of them answered by a model" if found else ""
+        print(f"{part.name}: {len(part)} rows{by}{weight}; {quota} an epoch ({quota / len(order):.2%})")
+    apart = f" ({len(source) - answered} labelled, {answered} answered by a model)" if answered else ""
+    print(f"{len(source)} rows{apart}; {len(order)} an epoch")
     return 0
 
 

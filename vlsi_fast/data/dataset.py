@@ -31,7 +31,7 @@ class NoUsableRowError(RuntimeError):
 
 
 class VlsiDataset(Dataset):
-    """Map-style: row -> `{"id", "student", "teacher", "skipped"}`, the roles being those of `processors`.
+    """Map-style: row -> `{"id", "student", "teacher", "skipped", "answered"}`, the roles being those of `processors`.
 
     A row that cannot be used is replaced by the next usable one, and noted in the "skipped" list of the row returned.
 
@@ -68,7 +68,8 @@ class VlsiDataset(Dataset):
         Returns:
             `id`: the row used; each role's inputs as `encode` returns them (the same object for both roles where their
             processors are equivalent, the same vision tensors where their image processors agree); `skipped`:
-            records of the rows passed over, as `ConcatSource.skip_record` makes them.
+            records of the rows passed over, as `ConcatSource.skip_record` makes them; `answered`: whether a model wrote
+            the row's answers.
 
         Raises:
             AnswerMismatchError: the roles' answer tokens differ in `MAX_MISMATCHES` rows, or in all that can be used,
@@ -83,7 +84,8 @@ class VlsiDataset(Dataset):
             at = (index + offset) % len(self)
             try:
                 sample = self.sources[at]
-                return {"id": sample.id, **self._encode(sample), "skipped": skipped}
+                answered = sample.answered_by is not None
+                return {"id": sample.id, **self._encode(sample), "skipped": skipped, "answered": answered}
             except AnswerMismatchError as error:
                 mismatches.append(error)
                 if not self._aligned and len(mismatches) == MAX_MISMATCHES:

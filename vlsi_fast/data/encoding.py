@@ -59,12 +59,7 @@ def encode(
     loaded = {ref: image_loader(ref) for ref in dict.fromkeys(sample.images)}
     images = [loaded[ref] for ref in sample.images]
     check_placeholders(rendered, len(images), processor)
-    try:
-        row = encode_rendered(rendered, images, processor)
-    except UnusableRow:
-        raise
-    except ValueError as error:  # an image too narrow to resize, ..
-        raise UnusableRow("bad_row", f"{type(processor).__name__} refuses the row: {error}") from error
+    row = encode_rendered(rendered, images, processor)
     length = row["input_ids"].shape[1]
     if length > data_config.max_length:
         raise UnusableRow("too_long", f"{length} tokens, data.max_length is {data_config.max_length}")
@@ -84,7 +79,8 @@ def encode_question(question: str, images: list[Image.Image], processor) -> dict
         What the processor returns: `input_ids` [1, T], `attention_mask` [1, T], vision tensors ..
 
     Raises:
-        ValueError: the processor refuses an image, or special tokens in the question cannot be read as text.
+        UnusableRow: the processor refuses an image, or special tokens in the question cannot be read as text (it is a
+            ValueError).
     """
     parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
     messages = [{"role": "user", "content": parts}]
@@ -102,13 +98,18 @@ def encode_rendered(rendered: Rendered, images: list[Image.Image], processor) ->
         processor: as for `encode`.
 
     Raises:
-        ValueError: the processor refuses an image.
-        UnusableRow: the row's own special tokens cannot be read as text.
+        UnusableRow: the processor refuses an image, or the row's own special tokens cannot be read as text.
     """
     options = tokenizer_options(processor, rendered.text)
     # nested, as `apply_chat_template` passes them: LLaVA-OneVision treats several images of one row differently
     nested = [images] if images else None
-    return dict(plainly(processor, [rendered])(text=[rendered.text], images=nested, return_tensors="pt", **options))
+    reader = plainly(processor, [rendered])
+    try:
+        return dict(reader(text=[rendered.text], images=nested, return_tensors="pt", **options))
+    except UnusableRow:
+        raise
+    except ValueError as error:  # an image too narrow to resize, ..
+        raise UnusableRow("bad_row", f"{type(processor).__name__} refuses the row: {error}") from error
 
 
 def check_messages(sample: Sample) -> None:

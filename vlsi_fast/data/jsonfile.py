@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import tempfile
@@ -88,6 +89,11 @@ class JsonFile:
         with open(self.path, "rb") as file:
             blocks = (min(CHUNK_BYTES, start - at) for at in range(0, start, CHUNK_BYTES))
             return 1 + sum(file.read(size).count(b"\n") for size in blocks)
+
+    def mentions(self, key: str) -> bool:
+        """Whether a key stands anywhere in the file, as JSON writes it."""
+        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(json.dumps(key).encode()) >= 0
 
 
 def cache_folder() -> Path:

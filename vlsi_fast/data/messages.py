@@ -33,12 +33,15 @@ class Sample:
         messages: chat messages, each `{"role": .., "content": [part, ..]}`.
         images: one reference for each image part, in order.
         type: what the source's `type_column` says, None without one.
+        answered_by: what the row says of the model that wrote its answers (`vlsi-fast data answer`); None where people
+            did, or nothing is said.
     """
 
     id: str
     messages: list[dict]
     images: list[ImageRef] = field(default_factory=list)
     type: str | None = None
+    answered_by: Any = None
 
 
 def from_llava(row: dict, sample_id: str, image_root: str, placeholder: str = PLACEHOLDER) -> Sample:

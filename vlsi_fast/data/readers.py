@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from vlsi_fast.data.sources import SourceConfig
 
 
+ANSWERED_BY = "answered_by"
+"""Column of what wrote a row's answers; absent or empty where people did."""
+
+
 class Reader:
     """One opened source: its first `limit` rows, or N of them for `path#N`, read one at a time.
 
@@ -26,11 +30,13 @@ class Reader:
     name: str
     image_root: str
     rows: int
+    _table: JsonTable | HfTable | None = None
 
     def __init__(self, config: SourceConfig, name: str, image_root: str, rows: int, field: str):
         """`name`, `image_root`, `rows`: what the opened source has."""
         self.name, self.image_root, self.rows = config.name or name, image_root, rows
         self._limit, self._sample, self._type = config.limit, None, config.type_column
+        self._answered = config.answered
         if isinstance(config.path, str):
             self._sample = split_sample(config.path)[1]
         if self._sample is not None and self._sample > rows:
@@ -60,11 +66,22 @@ class Reader:
         """`file` and, where it is known, `line` of row `row`."""
         return self._table.where(self.number(row))
 
-    def _typed(self, sample: Sample, row: dict) -> Sample:
-        """The sample with its type, where the source has a column of types."""
+    def answered_rows(self) -> int:
+        """Rows whose answers a model wrote."""
+        if self._answered is not None:
+            return len(self) if self._answered else 0
+        table = self._table
+        if table is None or not table.mentions(ANSWERED_BY):
+            return 0
+        return sum(bool(table.value(self.number(row), ANSWERED_BY)) for row in range(len(self)))
+
+    def _with_notes(self, sample: Sample, row: dict) -> Sample:
+        """The sample with its type, where the source has a column of types, and with who answered it."""
         if self._type is not None:
             found = row.get(self._type)
             sample.type = "(none)" if found is None else printable(str(found)[:200])
+        if self._answered is not False:
+            sample.answered_by = row.get(ANSWERED_BY) or (True if self._answered else None)
         return sample
 
 
@@ -79,10 +96,10 @@ class JsonReader(Reader):
     def read(self, row: int, sample_id: str) -> Sample:
         value = self._table[self.number(row)]
         if self._llava:
-            return self._typed(from_llava(value, sample_id, self.image_root, self._placeholder), value)
+            return self._with_notes(from_llava(value, sample_id, self.image_root, self._placeholder), value)
         images = (value.get("images") or value.get("image")) if isinstance(value, dict) else None
         sample = from_messages(value, sample_id, self.image_root, images=images, placeholder=self._placeholder)
-        return self._typed(sample, value)
+        return self._with_notes(sample, value)
 
 
 class HfReader(Reader):
@@ -103,9 +120,9 @@ class HfReader(Reader):
         messages = value[self._messages]
         if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "from" in messages[0]:
             llava = {"conversations": messages, "image": images}
-            return self._typed(from_llava(llava, sample_id, self.image_root, self._placeholder), value)
+            return self._with_notes(from_llava(llava, sample_id, self.image_root, self._placeholder), value)
         sample = from_messages(value, sample_id, self.image_root, self._messages, images, self._placeholder)
-        return self._typed(sample, value)
+        return self._with_notes(sample, value)
 
 
 class QaReader(Reader):
@@ -130,7 +147,7 @@ class QaReader(Reader):
         if isinstance(value, dict):
             images = next((value[name] for name in (self._images, "image") if value.get(name)), None)
         sample = from_question(value, sample_id, self.image_root, images=images, **self._columns)
-        return self._typed(sample, value)
+        return self._with_notes(sample, value)
 
 
 class EasyVqaReader(Reader):
@@ -151,7 +168,8 @@ class EasyVqaReader(Reader):
         question, answer, image = (column[row] for column in self._columns)
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         path = self._paths.get(image, f"{image}.png")
-        return from_messages({"messages": turns}, sample_id, self.image_root, images=path)
+        sample = from_messages({"messages": turns}, sample_id, self.image_root, images=path)
+        return self._with_notes(sample, {})
 
 
 def _images_column(config: SourceConfig, table: HfTable, field: str) -> str | None:

@@ -20,6 +20,7 @@ from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.mixfile import expand, split_sample
 from vlsi_fast.data.readers import READERS, Reader
 from vlsi_fast.data.skipped import UnusableRow, row_boundary
+from vlsi_fast.evaluation.metrics import METRICS, check_metric_name
 
 
 class SourceConfig(BaseModel):
@@ -61,12 +62,28 @@ class SourceConfig(BaseModel):
     """Column of the answer, for qa."""
     options_column: str | None = None
     """Column of the choices of a question, for qa; they are lettered behind it."""
+    answered: bool | None = None
+    """Whether a model wrote the answers, which metrics then count apart. Default: rows that say so themselves, in a
+    column `answered_by`, as those of `vlsi-fast data answer` do; true or false: all of the rows, or none."""
     type_column: str | None = None
     """Column of the question's type, e.g. its category, by which `vlsi-fast eval` splits its table; default: the type
     follows from the answer (yes/no, choice, number, other)."""
+    metric: str | list[str] | None = None
+    """How `vlsi-fast eval`, `report` and the demo score answers: exact_match, relaxed_accuracy, or a function of your
+    own, package.module:function (prediction, answer) -> 0 to 1, or a bool; several: the first is the headline, the
+    second shades the report's cells; default: both built-in ones. Training does not read it."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics, the headline first."""
+        return list(METRICS) if self.metric is None else [self.metric] if isinstance(self.metric, str) else self.metric
 
     @model_validator(mode="after")
     def _check(self):
+        if not self.metrics:
+            raise ValueError("metric is an empty list; name a metric, or remove it")
+        for name in self.metrics:
+            check_metric_name(name)
         if self.reader == "easy_vqa":
             if self.path is not None or self.image_root is not None:
                 raise ValueError("reader easy_vqa brings its own rows and images; remove path and image_root")
@@ -190,6 +207,10 @@ class ConcatSource:
     def sizes(self) -> list[int]:
         """Rows of each source."""
         return [len(part) for part in self.parts]
+
+    def part_of(self, index: int) -> int:
+        """Number of the source that row `index` is of."""
+        return self._locate(index)[0]
 
     def row_id(self, index: int) -> str:
         """Id of row `index`: the source's name and the row's number there, unique among all rows."""

@@ -72,6 +72,18 @@ class JsonTable:
         except ValueError as error:
             raise UnusableRow("bad_row", f"the line is not JSON: {error}") from error
 
+    def mentions(self, column: str) -> bool:
+        """Whether the name of a column stands anywhere in the files."""
+        return any(file.mentions(column) for file in self._files)
+
+    def value(self, row: int, column: str) -> Any:
+        """One value; None where the row has none, or is none."""
+        try:
+            found = self[row]
+        except UnusableRow:
+            return None
+        return found.get(column) if isinstance(found, dict) else None
+
 
 class _ByImageFolder:
     """Whether a row's images lie in the folders asked for. What is no mapping is kept, to be told as a bad row."""
@@ -122,6 +134,14 @@ class HfTable:
     def where(self, row: int) -> dict[str, Any]:
         """The path that the rows were read from; the number of a row is in its id."""
         return {"file": self.path}
+
+    def mentions(self, column: str) -> bool:
+        """Whether there is a column of this name."""
+        return column in self.columns
+
+    def value(self, row: int, column: str) -> Any:
+        """One value, of a column that there is; the row's others are not read."""
+        return self._data.select_columns([column])[row][column]
 
     def require(self, column: str, option: str, field: str) -> str:
         """`column`, or a ValueError that names the option and the columns there are."""

@@ -128,7 +128,8 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Options that mean nothing here are errors."""
-    wrong = [name for name in ("config", "data", "reader", "predictions", "dtype") if getattr(arguments, name)]
+    names = ("config", "data", "reader", "metric", "predictions", "dtype")
+    wrong = [name for name in names if getattr(arguments, name)]
     if wrong or overrides:
         given = f"--{wrong[0]}" if wrong else overrides[0]
         raise ConfigError(f"{given} has no meaning with benchmarks, which bring their own rows; remove it")

@@ -68,7 +68,7 @@ def rows_config(arguments: argparse.Namespace, overrides: list[str]) -> DataConf
     if arguments.config:
         data, where = load_config(arguments.config, overrides).data, arguments.config
     elif reader:
-        data, where = _data_of_file(arguments, overrides), "--reader"
+        data, where = file_rows(arguments.data, reader, overrides, "eval"), "--reader"
     else:
         where = next((name for kind, name in arguments.models if kind == "run"), None)
         if where is None:
@@ -85,14 +85,26 @@ def rows_config(arguments: argparse.Namespace, overrides: list[str]) -> DataConf
     return data
 
 
-def _data_of_file(arguments: argparse.Namespace, overrides: list[str]) -> DataConfig:
-    source = {"reader": arguments.reader} | ({"path": arguments.data} if arguments.data else {"split": "test"})
-    tree = {"data": {"train": [source.copy()], "eval": [source]}}
+def file_rows(path: str | None, reader: str, overrides: list[str], part: str) -> DataConfig:
+    """A data section of one source.
+
+    Args:
+        path: its file; None for easy_vqa.
+        reader: its reader.
+        overrides: `--data.FIELD VALUE`.
+        part: "eval" or "train", where the source stands and overrides find it.
+
+    Raises:
+        ConfigError: wrong options.
+    """
+    split = {"eval": "test", "train": "train"}[part]
+    source = {"reader": reader} | ({"path": path} if path else {"split": split})
+    tree = {"data": {"train": [source.copy()], part: [source]}}
     for name, value in parse_overrides(overrides).items():
         if not name.startswith("data."):
             raise ConfigError(f"--{name}: with --reader only --data.FIELD VALUE is understood")
         apply_override(tree, name, value)
-    tree["data"]["train"] = tree["data"]["eval"]  # a config must have rows to train on; these are not read as such
+    tree["data"]["train"] = tree["data"][part]  # a config must have rows to train on; eval does not read them as such
     try:
         return DataConfig(**tree["data"])
     except ValidationError as error:
@@ -103,10 +115,15 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import torch
 
     from .answers import answer_rows
+    from .metrics import load_metrics
     from .report import print_report, summarise
 
     models = named_models(arguments)
     data = rows_config(arguments, overrides)
+    if arguments.metric:
+        load_metrics(arguments.metric, "--metric")
+        sources = [source.model_copy(update={"metric": arguments.metric}) for source in data.eval]
+        data = data.model_copy(update={"eval": sources})
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = {
         "num_beams": arguments.num_beams,
@@ -123,7 +140,7 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
             for answer in answer_rows(folder, data, skipped=skipped[name], device=device, description=name, **settings):
                 answers[name].append(answer)
                 if file is not None:
-                    _write(file, name, answer)
+                    file.write(answer_line(name, answer) + "\n")
     finally:
         if file is not None:
             file.close()
@@ -144,8 +161,7 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _write(file: Any, name: str, answer: Any) -> None:
-    from .metrics import METRICS
-
-    scores = {metric: right(answer.prediction, answer.answer) for metric, right in METRICS.items()}
-    file.write(json.dumps({"model": name, **vars(answer), **scores}, ensure_ascii=False) + "\n")
+def answer_line(name: str, answer: Any) -> str:
+    """A line of --predictions: whose answer, the row, and every metric's score."""
+    told = {"model": name, **vars(answer)}
+    return json.dumps(told | told.pop("scores"), ensure_ascii=False)

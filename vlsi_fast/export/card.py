@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..runs import Run
+from ..shrinking.record import describe, read_shrink_record
 from ..sizes import format_count, format_size
 from .checkpoint import Written
 from .scores import THIS, Score, source_label, summary_scores
@@ -21,6 +22,11 @@ from .scores import THIS, Score, source_label, summary_scores
 FILL = "**[to be filled in]**"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 TEMPLATE = Path(__file__).with_name("card.md")
+OBJECTIVES = {
+    "answers": "cross-entropy of the answers",
+    "own_output": "KL from the model's own last layer",
+    "both": "cross-entropy of the answers and KL from the model's own last layer",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def make_card(run: Run, stage: str, written: Written, choices: Choices) -> tuple
     """
     stages = run.stages_behind(stage)
     parents = _parents(run, stages, choices)
-    asked, summary = summary_scores(run) if stage == "sft" else ("", [])
+    asked, summary = summary_scores(run) if run.student.parent.name == stage else ("", [])
     license, notices = _license(choices, parents[0])
     for parent in parents:
         if parent.hub_id is None:
@@ -85,6 +91,7 @@ def make_card(run: Run, stage: str, written: Written, choices: Choices) -> tuple
         student=f"`{parents[0].label}`",
         by=f"from `{parents[1].label}`" if len(parents) == 2 else "from no teacher (fine-tuned)",
         distilled=len(parents) == 2,
+        shrunk=_shrunk(run, stage),
         version=__version__,
         architecture=written.architecture,
         parameters=format_count(written.parameters),
@@ -123,11 +130,11 @@ def _parents(run: Run, stages: list[str], choices: Choices) -> list[Parent]:
         # a Hub name was resolved to a folder of the cache, a folder to itself
         is_hub_name = HUB_NAME.fullmatch(named) and Path(named) != folder
         hub_id = given or (named if is_hub_name else None)
-        parents.append(Parent(role, hub_id or folder.name, hub_id, _license_of(folder)))
+        parents.append(Parent(role, hub_id or folder.name, hub_id, license_of(folder)))
     return parents
 
 
-def _license_of(folder: Path) -> dict[str, str]:
+def license_of(folder: Path) -> dict[str, str]:
     """The license fields of a checkpoint's own card."""
     path = folder / "README.md"
     if not path.is_file():
@@ -138,6 +145,15 @@ def _license_of(folder: Path) -> dict[str, str]:
         return {}
     found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
     return {name: value for name, value in found.items() if isinstance(value, str)} if found["license"] else {}
+
+
+def _shrunk(run: Run, stage: str) -> str:
+    """What the student was made from before any training; empty for a model of its own."""
+    for folder in (run.student_of(stage), run.base("student")):
+        record = read_shrink_record(folder) if Path(folder).is_dir() else None
+        if record is not None:
+            return describe(record)
+    return ""
 
 
 def _license(choices: Choices, student: Parent) -> tuple[dict[str, str], list[str]]:
@@ -184,10 +200,17 @@ def _what(record: dict[str, Any]) -> str:
     config, name = record["config"], record["stage"]
     lora = f"LoRA (rank {config['lora']['rank']}, alpha {config['lora']['alpha']:g})"
     if name == "verbalize":
-        return f"verbalizers of {' and '.join(config['verbalize']['models'])}: cross-entropy of the answers"
+        objective = OBJECTIVES[config["verbalize"].get("objective", "answers")]
+        return f"verbalizers of {' and '.join(config['verbalize']['models'])}: {objective}"
     if name == "interact":
         losses = config["interact"]
-        return f"{lora} on the student: {losses['intermediate']} at target layers, {losses['last']} at the last layer"
+        kind = losses.get("divergence", "forward_kl")
+        kind = f"jsd (beta {losses['jsd_beta']:g})" if kind == "jsd" else kind
+        names = {} if kind == "forward_kl" else {"kld": kind}
+        layers, last = (names.get(losses[place], losses[place]) for place in ("intermediate", "last"))
+        course = losses.get("intermediate_schedule", "constant")
+        fading = "" if course == "constant" else f" (fading out, {course})"
+        return f"{lora} on the student: {layers} at target layers{fading}, {last} at the last layer"
     parts = "language model and vision tower" if config["sft"]["train_vision"] else "language model"
     return f"{lora if config['sft']['method'] == 'lora' else parts}: cross-entropy of the answers"
 
@@ -236,6 +259,13 @@ def _data(record: dict[str, Any]) -> str:
         rows.append([source_label(source), source["reader"], count, FILL])
     skipped = sum(record.get("summary", {}).get("skipped_rows", {}).values())
     text = table(["source", "format", "rows", "licence"], rows)
+    summary = record.get("summary", {})
+    if answered := summary.get("answered_rows"):
+        share, tokens = answered / summary["rows"], summary["answered_tokens"] / max(summary["answer_tokens"], 1)
+        text += (
+            f"\n\nOf the {summary['rows']} rows read in the last stage, {answered} ({share:.0%}; {tokens:.0%} of the "
+            "answer tokens) have answers that a model wrote (`vlsi-fast data answer`), not people."
+        )
     return text + (f"\n\n{skipped} rows could not be used and were skipped in the last stage." if skipped else "")
 
 

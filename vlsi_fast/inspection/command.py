@@ -9,7 +9,7 @@ from typing import Any
 
 from ..sizes import format_count, format_size
 
-HIDDEN = ("problems", "path", "kind", "settings")
+HIDDEN = ("problems", "path", "kind", "settings", "planned")
 STAGE_COLUMNS = ("state", "steps", "of", "ranks", "bytes")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..lineage import RECORD_NAME
 from ..runs import VERBALIZER_CONFIG, VERBALIZER_WEIGHTS
+from ..shrinking.record import SHRINK_NAME, describe, read_shrink_record
 from ..weights import Weights, read_weights
 from .looking import folder_bytes, parent, problem, read_json
 
@@ -50,6 +51,11 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     }
     if record:
         facts["made_by"] = f"stage {record.get('stage')} of {folder.parent.parent} ({record.get('state')})"
+    if (folder / SHRINK_NAME).is_file():
+        shrunk = read_shrink_record(folder)
+        source = shrunk["source"]
+        facts["shrunk_copy_of"] = f"{describe(shrunk)} (method {shrunk['method']})"
+        facts["parents"] = [parent("source of the shrunk copy", source["path"], source["digest"])]
     if exported:
         maker = exported.get("made_by", {})
         facts["made_by"] = {key: exported.get(key) for key in ("stage", "stages", "adapter_merged")}
@@ -147,6 +153,7 @@ def inspect_verbalizers(folder: Path) -> dict[str, Any]:
         "architecture": spec.get("architecture"),
         "norm": spec.get("norm"),
         "residual": spec.get("residual"),
+        "objective": made_for.get("objective", "answers"),
         "layers": layers,
         "width": spec.get("hidden_size"),
         **_weight_facts(weights, folder),

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import MANIFEST_NAME, last_checkpoint, looks_whole
 from ..config import STAGES, RunConfig, field_names
-from ..lineage import RECORD_NAME, last_checkpoint
+from ..lineage import RECORD_NAME
 from ..runs import METRICS_NAME
 from ..weights import read_weights
 from .looking import folder_bytes, parent, problem, read_json, step_of
@@ -26,7 +27,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "bytes": folder_bytes(folder),
         "stages": stages,
-        "next": _next(stages),
+        "next": _next(stages, stages[last]["planned"]),
         "settings": stages[last]["settings"],
         "problems": [one for stage in stages.values() for one in stage["problems"]],
     }
@@ -48,12 +49,16 @@ def is_run(folder: Path) -> bool:
     return folder.is_dir() and any(is_stage(folder / name) for name in STAGES)
 
 
-def _next(stages: dict[str, dict]) -> str:
+def _next(stages: dict[str, dict], planned: list[str]) -> str:
     for name in STAGES:
         state = stages.get(name, {}).get("state")
-        skipped = state is None and any(later in stages for later in STAGES[STAGES.index(name) :])
-        if state != "finished" and not skipped:
-            return stages[name]["resume"] if name in stages else f"--stage {name}"
+        skipped = any(later in stages for later in STAGES[STAGES.index(name) :]) or name not in planned
+        if state is None and not skipped:
+            return f"--stage {name}"
+        if state not in (None, "finished"):
+            return stages[name]["resume"]
+    if not {"interact", "sft"} & stages.keys():
+        return "all its stages are finished: other runs may take its verbalizers (student.verbalizers, ..)"
     return "all stages are finished: vlsi-fast export"
 
 
@@ -85,6 +90,7 @@ def inspect_stage(folder: Path) -> dict[str, Any]:
         "checkpoints": checkpoints,
         "bytes": folder_bytes(folder),
         "settings": differing_settings(record.get("config", {})),
+        "planned": record.get("config", {}).get("stages") or list(STAGES),
     }
     facts["results"] = _results(folder, record, problems)
     return facts | {"problems": problems}
@@ -119,6 +125,8 @@ def _resume(folder: Path, name: str, record: dict[str, Any]) -> str:
         return "not possible without its record"
     kept = last_checkpoint(folder)
     rows = record.get("identity", {}).get("rows_per_step")
+    if kept is None and list(folder.glob(f"checkpoint-*/{MANIFEST_NAME}")):
+        return "not possible: every checkpoint is damaged; restore one, or delete them to start from step 0"
     start = f"goes on after step {step_of(Path(kept))}" if kept else "starts from step 0: no complete checkpoint"
     return f"--stage {name} --resume {start} (unless it is still running); {rows} rows a step must stay"
 
@@ -190,8 +198,8 @@ def _brief(folder: Path) -> dict[str, Any]:
     try:
         total = json.loads((folder / "trainer_state.json").read_text()).get("max_steps")
     except (OSError, ValueError, AttributeError):
-        return {"name": folder.name, "complete": False, "of": None, "engine": _engine(folder)}
-    return {"name": folder.name, "complete": True, "of": total, "engine": _engine(folder)}
+        total = None
+    return {"name": folder.name, "complete": looks_whole(folder), "of": total, "engine": _engine(folder)}
 
 
 def _engine(folder: Path) -> str:
@@ -209,8 +217,11 @@ def inspect_training_checkpoint(folder: Path) -> dict[str, Any]:
     brief = _brief(folder)
     last = last_checkpoint(folder.parent)
     if not brief["complete"]:
-        fix = f"--resume goes on from {last} and removes this one" if last else "--resume starts the stage over"
-        problems.append(problem(f"{folder} is incomplete: it was being written when the run ended", fix))
+        damaged = (folder / MANIFEST_NAME).exists()
+        over = "restore it from a copy, or delete it to start over" if damaged else "--resume starts the stage over"
+        fix = f"--resume goes on from {last} and removes this one" if last else over
+        why = "a file of its manifest is missing or has another size" if damaged else "the run ended while writing it"
+        problems.append(problem(f"{folder} is incomplete: {why}", fix))
     record = read_json(folder.parent / RECORD_NAME, problems, "keep checkpoints in their stage's folder")
     state = read_json(folder / "trainer_state.json", problems, "see above") if brief["complete"] else {}
     weights = read_weights(folder) if list(folder.glob("*.safetensors")) else None

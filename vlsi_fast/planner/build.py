@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import ConfigError, RunConfig
 from ..loading import needed_depth, target_layers
+from ..shrinking.record import SHRINK_NAME
 from ..teacher import mode_under
 from .memory import Batch, Setup, Spoken, check_zero, compute_bytes
 from .shapes import ModelShape, model_shape, read_config, verbalizer_sizes
@@ -29,17 +30,26 @@ class Models:
         these roles are built."""
         self.config = config
         self.configs, self.shapes, self.layers = {}, {}, {}
+        beside = _student_beside(config, (paths or {}).get("student"))
         for role in configs or ("student", "teacher"):
             settings = getattr(config, role)
             found = configs[role] if configs else read_config(settings, role, (paths or {}).get(role))
             self.configs[role] = found
             self.shapes[role] = model_shape(found, role, config.lora)
-            self.layers[role] = target_layers(settings, found, role)
+            self.layers[role] = target_layers(settings, found, role, beside)
 
     def image_tokens(self, pixels: int) -> int:
         """Tokens of the student's language model for an image of so many pixels."""
         shape: ModelShape = self.shapes.get("student") or next(iter(self.shapes.values()))
         return pixels // (shape.image_size**2 * shape.merge)
+
+
+def _student_beside(config: RunConfig, path: str | None) -> RunConfig:
+    """The config with the student in the folder of its config.json, where `vlsi_shrink.json` lies as well."""
+    folder = Path(path).parent if path is not None and Path(path).is_file() else Path(path or "")
+    if path is None or not (folder / SHRINK_NAME).is_file():
+        return config
+    return config.model_copy(update={"student": config.student.model_copy(update={"path": str(folder)})})
 
 
 def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda") -> Setup:
@@ -71,9 +81,12 @@ def step_of(models: Models, stage: str, setup: Setup, batch: Callable[[ModelShap
     roles = {role: _placed(spoken, role, setup) for role, spoken in make(models).items()}
     vocab = min(models.shapes[role].vocab for role in roles)
     extra: dict[str, Any] = {}
+    if stage == "verbalize":
+        extra = {"objective": config.verbalize.objective}
     if stage == "interact":
         s = config.interact
         extra = {"intermediate": s.intermediate, "last": s.last, "headless": s.headless}
+        extra |= {"divergence": s.divergence, "matched": config.matching.k}
     batches = {role: batch(spoken.shape) for role, spoken in roles.items()}
     return Step(stage, roles, batches, setup, vocab, **extra)
 
@@ -109,8 +122,8 @@ def _spoken(models: Models, role: str, mode: str, verbalized: bool, trained: boo
 
 
 def _verbalize_roles(models: Models) -> dict[str, Spoken]:
-    names = models.config.verbalize.models
-    return {role: _spoken(models, role, "frozen", True, True, needs_last=False) for role in names}
+    s = models.config.verbalize
+    return {role: _spoken(models, role, "frozen", True, True, needs_last=s.needs_last) for role in s.models}
 
 
 def _interact_roles(models: Models) -> dict[str, Spoken]:

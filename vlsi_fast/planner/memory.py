@@ -262,6 +262,27 @@ def statistics_scratch(rows: int, key: int, value: int, vocab: int, buffers: int
     return row * chunk * (4 + (low.itemsize if value else 0)) + (2 * chunk * value if setup.compute_bytes < 4 else 0)
 
 
+def divergence_scratch(rows: int, student: int, teacher: int, vocab: int, setup: Setup) -> int:
+    """Scratch of one `linear_divergence` of `rows` tokens for heads of these widths, as the operator plans it."""
+    import torch
+
+    from vlsi_kernels import _common as common
+
+    budget = setup.workspace or common.DEFAULT_WORKSPACE_BYTES.get(setup.device, common.DEFAULT_WORKSPACE_BYTES["cuda"])
+    options = common.HeadOptions(vocab, 1.0, "torch", budget, None)
+    low = setup.compute_bytes < 4
+    if setup.device == "cpu":  # four tiles, the sums of both products, and, where converted, a chunk of both heads
+        row, chunk = common.plan_chunks(max(1, rows), options, torch.float32, torch.device("cpu"))
+        chunk = min(-(-chunk // 256) * 128, vocab)
+        converted = 4 * (row + chunk) * (student + teacher) if low else 0
+        return 4 * 4 * row * chunk + 4 * 2 * row * student + converted
+    tile = torch.float16 if low else torch.float32
+    row, chunk = common.plan_tiles(max(1, rows), 2 * student, tile, options)
+    chunk = min(-(-chunk // 256) * 128, vocab)
+    values = 2 * chunk * student if low else 0
+    return 2 * row * chunk * (4 + tile.itemsize) + 4 * 2 * row * student + values
+
+
 def verbalizer_saved(spoken: Spoken, batch: Batch, setup: Setup) -> int:
     """Bytes that the verbalizers of one role keep for backward, all target layers together."""
     e, d, h = setup.compute_bytes, spoken.shape.width, spoken.inner

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from ..config import STAGES, ConfigError, RunConfig, load_config
+from ..config import ConfigError, RunConfig, load_config
 from .arguments import Machine
 from .build import Models, setup_of, step_of
 from .memory import RESERVE_BYTES, Batch
@@ -110,7 +110,7 @@ def compare_modes(models: Models, machine: Machine, rows: Rows, samples: int) ->
     config, found = models.config, {}
     for mode in TEACHER_MODES:
         peaks, low, high = [], 0.0, 0.0
-        for stage in STAGES:
+        for stage in config.stages:
             setup = setup_of(config, stage, machine.ranks)
             if mode == "zero3" and setup.zero is None:
                 break
@@ -161,7 +161,7 @@ def make_plan(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any
         "samples": arguments.samples,
         "reserve_bytes": RESERVE_BYTES,
         "parameters": {role: sum(shape.parameters) for role, shape in models.shapes.items()},
-        "stages": [plan_stage(models, stage, machine, rows, arguments.samples) for stage in STAGES],
+        "stages": [plan_stage(models, stage, machine, rows, arguments.samples) for stage in config.stages],
         "teacher_modes": compare_modes(models, machine, rows, arguments.samples),
     }
 

@@ -7,7 +7,9 @@ Nothing here is measured. Operations count a multiply and an add as two; letters
     gradient checkpointing     the decoder layers' forward once more
     verbalizer                 forward 2, backward 2 x parameters a token: of weights or of inputs, 4 where of both
     heads                      2 N V (d_l + d_s) a teacher layer, 4 N V d_s a student layer or answer loss; a trained
-                               head 4 N V d_s more
+                               head 4 N V d_s more. Verbalized against the own last layer: 4 N V d for that one more
+    other divergences          2 N V (d_l + 3 d_s) a matched pair, Jensen-Shannon 2 N V (d_l + d_s) more; the matching
+                               2 N V (d_l + d_s) a teacher layer and, without gradient, 2 N V d_s a student layer
 
 Decoder layers that nothing reads are not there (see build.py). Traffic is ZeRO-3's: see `traffic`, which a test
 compares with the bytes that DeepSpeed gathers on two ranks. A ring brings (W - 1) / W of the bytes to each GPU over
@@ -68,17 +70,23 @@ def _heads(step: Step) -> float:
     """Vocabulary passes, DESIGN's count."""
     v, total = step.vocab, 0.0
     if step.stage == "verbalize":
-        return sum(4.0 * s.layers * step.batches[r].answers * v * s.shape.width for r, s in step.roles.items())
+        own = step.objective != "answers"
+        return sum(4.0 * (s.layers + own) * step.batches[r].answers * v * s.shape.width for r, s in step.roles.items())
     student = step.roles["student"]
     n, d = step.batches["student"].answers, student.shape.width
     if step.stage == "sft":
         return 4.0 * n * v * d * (2 if student.mode == "full" else 1)
     layers = student.layers if step.intermediate in ("kld", "l2") and not step.headless else 0
-    last = step.last == "kld"
+    forward = step.divergence == "forward_kl"
+    last = step.last == "kld" and forward
     if "teacher" in step.roles and layers + last:
         teacher = step.roles["teacher"]
         read = (teacher.layers if layers else 0) + last
-        total += 2.0 * n * v * (teacher.shape.width + d) * read + 4.0 * n * v * d * (layers + last)
+        products = 4.0 if forward else 2.0
+        total += 2.0 * n * v * (teacher.shape.width + d) * read + n * v * d * (products * layers + 4.0 * last)
+    if step.pairs:
+        both = step.roles["teacher"].shape.width + d
+        total += 2.0 * n * v * step.pairs * (both * (2 if step.divergence == "jsd" else 1) + 2 * d)
     answers = (student.layers if step.intermediate == "ce" else 0) + (step.last == "ce")
     return total + 4.0 * n * v * d * answers
 

@@ -12,6 +12,7 @@ from .memory import (
     Curve,
     Setup,
     Spoken,
+    divergence_scratch,
     gathered_for,
     gradient_scratch,
     held,
@@ -38,6 +39,17 @@ class Step:
     intermediate: str = "none"  # interact's operations
     last: str = "none"
     headless: bool = False
+    divergence: str = "forward_kl"
+    matched: int = 1  # teacher layers of a student layer (matching.k)
+    objective: str = "answers"  # verbalize's
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that `linear_divergence` reads, matched and last layers; 0 where kld is the forward KL."""
+        if self.divergence == "forward_kl":
+            return 0
+        layers = self.roles["student"].layers * self.matched if self.intermediate == "kld" else 0
+        return layers + (self.last == "kld")
 
 
 def walk(step: Step) -> Curve:
@@ -180,23 +192,59 @@ def _answer_loss(curve: Curve, step: Step, role: str, layers: int, trained_head:
             curve.hold("gradients", size * shape.head)
 
 
-def _kl(curve: Curve, step: Step, students: int, teachers: int) -> None:
-    """KL matrix of `students` x `teachers` layers: holds both expectations, float32 (teacher: L N (d_s + 1))."""
+def _kl(curve: Curve, step: Step, students: int, teachers: int, grad: bool = True) -> None:
+    """KL matrix of `students` x `teachers` layers: holds both expectations, float32 (teacher: L N (d_s + 1)).
+
+    Without gradient it only drives the matching: nothing of it stays.
+    """
     student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
     e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
     heads = e * sum(spoken.shape.head for spoken in step.roles.values() if spoken.is_gathered(setup))
-    joined = e * n * (students * d + teachers * teacher.width)  # torch.cat of the layers and the last one
+    joined = e * n * (students * d + teachers * teacher.width) if grad else 0  # torch.cat of the layers and the last
     curve.hold("activations", joined)
     curve.hold("targets", 4 * teachers * n * (d + 1))
     scratch = statistics_scratch(teachers * n, teacher.width, d, step.vocab, 2, setup)
     curve.moment("teacher statistics", workspace=scratch, gathered=heads)
-    curve.hold("targets", 4 * students * n * d)
-    scratch = statistics_scratch(students * n, d, d, step.vocab, 1, setup)
+    curve.hold("targets", 4 * students * n * d if grad else 0)
+    scratch = statistics_scratch(students * n, d, d if grad else 0, step.vocab, 1, setup)
     curve.moment("student statistics", workspace=scratch, gathered=heads)
     pairs = 3 * 8 * students * teachers * n  # float64: the KLs, masked, and weighted
     curve.moment("KL of pairs", workspace=pairs + _pair_block(students, teachers, n, d, setup))
     curve.hold("activations", -joined)
-    curve.moment("KL backward", workspace=students * n * d * (2 * 4 + e))
+    if grad:
+        curve.moment("KL backward", workspace=students * n * d * (2 * 4 + e))
+    else:
+        curve.hold("targets", -4 * teachers * n * (d + 1))
+
+
+def _divergence(curve: Curve, step: Step) -> None:
+    """`linear_divergence` of the matched pairs: holds the gradient's direction in the inputs' dtype."""
+    student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
+    e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
+    heads = e * sum(spoken.shape.head for spoken in step.roles.values() if spoken.is_gathered(setup))
+    layers = step.roles["student"].layers if step.intermediate == "kld" else 0
+    calls = [layers] * step.matched if layers else []
+    for rows in [*calls, 1] if step.last == "kld" else calls:
+        chosen = e * rows * n * teacher.width  # the matched layers, copied
+        curve.hold("activations", e * rows * n * d)
+        scratch = divergence_scratch(rows * n, d, teacher.width, step.vocab, setup)
+        curve.moment("divergence of pairs", workspace=scratch, activations=chosen, gathered=heads)
+
+
+def _own_output(curve: Curve, step: Step, role: str) -> None:
+    """KL of a role's layers from its own last one: holds both expectations, float32; the answers' are a row of W."""
+    spoken, batch, setup = step.roles[role], step.batches[role], step.setup
+    e, n, d = setup.compute_bytes, batch.answers, spoken.shape.width
+    head = e * spoken.shape.head if spoken.is_gathered(setup) else 0
+    columns = 2 if step.objective == "both" else 1
+    curve.hold("targets", 4 * columns * n * (d + 1))
+    scratch = statistics_scratch(n, d, d, step.vocab, 2, setup)
+    curve.moment(f"{role} last layer's statistics", workspace=scratch, gathered=head)
+    curve.hold("targets", 4 * spoken.layers * n * d)
+    scratch = statistics_scratch(spoken.layers * n, d, d, step.vocab, 1, setup)
+    curve.moment(f"{role} statistics", workspace=scratch, gathered=head)
+    pairs = 3 * 8 * spoken.layers * columns * n + _pair_block(spoken.layers, columns, n, d, setup)
+    curve.moment(f"{role} KL of layers", workspace=pairs)
 
 
 def _pair_block(students: int, teachers: int, n: int, d: int, setup: Setup) -> int:
@@ -211,6 +259,14 @@ def _pair_block(students: int, teachers: int, n: int, d: int, setup: Setup) -> i
 
 
 # ---- backward ----
+
+
+def _own_output_backward(curve: Curve, step: Step, role: str) -> None:
+    """Differences of the expectations, their sum and the gradient; then the expectations are free."""
+    spoken, batch, d = step.roles[role], step.batches[role], step.roles[role].shape.width
+    rows, columns = spoken.layers * batch.answers, 2 if step.objective == "both" else 1
+    curve.moment(f"{role} KL backward", workspace=rows * d * (2 * 4 + step.setup.compute_bytes))
+    curve.hold("targets", -4 * (rows * d + columns * batch.answers * (d + 1)))
 
 
 def _student_backward(curve: Curve, step: Step, each: int, between: int) -> None:
@@ -268,8 +324,13 @@ def _verbalize(curve: Curve, step: Step) -> None:
     for role, spoken in step.roles.items():
         _frozen_forward(curve, step, role)
         _speak(curve, step, role, grad=True)
-        _answer_loss(curve, step, role, spoken.layers, trained_head=False)
+        if step.objective == "answers":
+            _answer_loss(curve, step, role, spoken.layers, trained_head=False)
+        else:
+            _own_output(curve, step, role)
     for role in reversed(step.roles):
+        if step.objective != "answers":
+            _own_output_backward(curve, step, role)
         _verbalizers_backward(curve, step, role)
 
 
@@ -285,10 +346,13 @@ def _interact(curve: Curve, step: Step) -> None:
             _speak(curve, step, "teacher", grad=False)
     n, width = step.batches["student"].answers, student.shape.width
     students = student.layers if step.intermediate in ("kld", "l2") and not step.headless else 0
-    last = step.last == "kld"
+    forward = step.divergence == "forward_kl"
+    last = step.last == "kld" and forward
     if taught and (students or last):
         teachers = step.roles["teacher"].layers if students else 0
-        _kl(curve, step, students + last, teachers + last)
+        _kl(curve, step, students + last, teachers + last, grad=forward)
+    if step.pairs:
+        _divergence(curve, step)
     if step.headless:  # the differences of all pairs, kept by square()
         teacher = step.roles["teacher"]
         curve.hold("activations", 4 * student.layers * teacher.layers * n * teacher.shape.width)

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config import STAGES, ConfigError, RunConfig, nearest
 from ..data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows
+from ..disk import DiskFullError
 from ..lineage import LineageError
 from ..watch import watch
 from .base import NonFiniteLossError
@@ -14,7 +15,7 @@ from .sft import SftStage
 from .verbalize import VerbalizeStage
 
 SELF_EXPLAINING = (ConfigError, LineageError, FileNotFoundError, AnswerMismatchError, NoUsableRowError)
-SELF_EXPLAINING += (NonFiniteLossError, SpecialTokenError, TooManySkippedRows)
+SELF_EXPLAINING += (NonFiniteLossError, SpecialTokenError, TooManySkippedRows, DiskFullError)
 """Errors whose message is the whole story: the command line prints it without a traceback."""
 
 STAGE_CLASSES = {stage.name: stage for stage in (VerbalizeStage, InteractStage, SftStage)}
@@ -23,7 +24,7 @@ __all__ = ["STAGE_CLASSES", "NonFiniteLossError", "run"]
 
 
 def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str, Any]:
-    """Run one stage, or all three in order.
+    """Run one stage, or those of the config's `stages` in order.
 
     Args:
         config: from `load_config`.
@@ -35,11 +36,13 @@ def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str
 
     Raises:
         ConfigError: unknown stage, or a config that does not fit the models.
-        LineageError: earlier results missing or of another run; a folder that is taken.
+        LineageError: earlier results missing or of another run; a folder that is taken, or
+            that another run writes to; damaged checkpoints.
+        DiskFullError: a checkpoint or result did not fit.
     """
     if stage != "all" and stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, (*STAGES, 'all'))}")
-    names = STAGES if stage == "all" else (stage,)
+    names = config.stages if stage == "all" else (stage,)
     try:
         return {name: STAGE_CLASSES[name](config).run(resume) for name in names}
     except Exception as error:

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..checkpoints import METRICS_NAME, describe, describe_start, files_of, keep_newest, write_manifest, writer_of
 from ..config import RunConfig
 from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
 from ..matching import draw_generator
 from ..rescaling import require_same_engine, universal_where_needed
-from ..sharding import barrier, rank, world_size
+from ..sharding import barrier, gathered_objects, rank, world_size
+from ..unpickling import data_only
 from ..watch import TellPlace
 from .batches import LengthGroups, StageCollator, UncollatedRows, restore_shared
 from .records import non_finite, own_numbers, step_record, sums_of, tracker_scalars
@@ -39,8 +41,8 @@ class NonFiniteLossError(RuntimeError):
 class StageModule(nn.Module):
     """What a stage trains.
 
-    `forward(student=None, teacher=None, generator=None)` takes for each role `{"inputs": processor tensors,
-    "index": [N] answer positions, "labels": [N]}` and returns
+    `forward(student=None, teacher=None, generator=None, **schedule)` takes for each role `{"inputs": processor tensors,
+    "index": [N] answer positions, "labels": [N]}`, with what `schedule` gave, and returns
 
         loss      scalar, sum over `parts`, each a mean over the N answer tokens of the micro-batch
         parts     [P] float32, detached, in the order of `part_names`
@@ -56,6 +58,11 @@ class StageModule(nn.Module):
     """[S, L] where the stage matches layers."""
     layer_names: tuple[list[int], list[int]] = ([], [])
     """Target layers of student and teacher, for logs."""
+
+    def schedule(self, progress: float) -> dict[str, float]:
+        """Numbers that `forward` takes and metrics.jsonl tells; `progress` is the share of the stage's optimizer steps
+        that are done, 0 at the first. A function of where the run is, so a resumed run has the same."""
+        return {}
 
 
 class ContinuingSampler(torch.utils.data.Sampler):
@@ -120,14 +127,14 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress)
-        self.metrics_path = Path(args.output_dir) / "metrics.jsonl"
+        self.metrics_path = Path(args.output_dir) / METRICS_NAME
         self.skip_log = SkipLog(
             Path(args.output_dir) / "skipped_rows.jsonl", len(dataset), config.data.max_skipped_share
         )
         self._pending: list[tuple[Tensor, dict[str, Any]]] = []
         self._scalars: dict[str, float] = {}
         self._step_began, self._waited = time.perf_counter(), 0.0
-        self.totals = {"answer_tokens": 0, "rows": 0, "step_seconds": 0.0}
+        self.totals = {"answer_tokens": 0, "rows": 0, "answered_rows": 0, "answered_tokens": 0, "step_seconds": 0.0}
         self.wait_seconds = 0.0
 
     # ---- batches ----
@@ -169,13 +176,16 @@ class StageTrainer(Trainer):
             # Numbered over ranks as the data are, so that another number of ranks draws the same.
             micro = len(self._pending) * world_size() + rank()
             batch["generator"] = draw_generator(self.config.seed, self.state.global_step, micro)
-        output = model(**batch)
+        output = model(**batch, **self._schedule())
         self._pending.append((sums_of(self.module, output, facts), facts))
         if self.accelerator.sync_gradients:
             self._finish_step()
         # Gradients are averaged over ranks; the loss is a sum of tokens over their global count.
         loss = output["loss"] * (facts["answer_tokens"] * world_size() / num_items_in_batch.clamp_min(1))
         return (loss, output) if return_outputs else loss
+
+    def _schedule(self) -> dict[str, float]:
+        return self.module.schedule(self.state.global_step / max(1, self.state.max_steps))
 
     # ---- records ----
 
@@ -198,6 +208,7 @@ class StageTrainer(Trainer):
             self.module, values, world_size(), stage=self.stage, step=self.state.global_step + 1,
             learning_rate=self._get_learning_rate(), seconds=now - self._step_began,
         )  # fmt: skip
+        record |= self._schedule()
         self._step_began = now
         self._add_to_totals(record)
         self._scalars = tracker_scalars(record)
@@ -207,17 +218,13 @@ class StageTrainer(Trainer):
 
     def _add_to_totals(self, record: dict[str, Any]) -> None:
         for name in self.totals:
-            self.totals[name] += record[name]
+            self.totals[name] += record.get(name, 0)  # older records count no answered rows
         self.wait_seconds += record.get("data_wait_share", 0.0) * record["step_seconds"]  # older records have none
 
     def _stop_on_non_finite(self) -> None:
         """Raise on every rank alike, naming what each rank saw. Nothing has been stepped or saved."""
         seen = non_finite(self.module, self._pending)
-        everyone = [seen]
-        if world_size() > 1:
-            everyone = [None] * world_size()
-            dist.all_gather_object(everyone, seen)
-        lines = "\n  ".join(line for lines in everyone for line in lines)
+        lines = "\n  ".join(line for lines in gathered_objects(seen) for line in lines)
         raise NonFiniteLossError(
             f"non-finite loss in stage {self.stage}, optimizer step {self.state.global_step + 1}:\n  {lines}\n"
             f"Nothing was stepped or saved; the last good checkpoint in {self.args.output_dir} is kept. Look at these "
@@ -240,7 +247,7 @@ class StageTrainer(Trainer):
         strict = transformers.trainer.deepspeed_load_checkpoint
 
         def frozen_parameters_are_not_in_checkpoints(engine, path, load_module_strict=True):
-            with universal_where_needed(engine, path):
+            with data_only(), universal_where_needed(engine, path):
                 return strict(engine, path, load_module_strict=False)
 
         transformers.trainer.deepspeed_load_checkpoint = frozen_parameters_are_not_in_checkpoints
@@ -269,9 +276,29 @@ class StageTrainer(Trainer):
             partial.write_text("".join(line + "\n" for line in kept))
             partial.replace(self.metrics_path)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        barrier()  # rank 0 then writes the state that marks the checkpoint as complete
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint, last its manifest, then delete older ones. Each rank hashes the files that it wrote."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        own = describe(checkpoint, [name for name in files_of(checkpoint) if writer_of(name) == rank()])
+        parts = gathered_objects(own)
+        if rank() == 0:
+            files = {name: fact for part in parts for name, fact in part.items()}
+            write_manifest(checkpoint, files, metrics=describe_start(self.metrics_path))
+            keep_newest(folder, self.config.stage_training(self.stage).save_total_limit)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with data_only():
+            super()._load_rng_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with data_only():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with data_only():
+            super()._load_scaler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainable parameters of a checkpoint. Under DeepSpeed its own files hold them."""

@@ -17,8 +17,9 @@ class StageCollator:
     """Batches with their answer positions, found here, on the CPU, where counting waits for no GPU.
 
     Returns `batch`: for each role `{"inputs", "index", "labels"}` as `StageModule.forward` takes them, and `facts`: row
-    ids, rows skipped, the numbers of answer tokens and of tokens (of the first role), of `positions` (of all roles) and
-    how many of them are `padding` or a blank image, and `shared`: for each further role the names of inputs that are
+    ids, rows skipped, the numbers of answer tokens and of tokens (of the first role), `answered`: how many rows and
+    answer tokens a model wrote, the number of `positions` (of all roles) and of those that are `padding` or a blank
+    image, and `shared`: for each further role the names of inputs that are
     the first role's own tensors. Those are left out, so that they are pinned and copied to the device once, and put
     back by `restore_shared`.
     """
@@ -39,6 +40,7 @@ class StageCollator:
             "ids": joined["ids"],
             "skipped": joined["skipped"],
             "answer_tokens": first["index"].numel(),
+            "answered": joined["answered"],
             "tokens": joined["tokens"][self.roles[0]],
             "positions": positions,
             "padding": positions - sum(joined["tokens"][role] for role in self.roles),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vlsi_kernels import resolve_impl
 
 from ..acceleration import apply_liger, attention_name, use_liger, use_packing
 from ..backbones import family_of
+from ..checkpoints import drop_newer
 from ..config import QUANTIZED, ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
@@ -23,6 +24,7 @@ from ..data.packing import Packer
 from ..data.processors import load_processor
 from ..data.sources import build_source
 from ..data.tokens import SharedTokens
+from ..disk import checkpoint_size, explained_full_disk, result_size
 from ..lineage import (
     LineageError,
     checkpoint_digest,
@@ -42,16 +44,22 @@ from ..loading import (
     target_layers,
     tokenizer_digest,
 )
+from ..locking import claimed
 from ..losses import OperatorOptions
 from ..preflight import require_ready
-from ..rescaling import drop_incomplete, require_same_batch, rows_per_step
+from ..rescaling import require_same_batch, rows_per_step
+from ..resuming import checkpoint_to_resume
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
+from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode
 from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from ..watch import watch
 from .arguments import training_arguments
 from .base import StageModule, StageTrainer
+
+ADDED = ("objective", "divergence", "jsd_beta", "intermediate_schedule")
+"""Options of stages that came after the first records."""
 
 
 class Role:
@@ -61,7 +69,7 @@ class Role:
         self.name, self.run, self.settings = name, config, getattr(config, name)
         self.folder: Path = resolve_folder(self.settings.path, f"{name}.path")
         self.config = load_model_config(self.settings, name)
-        self.layers = target_layers(self.settings, self.config, name)
+        self.layers = target_layers(self.settings, self.config, name, config, self.folder)
         self.processor = load_processor(self.folder)
         configure_image_bounds(self.processor, self.settings.min_pixels, self.settings.max_pixels, name)
 
@@ -158,7 +166,7 @@ class Stage:
 
         Raises:
             ConfigError, LineageError, FileNotFoundError: before any weight is loaded.
-            NonFiniteLossError, TooManySkippedRows: while training.
+            NonFiniteLossError, TooManySkippedRows, DiskFullError: while training.
         """
         self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
         watch.place = f"stage {self.name}, before its first step"
@@ -171,15 +179,21 @@ class Stage:
             raise ConfigError(str(error)) from error
         record = self._record() | {"sources": [[part.name, len(part)] for part in dataset.sources.parts]}
         require_same_batch(self.folder, self.name, self.config.stage_training(self.name))
-        found = open_stage(self.folder, record, resume)
-        barrier()  # every rank has looked before rank 0 writes
-        if found is not None and found["state"] == "finished":
-            return found
-        if self.config.preflight:
-            require_ready(self.config, self.name, self.roles, world_size())
-        if rank() == 0:
-            drop_incomplete(self.folder)
-            write_record(self.folder, record)
+        with claimed(self.folder):
+            found = open_stage(self.folder, record, resume)
+            if found is not None and found["state"] == "finished":
+                return found
+            checkpoint = checkpoint_to_resume(self.folder, found) if found is not None else None
+            if self.config.preflight:
+                require_ready(self.config, self.name, self.roles, world_size())
+            barrier()  # every rank has looked before rank 0 writes
+            if rank() == 0:
+                drop_newer(self.folder, checkpoint)
+                write_record(self.folder, record)
+            return self._train(dataset, collator, record, checkpoint)
+
+    def _train(self, dataset: VlsiDataset, collator: Collator, record: dict[str, Any], checkpoint: str | None):
+        """Build, train and save. Returns the finished record."""
         set_seed(self.config.seed)
         module = self.build()
         if self.args.deepspeed is None:
@@ -188,13 +202,16 @@ class Stage:
             torch.cuda.reset_peak_memory_stats()
         start = record["identity"]["data_start"]
         trainer = StageTrainer(module, self.args, self.config, self.name, dataset, collator, start)
-        result = trainer.train(resume_from_checkpoint=found["checkpoint"] if found else None)
+        with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
         record["summary"] = {
             "seconds": trainer.totals["step_seconds"],
             "data_wait_share": trainer.wait_seconds / max(trainer.totals["step_seconds"], 1e-9),
             "optimizer_steps": result.global_step,
             "rows": trainer.totals["rows"],
             "answer_tokens": trainer.totals["answer_tokens"],
+            "answered_rows": trainer.totals["answered_rows"],
+            "answered_tokens": trainer.totals["answered_tokens"],
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
             "attention": self.attention,
@@ -202,7 +219,8 @@ class Stage:
             "liger": self.liger,
         }
         watch.place = f"stage {self.name}, writing its results"
-        self.save(module)
+        with explained_full_disk(self.folder, f"the result of stage {self.name}", partial(result_size, module)):
+            self.save(module)
         barrier()
         record["state"] = "finished"
         if rank() == 0:
@@ -256,9 +274,11 @@ class Stage:
         training["extra"].pop("ddp_timeout", None)
         dump, loose = self.config.model_dump(), ("num_workers", "eval", "max_skipped_share", "padding_free")
         data = {name: value for name, value in dump["data"].items() if name not in loose}
+        # what counts rows apart changes none of them
+        data["train"] = [{k: v for k, v in source.items() if k != "answered"} for source in data["train"]]
         facts = {name: role.facts for name, role in self.roles.items()}
         identity = {name: dump[name] for name in ("seed", "dtype", self.name, *self.sections)}
-        identity[self.name] = {name: value for name, value in dump[self.name].items() if name != "training"}
+        identity[self.name] = {n: v for n, v in dump[self.name].items() if n != "training" and not self._added(n, v)}
         rows = rows_per_step(self.config.stage_training(self.name), world_size())
         identity |= {"data": data, "training": training, "rows_per_step": rows}
         identity |= {"inputs": self.inputs(), "data_start": self.data_start()}
@@ -276,6 +296,10 @@ class Stage:
             "versions": versions(),
             "commit": code_commit(),
         }
+
+    def _added(self, name: str, value: Any) -> bool:
+        """Whether an option that older records do not know is at its default: a run begun before it goes on."""
+        return name in ADDED and value == type(self.settings).model_fields[name].default
 
     # ---- parts that stages share ----
 
@@ -359,6 +383,7 @@ class Stage:
                     stock = _merge(stock, adapter, trained, self.folder / "adapter")
                 stock.save_pretrained(folder)
             self.roles["student"].processor.save_pretrained(folder)
+            carry_record(self.roles["student"].folder, folder)
 
 
 def _merge(stock: nn.Module, adapter: nn.Module, trained: dict, folder: Path) -> nn.Module:

@@ -1,11 +1,14 @@
 """Stage 2, interact (section 3.2): match student layers to teacher layers and distil between their distributions.
 
 Trained: LoRA on the student's language model. Loss: the sum over student target layers of the operation
-`interact.intermediate` at the matched pairs, times `interact.intermediate_weight`, plus `interact.last` on the last
-layer (table 4d; default KL and KL, and 1).
+`interact.intermediate` at the matched pairs, times `interact.intermediate_weight` (in the course of
+`interact.intermediate_schedule`), plus `interact.last` on the last layer (table 4d; default KL and KL, and 1). Layers
+are matched by the forward KL of all pairs, whatever `interact.divergence` the loss is.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch import Tensor
 from ..backbones import family_of
 from ..config import ConfigError, InteractConfig, MatchingConfig
 from ..lineage import rows_used, weights_digest
-from ..losses import AnswerLoss, LogitL2, OperatorOptions, PairwiseKL, hidden_l2_matrix, pick
+from ..losses import AnswerLoss, LogitL2, MatchedDivergence, OperatorOptions, PairwiseKL, hidden_l2_matrix, pick
 from ..matching import match_layers
 from ..verbalized import VerbalizedBackbone
 from ..verbalizer import Verbalizers
@@ -48,9 +51,23 @@ class InteractModule(StageModule):
             heads = (student.head_weight, teacher.head_weight, options)
             self.pairwise_kl = PairwiseKL(*heads)
             self.logit_l2 = LogitL2(*heads)
+        self.divergence = None  # of pairs already matched; None: the forward KL, which the matrix holds
+        if settings.divergence != "forward_kl":
+            self.divergence = MatchedDivergence(*heads, settings.beta)
 
-    def forward(self, student: dict, teacher: dict | None = None, generator=None) -> dict[str, Tensor]:
-        """See `StageModule`; `generator` is the source of this micro-batch's matching draws."""
+    def schedule(self, progress: float) -> dict[str, float]:
+        """See `StageModule`: the factor of the target layers' losses."""
+        settings = self.settings
+        if settings.intermediate == "none":
+            return {}
+        course = {"constant": 1.0, "linear": 1.0 - progress, "cosine": (1.0 + math.cos(math.pi * progress)) / 2}
+        return {"intermediate_weight": settings.intermediate_weight * course[settings.intermediate_schedule]}
+
+    def forward(
+        self, student: dict, teacher: dict | None = None, generator=None, intermediate_weight: float | None = None
+    ) -> dict[str, Tensor]:
+        """See `StageModule`; `generator` is the source of this micro-batch's matching draws, `intermediate_weight` that
+        of `schedule` (None: of the settings)."""
         normed = not self.settings.headless
         s_layers, s_last = self.student(student["inputs"], student["index"], normed)
         t_layers = t_last = None
@@ -65,21 +82,24 @@ class InteractModule(StageModule):
             parts.append(self._intermediate(matrix, matches, s_layers, t_layers))
         elif self.settings.intermediate == "ce":
             parts.append(self.answer_loss(s_layers, student["labels"]))
-        parts = [self.settings.intermediate_weight * part for part in parts]
+        weight = self.settings.intermediate_weight if intermediate_weight is None else intermediate_weight
+        parts = [weight * part for part in parts]
         parts += self._last(last_kl, s_last, t_last, student["labels"])
         parts = torch.cat(parts)
         return {"loss": parts.sum(), "parts": parts.detach(), **record}
 
     def _divergences(self, s_layers, s_last, t_layers, t_last) -> tuple[Tensor | None, Tensor | None]:
-        """[S, L] matrix that drives the matching, and [1] KL of the last layers: one vocabulary pass for both."""
+        """[S, L] matrix that drives the matching, and [1] KL of the last layers (where the forward KL is the loss): one
+        vocabulary pass for both."""
         by_kl = self.matrix_shape is not None and not self.settings.headless
-        last = self.settings.last == "kld"
+        last = self.settings.last == "kld" and self.divergence is None
         if not by_kl:
             matrix = hidden_l2_matrix(s_layers, t_layers) if self.settings.headless else None
             return matrix, self._kl(s_last[None], t_last[None])[0] if last else None
         if not last:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.settings.intermediate == "kld"):
-                return self._kl(s_layers, t_layers), None  # for l2 it only drives the matching
+            is_loss = self.settings.intermediate == "kld" and self.divergence is None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and is_loss):
+                return self._kl(s_layers, t_layers), None  # for l2 and other divergences it only drives the matching
         both = self._kl(torch.cat([s_layers, s_last[None]]), torch.cat([t_layers, t_last[None]]))
         return both[:-1, :-1], both[-1, -1:]
 
@@ -89,13 +109,20 @@ class InteractModule(StageModule):
     def _intermediate(self, matrix: Tensor, matches: Tensor, s_layers: Tensor, t_layers: Tensor) -> Tensor:
         if self.settings.headless:
             return pick(matrix, matches)
-        if self.settings.intermediate == "kld":
+        if self.settings.intermediate == "kld" and self.divergence is None:
             return pick(matrix, matches) * self.settings.temperature**2
         chosen = matches if matches.dim() == 2 else matches[:, None]
-        return torch.stack([self.logit_l2(s_layers, t_layers[column]) for column in chosen.T]).mean(0)
+        compare = self._diverge if self.settings.intermediate == "kld" else self.logit_l2
+        return torch.stack([compare(s_layers, t_layers[column]) for column in chosen.T]).mean(0)
+
+    def _diverge(self, student: Tensor, teacher: Tensor) -> Tensor:
+        temperature = self.settings.temperature
+        return self.divergence(student, teacher, temperature) * temperature**2
 
     def _last(self, last_kl, s_last, t_last, labels) -> list[Tensor]:
         operation = self.settings.last
+        if operation == "kld" and self.divergence is not None:
+            return [self._diverge(s_last[None], t_last[None])]
         if operation == "kld":
             return [last_kl * self.settings.temperature**2]
         if operation == "ce":
@@ -119,11 +146,6 @@ class InteractStage(Stage):
     name = "interact"
     sections = ("verbalizer", "matching", "lora")
 
-    @property
-    def speaks(self) -> bool:
-        """Whether trained verbalizers take part."""
-        return self.settings.intermediate != "none" and not self.settings.headless
-
     def role_names(self) -> list[str]:
         taught = {self.settings.intermediate, self.settings.last} & {"kld", "l2"}
         return ["student", "teacher"] if taught else ["student"]
@@ -136,22 +158,18 @@ class InteractStage(Stage):
                     f"student has {students} target layers, teacher {teachers}: matching needs t_s <= t_l; "
                     "remove some of student.layers"
                 )
-        if self.speaks:
-            for name in self._speakers():
-                self.roles[name].require_verbalizers()
+            matching = self.config.matching
+            if matching.strategy == "bottom" and matching.k > teachers:
+                raise ConfigError(f"matching.k is {matching.k}, but the teacher has {teachers} target layers; lower it")
+        for name in self.settings.speakers:
+            self.roles[name].require_verbalizers()
 
     def inputs(self) -> dict[str, str]:
-        if not self.speaks:
-            return {}
-        folders = {name: self.roles[name].verbalizer_folder() for name in self._speakers()}
+        folders = {name: self.roles[name].verbalizer_folder() for name in self.settings.speakers}
         return {f"{name}_verbalizers": weights_digest(folder) for name, folder in folders.items()}
 
     def data_start(self) -> int:
         return rows_used(self.config.stage_dir("verbalize"))
-
-    def _speakers(self) -> list[str]:
-        """Autoregressive loss at the student's layers needs none of the teacher's."""
-        return ["student"] if self.settings.intermediate == "ce" else list(self.roles)
 
     def build(self) -> InteractModule:
         model = self.load_model("student")
@@ -176,7 +194,7 @@ class InteractStage(Stage):
             # (seeded) start: were both trained by L2 alone, zero would solve it. The student's learn.
             width = self.roles["teacher"].config.get_text_config().hidden_size
             return Verbalizers(role.spec(width), self.config.impl).requires_grad_(name == "student")
-        if not self.speaks or name not in self._speakers():
+        if name not in self.settings.speakers:
             return None
         verbalizers = role.trained_verbalizers()
         return verbalizers.requires_grad_(name == "student" and self.settings.train_student_verbalizers)

@@ -15,13 +15,13 @@ from ..sharding import rank
 if TYPE_CHECKING:
     from .base import StageModule
 
-COUNTS = 6
+COUNTS = 8
 """Numbers in front of the parts of the loss in `sums_of`."""
 
 def sums_of(module: StageModule, output: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
     """Everything that is summed over micro-batches and ranks, as one float64 vector on the device."""
     n = facts["answer_tokens"]
-    lengths = [len(facts["ids"]), len(facts["skipped"]), facts["positions"], facts["padding"]]
+    lengths = [len(facts["ids"]), len(facts["skipped"]), facts["positions"], facts["padding"], *facts["answered"]]
     counts = torch.tensor([n, facts["tokens"], *lengths])
     pieces = [counts, output["parts"] * n]
     if module.matrix_shape is not None:
@@ -41,7 +41,8 @@ def step_record(
     module: StageModule, values: list[float], ranks: int, *, stage: str, step: int, learning_rate: float, seconds: float
 ) -> dict[str, Any]:
     """A line of metrics.jsonl from `sums_of` and `own_numbers`, added over micro-batches and ranks."""
-    answer_tokens, tokens, rows, skipped, positions, padding = (int(v) for v in values[:COUNTS])
+    counts = (int(v) for v in values[:COUNTS])
+    answer_tokens, tokens, rows, skipped, positions, padding, answered_rows, answered_tokens = counts
     n, names = max(answer_tokens, 1), module.part_names
     parts = [v / n for v in values[COUNTS : COUNTS + len(names)]]
     record = {
@@ -52,6 +53,8 @@ def step_record(
         "learning_rate": learning_rate,
         "answer_tokens": answer_tokens,
         "rows": rows,
+        "answered_rows": answered_rows,
+        "answered_tokens": answered_tokens,
         "skipped_rows": skipped,
         "padding_share": padding / max(positions, 1),
         "step_seconds": seconds,

@@ -1,15 +1,18 @@
 """Stage 1, verbalize (section 3.1): each target layer of the frozen backbones learns to speak through the frozen head.
 
-Trained: the verbalizers. Loss: the sum over models and target layers of the autoregressive loss on the answer tokens;
-no gradient crosses from one layer's verbalizer to another's.
+Trained: the verbalizers. Loss: the sum over models and target layers of the autoregressive loss on the answer tokens,
+or of the KL from the model's own last layer, or of both (`verbalize.objective`); no gradient crosses from one layer's
+verbalizer to another's.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from ..config import ConfigError
-from ..losses import AnswerLoss
+from ..losses import AnswerLoss, OperatorOptions, OwnOutputLoss
 from ..verbalized import VerbalizedBackbone
 from ..verbalizer import Verbalizers
 from .base import StageModule
@@ -19,20 +22,26 @@ from .common import Stage
 class VerbalizeModule(StageModule):
     """Verbalizers of one or both models with their frozen backbones."""
 
-    def __init__(self, backbones: dict[str, VerbalizedBackbone], options):
+    def __init__(self, backbones: dict[str, VerbalizedBackbone], options: OperatorOptions, objective: str = "answers"):
         super().__init__()
-        self.roles = tuple(backbones)
+        self.roles, self.objective = tuple(backbones), objective
         self.backbones = torch.nn.ModuleDict(backbones)
-        self.heads = torch.nn.ModuleDict({n: AnswerLoss(b.head_weight, options) for n, b in backbones.items()})
+        self.heads = torch.nn.ModuleDict({n: self._loss(b.head_weight, options) for n, b in backbones.items()})
         self.part_names = [f"{name}_layer_{k}" for name, b in backbones.items() for k in b.target_layers]
+
+    def _loss(self, weight: torch.nn.Parameter, options: OperatorOptions) -> torch.nn.Module:
+        if self.objective == "answers":
+            return AnswerLoss(weight, options)
+        return OwnOutputLoss(weight, options, with_answers=self.objective == "both")
 
     def forward(self, **roles) -> dict[str, torch.Tensor]:
         """See `StageModule`."""
         parts = []
         for name in self.roles:
             batch = roles[name]
-            spoken, _ = self.backbones[name](batch["inputs"], batch["index"])
-            parts.append(self.heads[name](spoken, batch["labels"]))
+            spoken, last = self.backbones[name](batch["inputs"], batch["index"])
+            own = () if self.objective == "answers" else (last,)
+            parts.append(self.heads[name](spoken, *own, batch["labels"]))
         parts = torch.cat(parts)
         return {"loss": parts.sum(), "parts": parts.detach()}
 
@@ -55,14 +64,17 @@ class VerbalizeStage(Stage):
                 )
 
     def build(self) -> VerbalizeModule:
-        backbones = {}
+        backbones, needs_last = {}, self.settings.needs_last
         for name, role in self.roles.items():
-            verbalizers = Verbalizers(role.spec(), self.config.impl)
-            model = self.load_model(name, depth=role.depth)  # what lies above the deepest target layer has no say
+            spec = role.spec()  # the objective is told, not compared: any verbalizers that fit may be used
+            spec = dataclasses.replace(spec, made_for=spec.made_for | {"objective": self.settings.objective})
+            verbalizers = Verbalizers(spec, self.config.impl)
+            # where the last layer is not read, what lies above the deepest target layer has no say
+            model = self.load_model(name, depth=None if needs_last else role.depth)
             backbones[name] = VerbalizedBackbone(
-                model, role.layers, verbalizers, train_backbone=False, needs_last=False
+                model, role.layers, verbalizers, train_backbone=False, needs_last=needs_last
             )
-        return VerbalizeModule(backbones, self.head_options)
+        return VerbalizeModule(backbones, self.head_options, self.settings.objective)
 
     def save(self, module: VerbalizeModule) -> None:
         for name, backbone in module.backbones.items():

@@ -131,6 +131,9 @@ def _original(run: Run, name: str, role: str) -> Source:
         )
     if made_for.get("quantization"):
         note += f", which were trained on it in {made_for['quantization']}; here it is not quantised"
+    if made_for.get("objective", "answers") != "answers":
+        note += ", which learnt what its own last layer says"
+        note += " and the answers" if made_for["objective"] == "both" else ""
     return Source(name, role, checkpoint, folder, note)
 
 

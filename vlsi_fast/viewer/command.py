@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..cli import report
 from ..config import ConfigError
@@ -18,13 +19,12 @@ from ..runs import Run, open_run
 def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Hear every model, then print. Returns the exit code."""
     run = find_run(arguments.run)
-    files, question = _what_to_ask(arguments)
+    pictures, question = _what_to_ask(arguments)
     with contextlib.redirect_stdout(sys.stderr):  # libraries speak up on stdout while they load
-        from ..data.images import ImageRef, load_image
         from .columns import hear, sources_of
 
         try:
-            images = [load_image(ImageRef(path=f.name, root=str(f.parent))) for f in files]
+            images = [_load(name) if image is None else image for name, image in pictures]
             sources = sources_of(run, arguments.compare)
             if arguments.teacher_layers and "teacher" not in {source.role for source in sources}:
                 raise ConfigError("--teacher-layers without a teacher: add it by --compare base teacher")
@@ -44,7 +44,8 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from .terminal import print_table
 
     if arguments.json:
-        print(json.dumps(_tree(arguments, run, files, question, columns), indent=2, ensure_ascii=False))
+        tree = _tree(arguments, run, [name for name, _ in pictures], question, columns)
+        print(json.dumps(tree, indent=2, ensure_ascii=False))
     else:
         print_table(columns, question, arguments.probabilities)
     if arguments.html:
@@ -71,17 +72,23 @@ def find_run(name: str) -> Run:
         return example_run()
 
 
-def _what_to_ask(arguments: argparse.Namespace) -> tuple[list[Path], str]:
-    """Images and question; for the shipped example a test image and a question, unless others are given."""
+def _what_to_ask(arguments: argparse.Namespace) -> tuple[list[tuple[str, Any]], str]:
+    """Images ((path, None) or (name, image)) and question; for the shipped example its own, unless some are given."""
     if arguments.question is None and not arguments.image and arguments.run == NAME:
-        image, question = example_question()
-        return [image], question
+        image, name, question = example_question()
+        return [(name, image)], question
     if arguments.question is None:
         raise ConfigError("--question is missing: say what to ask, e.g. --question 'what color is the circle?'")
-    return [Path(image).resolve() for image in arguments.image], arguments.question
+    return [(str(Path(image).resolve()), None) for image in arguments.image], arguments.question
 
 
-def _tree(arguments: argparse.Namespace, run: Run, files: list[Path], question: str, columns) -> dict:
+def _load(path: str) -> Any:
+    from ..data.images import ImageRef, load_image
+
+    return load_image(ImageRef(path=Path(path).name, root=str(Path(path).parent)))
+
+
+def _tree(arguments: argparse.Namespace, run: Run, images: list[str], question: str, columns) -> dict:
     """The JSON that `--json` prints; alternatives are empty without `--probabilities`."""
     models = []
     for column in columns:
@@ -89,7 +96,7 @@ def _tree(arguments: argparse.Namespace, run: Run, files: list[Path], question: 
         models.append(source | {"layers": [asdict(speech) for speech in column.speeches]})
     return {
         "run": str(run.folder),
-        "images": [str(file) for file in files],
+        "images": images,
         "question": question,
         "num_beams": arguments.num_beams,
         "max_new_tokens": arguments.max_new_tokens,
