@@ -19,7 +19,7 @@ from . import __version__
 from .config_files import ConfigError
 from .terminal import hush, say
 
-OF_ONE_RANK = ("AnswerMismatchError", "NoUsableRowError", "DiskFullError", "UnsafeFileError")
+OF_ONE_RANK = ("AnswerMismatchError", "NoUsableRowError", "SpecialTokenError", "DiskFullError", "UnsafeFileError")
 """Errors that one rank alone may meet, and then says."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -300,7 +300,7 @@ def _where(config) -> str:
 def _train(config, arguments: argparse.Namespace) -> int:
     import torch
 
-    from .data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
+    from .data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows
     from .disk import DiskFullError
     from .lineage import LineageError
     from .stages import NonFiniteLossError, run
@@ -309,7 +309,9 @@ def _train(config, arguments: argparse.Namespace) -> int:
         run(config, arguments.stage, arguments.resume)
     except (ConfigError, LineageError, FileNotFoundError) as error:
         return report(error, 2)
-    except (AnswerMismatchError, NoUsableRowError, NonFiniteLossError, TooManySkippedRows, DiskFullError) as error:
+    except (AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows) as error:
+        return report(error, 1)
+    except (NonFiniteLossError, DiskFullError) as error:
         return report(error, 1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -23,7 +23,7 @@ from . import hub
 from .config import STAGES, ConfigError, RunConfig, load_config
 from .data.dataset import AnswerMismatchError, check_same_answers
 from .data.encoding import IGNORED, configure_image_bounds, encode
-from .data.images import load_image
+from .data.images import check_pixels, load_image
 from .data.messages import Sample
 from .data.processors import load_processor
 from .data.skipped import UnusableRow
@@ -302,6 +302,7 @@ def _sample(subject: Subject, source: ConcatSource) -> tuple[list[tuple[str, Unu
 def _encoded(subject: Subject, sample: Sample, role: str) -> dict[str, torch.Tensor]:
     data, processor = subject.config.data, subject.processor(role)
     configure_image_bounds(processor, data.min_pixels, data.max_pixels)
+    check_pixels(sample.images, data.max_image_pixels, data.max_row_pixels)
     return encode(sample, processor, data, partial(load_image, max_image_pixels=data.max_image_pixels))
 
 

@@ -11,7 +11,7 @@ import bisect
 import os
 import sys
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,7 @@ from vlsi_fast.data.images import PILLOW_MAX_IMAGE_PIXELS
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.mixfile import expand, split_sample
 from vlsi_fast.data.readers import READERS, Reader
+from vlsi_fast.data.skipped import UnusableRow, row_boundary
 from vlsi_fast.evaluation.metrics import METRICS, check_metric_name
 
 
@@ -145,6 +146,12 @@ class DataConfig(BaseModel):
     """
     max_image_pixels: int = Field(default=PILLOW_MAX_IMAGE_PIXELS, ge=1)
     """Pixels that an image file may announce; a larger one is skipped before it is decoded."""
+    max_row_pixels: int = Field(default=PILLOW_MAX_IMAGE_PIXELS, ge=1)
+    """Pixels that the images of a row may announce together, one that is shown twice counted twice; a row with more is
+    skipped before any of them is decoded."""
+    special_tokens: Literal["text", "skip", "error"] = "text"
+    """Special tokens that a row's text spells, e.g. <|im_end|>. text: they are tokenized as text and mean nothing.
+    skip: the row is skipped. error: the run stops there. Only the chat template's own are special in any case."""
     max_skipped_share: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of the rows (0 to 1) that may be unusable; more of them stop the run."""
     num_workers: int = Field(default=0, ge=0)
@@ -214,10 +221,17 @@ class ConcatSource:
         """Row `index`.
 
         Raises:
-            UnusableRow: the row is malformed.
+            UnusableRow: the row is malformed, or reading it failed in any other way.
         """
         part, row = self._locate(index)
-        return self.parts[part].read(row, self.row_id(index))
+        with row_boundary():
+            return self.parts[part].read(row, self.row_id(index))
+
+    def skip_record(self, index: int, error: UnusableRow) -> dict[str, Any]:
+        """What is written of row `index`, which cannot be used: `id`, `cause`, `detail`, `file`, `line` if known."""
+        part, row = self._locate(index)
+        found = {"id": self.row_id(index), "cause": error.cause, "detail": error.detail}
+        return found | self.parts[part].where(row)
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not -len(self) <= index < len(self):

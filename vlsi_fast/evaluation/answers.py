@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ..asking import Prompt, encode_prompts, generate, make_prompt
-from ..data.encoding import configure_image_bounds
-from ..data.images import load_image
+from ..asking import encode_prompt, generate, join_prompts, make_prompt
+from ..data.dataset import special_token_message
+from ..data.encoding import check_characters, check_length, check_special, configure_image_bounds
+from ..data.images import check_pixels, load_image
 from ..data.processors import load_processor
-from ..data.skipped import UnusableRow
+from ..data.skipped import SpecialTokenError, UnusableRow, row_boundary
 from ..data.sources import ConcatSource, DataConfig, build_source
 from ..loading import load_backbone
 from .metrics import Metric, metrics_of_sources, question_type
@@ -66,6 +67,7 @@ def answer_rows(
         description: shown in front of the progress bar; no bar where it is empty.
 
     Raises:
+        SpecialTokenError: a question holds a special token and `data.special_tokens` is error.
         ConfigError: a metric of a source that cannot be imported, that failed, or whose result is out of range.
     """
     from tqdm.auto import tqdm
@@ -83,8 +85,11 @@ def answer_rows(
             pending.append((_question(rows[index], rows.parts[part].name, processor, data), metrics[part]))
         except UnusableRow as error:
             skipped[error.cause] += 1
+            if error.cause == "special_token" and data.special_tokens == "error":
+                raise SpecialTokenError(special_token_message(rows.skip_record(index, error))) from error
         if pending and (len(pending) == batch_size or position == len(wanted) - 1):
-            new = generate(model, encode_prompts(processor, [prompt for (prompt, _), _ in pending]), **options)
+            inputs = join_prompts(processor, [made for (made, _), _ in pending])
+            new = generate(model, inputs, **options)
             predictions = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
             for ((_, row), own), prediction in zip(pending, predictions, strict=True):
                 yield Answer(prediction=prediction, scores=_scores(own, prediction, row), **row)
@@ -104,12 +109,16 @@ def _first_rows(rows: ConcatSource, limit: int | None) -> Iterator[tuple[int, in
         start += len(part)
 
 
-def _question(sample, source: str, processor, data: DataConfig) -> tuple[Prompt, dict]:
-    """The conversation up to the last answer, and the row's part of an `Answer`."""
+@row_boundary()
+def _question(sample, source: str, processor, data: DataConfig) -> tuple[dict, dict]:
+    """Model inputs of the conversation up to the last answer, and the row's part of an `Answer`."""
     turns = sample.messages
     if not turns or turns[-1]["role"] != "assistant":
         raise UnusableRow("bad_row", "the last turn is no answer to compare with")
-    images = [load_image(image, data.max_image_pixels) for image in sample.images]
+    check_characters(turns)
+    check_length(turns[:-1], processor, data.max_length)
+    check_pixels(sample.images, data.max_image_pixels, data.max_row_pixels)
+    loaded = {image: load_image(image, data.max_image_pixels) for image in dict.fromkeys(sample.images)}
     asked = next((turn for turn in reversed(turns) if turn["role"] == "user"), {"content": []})
     answer = _text(turns[-1])
     row = {
@@ -119,7 +128,9 @@ def _question(sample, source: str, processor, data: DataConfig) -> tuple[Prompt,
         "question": _text(asked),
         "answer": answer,
     }
-    return make_prompt(processor, turns[:-1], images), row
+    prompt = make_prompt(processor, turns[:-1], [loaded[image] for image in sample.images])
+    check_special(prompt.rendered, data)
+    return encode_prompt(processor, prompt), row
 
 
 def _text(turn: dict) -> str:

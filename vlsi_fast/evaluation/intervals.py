@@ -87,4 +87,3 @@ def _padded(total: float, squares: float, n: int, padding: _Padding) -> tuple[fl
     middle = (total + padding.total) / rows
     half = Z95 * math.sqrt(max(0.0, (squares + padding.squares) / rows - middle**2) / rows)
     return max(padding.least, middle - half), min(1.0, middle + half)
-

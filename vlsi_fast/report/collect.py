@@ -1,6 +1,6 @@
 """Numbers of a report, out of what the stages recorded. Reads JSON only: no model, no torch.
 
-    S, L  target layers of student and teacher        a window: consecutive optimizer steps, averaged
+S, L  target layers of student and teacher        a window: consecutive optimizer steps, averaged
 """
 
 from __future__ import annotations

@@ -15,9 +15,7 @@ from .charts import lines
 TEMPLATE = "page.html.j2"
 
 
-def build_page(
-    runs: list[Run], results: list[dict[str, Any]] = (), samples: dict[Path, Any] | None = None
-) -> str:
+def build_page(runs: list[Run], results: list[dict[str, Any]] = (), samples: dict[Path, Any] | None = None) -> str:
     """The HTML of one run, or of several compared.
 
     Args:
@@ -57,8 +55,11 @@ def _headline(runs: list[Run], names: list[str], results) -> dict[str, Any]:
     costs = [collect.cost(run) for run in runs]
     return {
         "labels": labels,
-        "columns": [{"metric": m, "run": r, "at": i} for r, each in enumerate(found)
-                    for i, m in enumerate(each["metrics"] or [""])],
+        "columns": [
+            {"metric": m, "run": r, "at": i}
+            for r, each in enumerate(found)
+            for i, m in enumerate(each["metrics"] or [""])
+        ],
         "widths": [max(1, len(each["metrics"])) for each in found],
         "scores": [each["scores"] for each in found],
         "differences": [each["differences"] for each in found],

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..asking import encode_prompts, generate, make_prompt
-from ..data.images import load_image
-from ..data.skipped import UnusableRow
+from ..data.encoding import check_messages
+from ..data.images import check_pixels, load_image
+from ..data.skipped import UnusableRow, row_boundary
 from ..data.sources import build_source
 from ..evaluation.metrics import Metric, metrics_of_sources, title
 from ..loading import resolve_folder
@@ -27,6 +28,8 @@ SHARE_OF_MEMORY = 0.8
 """Of the free memory, that a model's weights may take."""
 THUMBNAIL = 256
 """Longest side, pixels, of an image on the page; smaller ones are shown as they are."""
+MAX_CHARACTERS = 20_000
+"""Of a question or an answer on the page."""
 
 
 def what_layers_say(run: Run, count: int, max_new_tokens: int = 64) -> dict[str, Any]:
@@ -127,16 +130,20 @@ def _questions(run: Run, count: int) -> list[dict[str, Any]]:
         if len(found) == count or i >= 20 * count:
             break
         try:
-            index = (i * max(1, len(source) // count)) % len(source) + i // count
-            row = source[index]
-            user, assistant = row.messages
-            text = "".join(part.get("text", "") for part in user["content"])
-            images = [load_image(image, max_image_pixels=data.max_image_pixels) for image in row.images]
-        except (UnusableRow, ValueError, IndexError):
+            with row_boundary():
+                index = (i * max(1, len(source) // count)) % len(source) + i // count
+                row = source[index]
+                check_messages(row)
+                check_pixels(row.images, data.max_image_pixels, data.max_row_pixels)
+                user, _ = row.messages
+                question, answer = ("".join(p.get("text", "") for p in turn["content"]) for turn in row.messages)
+                images = [load_image(image, max_image_pixels=data.max_image_pixels) for image in row.images]
+        except UnusableRow:
             continue
-        answer = "".join(part.get("text", "") for part in assistant["content"])
+        if max(len(question), len(answer)) > MAX_CHARACTERS:
+            continue
         scored = {"metrics": metrics[source.part_of(index)], "id": row.id, "prompt": [user]}
-        found.append({"question": text.strip(), "images": images, "answer": answer} | scored)
+        found.append({"question": question.strip(), "images": images, "answer": answer} | scored)
     if not found:
         raise ValueError("no row of one question and one answer could be used")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import STAGES, ConfigError, RunConfig, nearest
-from ..data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
+from ..data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows
 from ..disk import DiskFullError
 from ..lineage import LineageError
 from ..named_files import require_files
@@ -16,7 +16,7 @@ from .sft import SftStage
 from .verbalize import VerbalizeStage
 
 SELF_EXPLAINING = (ConfigError, LineageError, FileNotFoundError, AnswerMismatchError, NoUsableRowError)
-SELF_EXPLAINING += (NonFiniteLossError, TooManySkippedRows, DiskFullError)
+SELF_EXPLAINING += (NonFiniteLossError, SpecialTokenError, TooManySkippedRows, DiskFullError)
 """Errors whose message is the whole story: the command line prints it without a traceback."""
 
 STAGE_CLASSES = {stage.name: stage for stage in (VerbalizeStage, InteractStage, SftStage)}
