@@ -146,7 +146,7 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
             file.close()
     for name in [name for name, rows in answers.items() if not rows]:
         causes = ", ".join(f"{cause} {count}" for cause, count in skipped[name].items())
-        print(f"vlsi-fast: {name}: no row could be scored ({causes}); see the causes in README, Data", file=sys.stderr)
+        print(f"vlsi-fast: {name}: no row could be scored ({causes}); docs/data.md tells the causes", file=sys.stderr)
     if not all(answers.values()):
         return 1
     summary = summarise(answers, {name: dict(counts) for name, counts in skipped.items()})
