@@ -59,7 +59,7 @@ def test_padding_free_changes_no_loss(folder, tmp_path, capsys):
     """Both models of a pair across families; with sdpa, whose mask is the square of the tokens, as is said."""
     for name, asked in (("padded", "auto"), ("packed", True)):
         start(folder, tmp_path / name, "interact", {"padding_free": asked})
-    assert capsys.readouterr().out.count("the student's attention mask has the square") == 1
+    assert capsys.readouterr().err.count("the student's attention mask has the square") == 1
     padded, packed = (runs.metrics(tmp_path / name, "interact") for name in ("padded", "packed"))
     for one, other in zip(padded, packed, strict=True):
         assert other["padding_share"] == 0 < one["padding_share"] < 1

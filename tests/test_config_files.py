@@ -1,6 +1,5 @@
 """Config files that extend others: merging, relative paths, and what is wrong with a chain."""
 
-import time
 
 import pytest
 import tiny_runs as runs
@@ -18,8 +17,9 @@ TREE = {
 
 def test_bases_are_used_and_are_no_runs():
     bases = {path.resolve() for path in (CONFIGS / "base").iterdir()}
-    used = [yaml.safe_load(path.read_text()).get("extends") for path in CONFIGS.rglob("*.y*ml")]
-    assert bases == {(CONFIGS / name).resolve() for name in used if name}
+    named = {path: yaml.safe_load(path.read_text()).get("extends") for path in CONFIGS.rglob("*.y*ml")}
+    used = {(path.parent / name).resolve() for path, name in named.items() if name}
+    assert bases == {path for path in used if path.parent.name == "base"}
     for path in bases:
         with pytest.raises(ConfigError, match="teacher: required"):
             load_config(path)
@@ -104,13 +104,11 @@ CHAIN = "\n".join(["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}]" for i in range(1
 def test_a_file_that_is_no_config(tmp_path, content, message):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    began = time.monotonic()
     with pytest.raises(ConfigError, match=message):
         load_config(path)
     (tmp_path / "top.yaml").write_text(yaml.safe_dump(TREE | {"teacher": {"path": "x"}, "data": {"train": str(path)}}))
     with pytest.raises(ConfigError, match=message):  # as a mix file
         load_config(tmp_path / "top.yaml")
-    assert time.monotonic() - began < 5
 
 
 def test_a_folder_is_no_config_and_a_byte_order_mark_is_none_of_it(tmp_path):

@@ -286,17 +286,22 @@ def test_a_batch_without_images_gets_a_masked_one(name):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_whose_answers_hold_a_token_of_one_family_are_skipped(folder, tmp_path):
+def test_answers_that_spell_a_token_of_one_family(folder, tmp_path):
+    """As text both models read the same; a run that refuses such rows skips them."""
     words = ["yes", "the <|box_start|> is red", "no <video>"]
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": w}]} for w in words]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = DataConfig(train=[{"reader": "messages", "path": str(tmp_path / "rows.jsonl")}])
+    source = {"reader": "messages", "path": str(tmp_path / "rows.jsonl")}
     pair = {"student": processor("qwen2_vl"), "teacher": processor("llava_onevision")}
+    config = DataConfig(train=[source])
     found = VlsiDataset(build_source(config.train), pair, config)[1]
-    assert found["id"].endswith("#0")
-    assert [(s["cause"], s["detail"].split(",")[0]) for s in found["skipped"]] == [
-        ("bad_row", "an answer holds <|box_start|>"), ("bad_row", "an answer holds <video>"),
-    ]  # fmt: skip
+    assert found["id"].endswith("#1") and not found["skipped"]
+    labels = [found[role]["labels"][found[role]["labels"] != -100].tolist() for role in pair]
+    assert labels[0] == labels[1]
+    assert not {"<|box_start|>"} & set(pair["student"].tokenizer.convert_ids_to_tokens(labels[0]))
+    config = DataConfig(train=[source], special_tokens="skip")
+    found = VlsiDataset(build_source(config.train), pair, config)[1]
+    assert found["id"].endswith("#0") and [s["cause"] for s in found["skipped"]] == ["special_token"] * 2
 
 
 # ---- pixel bounds of one model ----

@@ -44,11 +44,12 @@ def test_plan_in_80_columns_and_with_units_that_fit(capsys, monkeypatch):
     """A tiny model's plan: no row of zeros, no table over 80 columns, every word whole."""
     monkeypatch.setattr(tabular, "PIPE_WIDTH", 80)
     monkeypatch.chdir(runs.ROOT)
-    assert main(["plan", "--config", "configs/demo.yaml"]) == 0
+    student = "vlsi_fast/demo/example_run/start/student/config.json"
+    assert main(["plan", "--config", "configs/demo.yaml", "--student-config", student]) == 0
     text = capsys.readouterr().out
-    assert "student 589.2K parameters, teacher 3.1M" in text and "MiB a GPU" in text and "GFLOP a sample" in text
-    tables = [line for line in text.splitlines() if line.startswith(("│", "┃", "verbalize", "interact", "sft"))]
-    assert len(tables) > 50 and max(map(len, tables)) <= 80 and "…" not in text
+    assert "student 675.3K parameters, teacher 1.1M" in text and "MiB a GPU" in text and "GFLOP a sample" in text
+    tables = [line for line in text.splitlines() if line.startswith(("│", "┃", "verbalize", "interact"))]
+    assert len(tables) > 40 and max(map(len, tables)) <= 80 and "…" not in text
     for word in ("verbalize", "interact", "checkpointing", "(activations)", "compute"):
         assert word in text
     assert not [line for line in tables if " 0.0 " in line]
