@@ -26,7 +26,7 @@ lint: install
 	$(BIN)/ruff check .
 
 docs: install $(VENV)/.docs-installed
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.docs-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[docs]"

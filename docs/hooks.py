@@ -19,18 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 REPOSITORY_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-FOREIGN = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>", re.IGNORECASE)
+FOREIGN = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>", re.I)
 INTRODUCTION = """\
 # Config reference
 
-A run is one YAML file. A file that begins with `extends: other.yaml` holds only what differs from that file. The command line
-overrides any option by its dotted name, `--interact.training.max_steps 20`; an element of a list by its number,
-`--data.train.0.limit 100`. Each stage's `training` section overrides fields of the common `training` section.
+A run is one YAML file. A file that begins with `extends: other.yaml` holds only what differs from that file. The
+command line overrides any option by its dotted name, `--interact.training.max_steps 20`; an element of a list by its
+number, `--data.train.0.limit 100`. Each stage's `training` section overrides fields of the common `training` section.
 
 `data.train[]` stands for each source of that list; the sources of `data.eval` have the same options.
 
-This page is made from the program's own option classes. `vlsi-fast train --options` prints the same in a terminal. An unknown
-name, a wrong type or options that contradict each other are errors when the file is read.
+This page is made from the program's own option classes. `vlsi-fast train --options` prints the same in a terminal. An
+unknown name, a wrong type or options that contradict each other are errors when the file is read.
 """
 
 
@@ -83,9 +83,8 @@ def table(section: type[BaseModel], name: str) -> str:
 def type_name(info: FieldInfo) -> str:
     """The type in words, with the bounds that are checked."""
     bounds = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    limits = [
-        f"{sign} {getattr(rule, key):,g}" for rule in info.metadata for key, sign in bounds.items() if hasattr(rule, key)
-    ]
+    rules = [(sign, getattr(rule, key, None)) for rule in info.metadata for key, sign in bounds.items()]
+    limits = [f"{sign} {value:,g}" for sign, value in rules if value is not None]
     return ", ".join([_words(info.annotation), *limits])
 
 
