@@ -1,6 +1,7 @@
 # make demo          distil a tiny model end to end, minutes on a laptop (DEMO_ARGS=--quick: the shortest)
 # make test          lint and the test suite, but for tests of a minute and more
 # make test-all      all of it
+# make docs          the documentation as a site, in site/
 # make demo-models   train the demo's teacher again, from scratch (ten minutes on a core)
 # All install what they need into $(VENV) first.
 
@@ -13,7 +14,7 @@ TESTS ?= tests
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: demo test test-all lint install demo-models clean
+.PHONY: demo test test-all lint docs install demo-models clean
 
 demo: install
 	$(BIN)/vlsi-fast demo --fresh $(DEMO_ARGS)
@@ -24,6 +25,13 @@ test test-all: install lint
 
 lint: install
 	$(BIN)/ruff check .
+
+docs: install $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[docs]"
+	touch $@
 
 install: $(VENV)/.installed
 
@@ -45,4 +53,4 @@ demo-models: install
 	$(BIN)/python -m vlsi_fast.demo.models
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build site *.egg-info

@@ -44,7 +44,8 @@ def match_layers(
         order_preservation: multinomial only: matches get strictly deeper. Without search_range nothing is kept in
             reserve, so once the deepest teacher layer is taken the remaining student layers share it.
         adaptive_temperature: multinomial only: T = scale / (max - min + eps) over the candidates; otherwise T = 1.
-        scale, eps: see adaptive_temperature.
+        scale: see adaptive_temperature.
+        eps: see adaptive_temperature.
         generator: source of the draws of `multinomial` and `random`.
 
     Returns:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from .data.sources import DataConfig
 from .evaluation import metrics
 from .evaluation.answers import answer_rows
 
 
-def exact_match(checkpoint: str | Path, data: DataConfig, **options) -> dict:
+def exact_match(checkpoint: str | Path, data: DataConfig, **options: Any) -> dict:
     """Share of the rows of `data.eval` whose last answer the model gives word for word.
 
     Args:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -70,7 +71,7 @@ class Speaker:
         ValueError: the verbalizers do not fit the model.
     """
 
-    def __init__(self, model: nn.Module, processor, verbalizers: Verbalizers | None = None):
+    def __init__(self, model: nn.Module, processor: Any, verbalizers: Verbalizers | None = None):
         self.model, self.processor, self.family = model, processor, family_of(model.config)
         self.verbalizers = verbalizers
         self.layers: list[int] = []
@@ -290,7 +291,8 @@ def open_speaker(
         dtype: of all weights, by torch's name.
         device: default: the GPU where there is one, else the CPU.
         attn_implementation: by its transformers name.
-        min_pixels, max_pixels: bounds on images where the run had some.
+        min_pixels: lower bound on images where the run had one; default: the processor's own.
+        max_pixels: upper bound, likewise.
 
     Raises:
         FileNotFoundError: a folder that is missing or holds something else.

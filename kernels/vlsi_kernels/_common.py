@@ -61,8 +61,10 @@ def resolve_impl(impl: str, device: torch.device, *tensors: Tensor | None) -> st
 
     "auto" is "triton" on CUDA where Triton is installed and nothing is float64, else "torch".
 
-    Raises: ValueError on an unknown name or a device that Triton does not run on; ImportError where Triton is asked
-        for and not installed; TypeError on float64 for Triton.
+    Raises:
+        ValueError: an unknown name, or a device that Triton does not run on.
+        ImportError: Triton is asked for and not installed.
+        TypeError: float64 for Triton.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(map(repr, IMPLS))}")

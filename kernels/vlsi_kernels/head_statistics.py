@@ -416,7 +416,8 @@ def head_statistics(
         shard: where weight and values are this rank's rows of a head divided over ranks, and vocab_size counts the
             whole head's rows; None: they are the whole head.
 
-    Returns: HeadStatistics(logsumexp [N], mean_logit [N], expectation [N, Dv] or None), float32 (float64 if any input
+    Returns:
+        HeadStatistics(logsumexp [N], mean_logit [N], expectation [N, Dv] or None), float32 (float64 if any input
         is float64). Logits are never rounded to half precision. With impl="triton" and half-precision values, mean and
         expectation are those of exponentials rounded to float16, both of the same ones, so that what is made of the
         two together (a KL) keeps its accuracy: alone, each may be off by some 1e-4 of its spread.
@@ -448,11 +449,14 @@ def head_statistics(
 def merge_head_statistics(parts: Sequence[HeadStatistics]) -> HeadStatistics:
     """Statistics of a whole vocabulary from those of its disjoint parts (e.g. tensor-parallel shards of a head).
 
-    Args: parts: one HeadStatistics per part, for the same N tokens; all with an expectation, or none.
+    Args:
+        parts: one HeadStatistics per part, for the same N tokens; all with an expectation, or none.
 
-    Returns: HeadStatistics of the union, exact up to rounding: each part weighs exp(its logsumexp - the whole's).
+    Returns:
+        HeadStatistics of the union, exact up to rounding. Each part weighs exp(its logsumexp - the whole's).
 
-    Raises: ValueError on an empty list, differing shapes, or an expectation in only some parts.
+    Raises:
+        ValueError: an empty list, differing shapes, or an expectation in only some parts.
     """
     parts = list(parts)
     if not parts:

@@ -330,7 +330,8 @@ def teacher_targets(
         workspace_bytes: scratch memory; None: the device's default.
         shard: where both heads are this rank's rows of heads divided over ranks in the same way.
 
-    Returns: TeacherTargets(neg_entropy [L, N], expectation [L, N, Ds], vocab_size, temperature); float32 (float64 if an
+    Returns:
+        TeacherTargets(neg_entropy [L, N], expectation [L, N, Ds], vocab_size, temperature); float32 (float64 if an
         input is float64), which holds L * N * (Ds + 1) numbers whatever the vocabulary.
 
     Raises:
@@ -391,13 +392,15 @@ def layer_kl_matrix(
         workspace_bytes: scratch memory; None: the device's default.
         shard: the same as the targets', where the heads are divided over ranks.
 
-    Returns: [S, L] float32, nats (float64 if an input is float64). sum_n w KL / sum_n w; zeros with zero gradients for
+    Returns:
+        [S, L] float32, nats (float64 if an input is float64). sum_n w KL / sum_n w; zeros with zero gradients for
         no tokens or weights that sum to 0. Values are not clamped: rounding can give -1e-6 where the truth is 0.
 
     Raises:
         ValueError: shapes that do not fit or disagree with the targets, several devices, a vocab_size or temperature
             that is not the targets', student_weight (or the targets) requiring a gradient in grad mode, unknown impl.
-        TypeError: dtypes other than the four; float64 for impl="triton". ImportError: impl="triton" without Triton.
+        TypeError: dtypes other than the four; float64 for impl="triton".
+        ImportError: impl="triton" without Triton.
     """
     options = _checked_options(
         student_hidden, student_weight, targets, token_weight, vocab_size, temperature, impl, workspace_bytes, shard

@@ -355,11 +355,13 @@ def linear_logsumexp(
         shard: where weight is this rank's rows of a head divided over ranks. Results and the gradient of hidden are
             those of the whole head, on every rank; the gradient of weight is that of this rank's rows.
 
-    Returns: [N] float32, nats (float64 if an input is float64).
+    Returns:
+        [N] float32, nats (float64 if an input is float64).
 
     Raises:
         ValueError: shapes that do not fit, several devices, vocab_size outside 1..V, temperature <= 0, unknown impl.
-        TypeError: dtypes other than the four; float64 for impl="triton". ImportError: impl="triton" without Triton.
+        TypeError: dtypes other than the four; float64 for impl="triton".
+        ImportError: impl="triton" without Triton.
     """
     options = _checked_options(hidden, weight, None, vocab_size, temperature, impl, workspace_bytes, shard)
     if options.impl == "reference":
@@ -403,14 +405,16 @@ def linear_cross_entropy(
             those of the whole head, on every rank; the gradient of weight is that of this rank's rows. vocab_size must
             be given.
 
-    Returns: float32 (float64 if an input is float64), nats: a scalar, or [N] for "none". The mean over no tokens
+    Returns:
+        float32 (float64 if an input is float64), nats: a scalar, or [N] for "none". The mean over no tokens
         (N = 0, or all ignored) is 0.0 with zero gradients, where PyTorch's own gives NaN.
 
     Raises:
         ValueError: shapes that do not fit, several devices, vocab_size outside 1..V, temperature <= 0, unknown impl or
             reduction; on CPU a label outside its range (elsewhere its token's loss and gradient are NaN, since asking
             would wait for the device).
-        TypeError: other dtypes; float64 for impl="triton". ImportError: impl="triton" without Triton.
+        TypeError: other dtypes; float64 for impl="triton".
+        ImportError: impl="triton" without Triton.
     """
     check_reduction(reduction)
     if shard is not None and vocab_size is None:

@@ -355,6 +355,7 @@ def linear_divergence(
         labels: [N] int64 or int32, or None. Tokens labelled ignore_index give loss 0 and no gradient whatever their
             hidden states hold, and do not count in the mean; other labels have no meaning here. Ignored tokens cost
             as much as others: where many are, gather the rest first.
+        ignore_index: the label of tokens that take no part.
         reduction: "mean" over the tokens that count, "sum", or "none".
         temperature: both heads' logits are divided by it. The loss is not multiplied by its square; do that where
             gradients should keep their size.
@@ -364,14 +365,16 @@ def linear_divergence(
             "triton" on CUDA where Triton is installed and no input is float64, else "torch".
         workspace_bytes: scratch memory; None: the device's default.
 
-    Returns: float32 (float64 if an input is float64), nats: a scalar, or [N] for "none". The mean over no tokens is 0.0
+    Returns:
+        float32 (float64 if an input is float64), nats: a scalar, or [N] for "none". The mean over no tokens is 0.0
         with zero gradients. Values are not clamped: rounding can give -1e-6 where the truth is 0.
 
     Raises:
         ValueError: shapes that do not fit, several devices, beta outside 0..1, vocab_size outside 1..min(V, V'),
             temperature <= 0, unknown impl or reduction, impl="triton" on another device, a teacher that requires a
             gradient in grad mode.
-        TypeError: other dtypes; float64 for impl="triton". ImportError: impl="triton" where Triton is not installed.
+        TypeError: other dtypes; float64 for impl="triton".
+        ImportError: impl="triton" where Triton is not installed.
     """
     heads = HeadPair(student_hidden, student_weight, teacher_hidden, teacher_weight)
     check_reduction(reduction)

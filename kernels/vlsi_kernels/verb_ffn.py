@@ -313,7 +313,8 @@ def verb_ffn(
 
     Args:
         x: [.., Din], or [K, .., Din] for stacked weights; float32, bfloat16, float16 or float64.
-        gate, up: [Dh, Din], or [K, Dh, Din].
+        gate: [Dh, Din], or [K, Dh, Din].
+        up: as gate.
         down: [Dout, Dh], or [K, Dout, Dh].
         norm_weight: [Din], or [K, Din] for stacked weights: RMSNorm in front, equal to transformers' Qwen2RMSNorm
             (but float64 throughout for float64 inputs).
@@ -321,13 +322,15 @@ def verb_ffn(
         impl: "auto": "triton" on CUDA where it is installed and no input is float64, else "torch"; "reference":
             float64 inside.
 
-    Returns: [.., Dout] in x's dtype. Under autocast all are converted to its dtype first, as a linear layer would; a
-        norm takes x and norm_weight as they are, as a module in front of the linear layers would.
+    Returns:
+        [.., Dout] in x's dtype. Under autocast all are converted to its dtype first, as a linear layer would; a norm
+        takes x and norm_weight as they are, as a module in front of the linear layers would.
 
     Raises:
         ValueError: shapes that do not fit, several devices, differing dtypes outside autocast, unknown impl, "triton"
-            on a device without it. TypeError: dtypes other than the four, float64 for "triton". ImportError: "triton"
-            where it is not installed.
+            on a device without it.
+        TypeError: dtypes other than the four, float64 for "triton".
+        ImportError: "triton" where it is not installed.
     """
     x, gate, up, down = _checked(x, gate, up, down, norm_weight, norm_eps)
     impl = resolve_impl(impl, x.device, x, gate, norm_weight)

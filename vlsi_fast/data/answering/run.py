@@ -76,11 +76,23 @@ def answer(
             rows' own, whose answers are not looked at.
         out: JSONL file to write.
         model: a checkpoint that answers instead of the config's teacher.
-        samples, temperature, top_p, top_k, max_new_tokens, batch_size, seed: see `Decoding`.
+        samples: answers to each question.
+        temperature: 0: greedy; above: sampling.
+        top_p: sampling keeps the likeliest tokens up to this probability; 1: all.
+        top_k: sampling keeps so many of the likeliest tokens; 0: all.
+        max_new_tokens: tokens after which an answer is cut.
+        batch_size: questions that are answered at once.
+        seed: of the samples, and of the questions that are drawn.
         questions_per_image: so many of the questions for each picture, drawn by `seed`; None: all.
         image_root: folder that image paths of rows start from; None: that of the file.
         limit: pictures or rows to ask about, from the first; None: all.
-        min_tokens, max_tokens, keep_cut, max_repetition, min_agreement, keep: see `Filters`.
+        min_tokens: least tokens of an answer, its end not counted.
+        max_tokens: most tokens of an answer; None: no bound besides `max_new_tokens`.
+        keep_cut: keep answers that were cut at `max_new_tokens`.
+        max_repetition: largest share (0 to 1) of an answer's stretches of four tokens that were there before in it.
+        min_agreement: share (0 to 1) of a question's samples that must say the same.
+        keep: of a question's samples that are left: "all", "first", or "majority", the first of those that agree with
+            most others. None: majority where `min_agreement` is set, else all.
         dtype: of the model; None: the config's, else bfloat16 on a GPU and float32 elsewhere.
         device: None: the rank's GPU; all GPUs where no launcher started this process; the CPU where there is none.
         fresh: remove what an earlier call wrote to `out`.
