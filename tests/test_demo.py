@@ -1,5 +1,6 @@
 """The demo: its arms, what it starts from, what it tells; its parts without training, and the whole on a few rows."""
 
+import html
 import json
 import shutil
 import sys
@@ -344,7 +345,7 @@ def test_the_demo_end_to_end(tmp_path, monkeypatch, capsys):
     assert summary["arms"]["sft_only"]["optimizer_steps"] == 4
     assert summary["peak_rss_bytes"] > 1e8 and summary["versions"]["deepspeed"] != "absent"
     assert len((output / "answers.jsonl").read_text().splitlines()) == 6 * (2 + len(arms.ARMS))
-    page = (output / "report.html").read_text()
+    page = html.unescape((output / "report.html").read_text())
     for label in arms.LABELS.values():
         assert (label in page) == (label not in {arm.label for arm in arms.FURTHER})
     for name in ("base", "distilled", "teacher"):

@@ -114,6 +114,7 @@ def start(workspace, tmp_path, *arguments, ranks=0, **settings):
     return subprocess.Popen(
         runs.train_command(path, "verbalize", *arguments, ranks=ranks), cwd=runs.ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background has it ignored
     )  # fmt: skip
 
 
