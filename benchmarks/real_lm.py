@@ -4,20 +4,22 @@
     python benchmarks/real_lm.py --work-dir runs/real_lm
 
 Teacher: SmolLM2-135M-Instruct (30 layers, 49,152 tokens). Student: 10 of its layers. Rows: functions of installed
-libraries and the first paragraph of their docstrings. Arms of as many optimizer steps each: VLsI (verbalize, then
-interact), last-layer KL alone, sft alone. Every arm gets the same grid of learning rates, and sft alone half of the
-steps as well; settings are chosen on validation with seed 0, and only what was chosen is scored on test. What is
-finished is not done again. Writes `benchmarks/results/real_lm.json` and prints it as the last line.
+libraries and the first paragraph of their docstrings. Arms of as many optimizer steps each: sft alone, last-layer KL
+alone, VLsI (verbalize, then interact). Every arm looks for its learning rate on the same ladder, until its best one
+lies between two others; sft alone tries half of the steps as well. Settings are chosen by the loss on validation with
+seed 0, and only what was chosen is scored on test. What is finished is not done again. Writes
+`benchmarks/results/real_lm.json` and prints it as the last line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,14 +39,15 @@ from vlsi_fast.data.sources import build_source
 from vlsi_fast.lineage import versions
 from vlsi_fast.loading import load_backbone
 from vlsi_fast.shrinking import shrink
+from vlsi_fast.stages import NonFiniteLossError
 from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "real_lm.yaml"
 ROWS = {"train": 2000, "validation": 160, "test": 320}
 STUDENT_LAYERS = 10
-LEARNING_RATES = (1e-3, 3e-3, 3e-4)
-"""The grid of every arm; the cosine ends at a fiftieth."""
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+"""Learning rates; every arm starts with the two in the middle. The cosine ends at a fiftieth."""
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {"sft.start_from": "base"}),
     "last_kl": ("interact", {"interact.intermediate": "none"}),
@@ -73,11 +76,9 @@ class Trial:
 class Bench:
     """Where the work is, and every step of it."""
 
-    def __init__(
-        self, work: Path, overrides: dict[str, Any] | None = None, learning_rates: Sequence[float] = LEARNING_RATES
-    ):
-        """`overrides`: of the config, for every trial; `learning_rates`: the grid of every arm."""
-        self.work, self.overrides, self.learning_rates = work, overrides or {}, learning_rates
+    def __init__(self, work: Path, overrides: dict[str, Any] | None = None):
+        """`overrides`: of the config, for every trial."""
+        self.work, self.overrides = work, overrides or {}
         config = self.config({})
         self.verbalize_steps = config.stage_training("verbalize").max_steps
         self.steps = self.verbalize_steps + config.stage_training("interact").max_steps
@@ -160,7 +161,7 @@ class Bench:
         found = self.result(trial.key)
         student = self.work / "trials" / trial.key / ARMS[trial.arm][0] / "student"
         if "test" not in found:
-            if not student.exists():  # another grid had not chosen it
+            if not student.exists():  # it was not the best of those then tried
                 (self.work / "trials" / trial.key / "result.json").unlink()
                 self.train(trial)
             self._keep(trial.key, found | {"test": self.scores(student, "test")})
@@ -186,7 +187,11 @@ class Bench:
         rates = {"learning_rate": trial.learning_rate, "min_learning_rate": trial.learning_rate / 50}
         changes = {f"{stage}.training.{name}": value for name, value in rates.items()}
         changes |= options | {f"{stage}.training.max_steps": steps, "output_dir": str(folder), "seed": trial.seed}
-        record = run(self.config(changes), stage)[stage]
+        try:
+            record = run(self.config(changes), stage)[stage]
+        except NonFiniteLossError as error:
+            self._keep(trial.key, {"trial": asdict(trial), "validation": None, "diverged": str(error)})
+            return
         if record["summary"]["optimizer_steps"] != steps or record["summary"]["skipped_rows"]:
             raise RuntimeError(f"{folder}: not the {steps} steps on all rows that were asked for: {record['summary']}")
         seconds[stage] = time.process_time() - began
@@ -211,14 +216,28 @@ class Bench:
     # ---- settings ----
 
     def candidates(self, arm: str) -> list[Trial]:
-        """The settings tried for an arm; of sft the shorter one follows when its learning rate is known."""
-        trials = [Trial(arm, rate, self.steps, seed=0) for rate in self.learning_rates]
-        if arm == "sft" and all(self.result(trial.key) for trial in trials):
-            trials.append(Trial(arm, self._best(trials).learning_rate, self.steps // 2, seed=0))
-        return trials
+        """The settings tried for an arm so far, and the next one where the best is not known yet."""
+        low = LADDER.index(1e-3)
+        high = low + 1
+        while True:
+            trials = [Trial(arm, rate, self.steps, seed=0) for rate in LADDER[low : high + 1]]
+            if not all(self.result(trial.key) for trial in trials):
+                return trials
+            best = LADDER.index(self._best(trials).learning_rate)
+            if best == low > 0:
+                low -= 1
+            elif best == high < len(LADDER) - 1:
+                high += 1
+            else:
+                break
+        return [*trials, Trial(arm, LADDER[best], self.steps // 2, seed=0)] if arm == "sft" else trials
 
     def _best(self, trials: list[Trial]) -> Trial:
-        return min(trials, key=lambda trial: self.result(trial.key)["validation"]["loss"])
+        def loss(trial: Trial) -> float:
+            found = self.result(trial.key)["validation"]
+            return math.inf if found is None else found["loss"]
+
+        return min(trials, key=loss)
 
     def chosen(self, arm: str) -> Trial | None:
         """The candidate with the lowest loss on validation; None while one of them is not done."""
@@ -236,7 +255,7 @@ class Bench:
         for role in ("teacher", "student"):
             self.score_model(role)
         for arm in ARMS:
-            while self.chosen(arm) is None:  # of sft, further ones follow from the first
+            while self.chosen(arm) is None:  # further ones follow from the first
                 for trial in self.candidates(arm):
                     self.train(trial)
             self.test(self.chosen(arm))
@@ -372,14 +391,13 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, default=Path("runs/real_lm"), help="models, rows, trials (2 GB)")
     parser.add_argument("--step", choices=("all", "prepare", "train", "report"), default="all")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (1 to 10)")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=LEARNING_RATES, help="the grid of every arm")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
     options = parser.parse_args()
     if not 1 <= options.seeds <= 10:
         parser.error("--seeds must be 1 to 10")
     torch.set_num_threads(1)
     options.work_dir.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.work_dir, learning_rates=options.learning_rates)
+    bench = Bench(options.work_dir)
     try:
         if options.step != "report":
             bench.prepare()

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny_families
@@ -132,20 +133,27 @@ def test_compare_is_torch_on_whole_logits():
 def test_settings_are_chosen_on_validation_alone(tmp_path):
     bench = real_lm.Bench(tmp_path)
     assert bench.steps == 90 and bench.chosen("sft") is None
-    losses = dict(zip(real_lm.LEARNING_RATES, (3.0, 2.0, 4.0)))
+    losses = {1e-3: 3.0, 3e-3: 2.0, 1e-2: None, 3e-4: 0.0}
 
-    def keep(trial, validation, test):
-        bench._keep(trial.key, {"validation": {"loss": validation}, "test": {"loss": test}})
+    def try_all(steps):
+        for trial in bench.candidates("sft"):
+            if trial.steps == steps and bench.result(trial.key) is None:
+                loss = losses[trial.learning_rate]
+                found = {"validation": None} if loss is None else {"validation": {"loss": loss + (steps < 90)}}
+                bench._keep(trial.key, found | {"test": {"loss": -(loss or 99)}})
 
-    for trial in bench.candidates("sft"):
-        keep(trial, losses[trial.learning_rate], -losses[trial.learning_rate])
-    *_, shorter = bench.candidates("sft")
-    assert (shorter.learning_rate, shorter.steps) == (real_lm.LEARNING_RATES[1], 45)
-    assert bench.chosen("sft") is None
-    keep(shorter, 2.5, -9.0)
-    best = real_lm.Trial("sft", real_lm.LEARNING_RATES[1], 90, 0)
-    assert bench.chosen("sft") == best
-    assert [trial.seed for trial in bench.seeds_of("sft", 2)] == [0, 1]
+    def rates():
+        return [trial.learning_rate for trial in bench.candidates("sft")]
+
+    assert rates() == [1e-3, 3e-3]
+    try_all(90)
+    assert rates() == [1e-3, 3e-3, 1e-2], "the best lies at the end, so one more follows"
+    try_all(90)  # which diverges
+    assert rates() == [1e-3, 3e-3, 1e-2, 3e-3] and bench.chosen("sft") is None
+    try_all(45)
+    best = real_lm.Trial("sft", 3e-3, 90, 0)
+    assert bench.chosen("sft") == best and rates() == [1e-3, 3e-3, 1e-2, 3e-3]
+    assert list(bench.seeds_of("sft", 2)) == [best, replace(best, seed=1)]
     with pytest.raises(RuntimeError, match="not all arms are chosen"):
         real_lm.collect(bench, 1)
 
