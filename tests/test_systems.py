@@ -17,13 +17,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from vlsi_fast import load_config
 from vlsi_fast.backbones import FAMILIES, family_of
+from vlsi_fast.cli import main
 from vlsi_fast.data.tokens import shared_tokens
 from vlsi_fast.loading import load_model_config, require_same_tokens, shared_rows, target_layers
+from vlsi_fast.planner.build import Models
+from vlsi_fast.shrinking.checkpoint import shrunk_fields
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
+ZERO3 = str(runs.ROOT / "configs" / "zero3.json")
 REAL = runs.ROOT / "tests" / "real_configs"
 TOYS = ("demo", "study")
-SYSTEMS = sorted(p.stem for p in (runs.ROOT / "configs").glob("*.yaml") if not p.stem.startswith(TOYS))
+SHRUNK = "qwen2vl_7b_shrunk_14"
+SYSTEMS = sorted(
+    p.stem for p in (runs.ROOT / "configs").glob("*.yaml") if not p.stem.startswith(TOYS) and p.stem != SHRUNK
+)
 EVERY_FOURTH = [2, 6, 10, 14, 18, 22, 26]
 # teacher, student, target layers of both, rows of a micro-batch: (stages with the teacher, sft)
 WANTED = {
@@ -232,6 +239,63 @@ def test_decoder_verbalizers_of_the_real_models(path):
         module = Verbalizers(VerbalizerSpec.of(real_config(path), [2, depth - 2], settings))
     norms = 2 * 128 if "Qwen3" in path else 0
     assert sum(p.numel() for p in module.parameters()) == 2 * (3 * d * f + 2 * d * q + 2 * d * kv + norms)
+
+
+# ---- a shrunk student ----
+
+
+@pytest.mark.parametrize("path", SHAPES)
+def test_config_of_a_shrunk_copy(path):
+    """The real files, flat and nested: half the layers, their kinds, and nothing else."""
+    fields = json.loads((REAL / f"{path.replace('/', '__')}.json").read_text())
+    whole, depth = real_config(path), SHAPES[path][0]
+    fields = shrunk_fields(fields, whole.get_text_config(), list(range(2, depth + 1, 2)))
+    short = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    text = short.get_text_config()
+    assert text.num_hidden_layers == depth // 2
+    assert not getattr(text, "layer_types", None) or len(text.layer_types) == depth // 2
+    assert short.vision_config.to_dict() == whole.vision_config.to_dict()
+    before, after = whole.get_text_config().to_dict(), text.to_dict()
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert changed <= {"num_hidden_layers", "layer_types", "max_window_layers"}
+
+
+@pytest.fixture
+def shrunk_student(tmp_path):
+    """What `vlsi-fast shrink` leaves of Qwen2-VL-7B with 14 layers, but for the weights."""
+    path = "Qwen/Qwen2-VL-7B-Instruct"
+    fields = json.loads((REAL / f"{path.replace('/', '__')}.json").read_text())
+    kept = [1, 3, 5, 7, 9, 11, 13, 16, 18, 20, 22, 24, 26, 28]
+    cut = shrunk_fields(fields, real_config(path).get_text_config(), kept)
+    (tmp_path / "config.json").write_text(json.dumps(cut))
+    source = {"name": path, "path": "/there", "digest": "0", "decoder_layers": 28}
+    (tmp_path / "vlsi_shrink.json").write_text(json.dumps({"format": 1, "source": source, "kept_layers": kept}))
+    return tmp_path
+
+
+def test_the_shrunk_system(shrunk_student):
+    """8.29B less 14 decoder layers: attention with biases on all but its output, three FFN matrices, two norms."""
+    config = read(SHRUNK)
+    text = (runs.ROOT / "configs" / f"{SHRUNK}.yaml").read_text()
+    assert f"vlsi-fast shrink --model {config.teacher.path} --keep-layers 14 --out {config.student.path}\n" in text
+    assert f"vlsi_fast/train.py --stage all --config configs/{SHRUNK}.yaml\n" in text
+    teacher = REAL / f"{config.teacher.path.replace('/', '__')}.json"
+    models = Models(config, {"student": str(shrunk_student), "teacher": str(teacher)})
+    assert models.layers == {"student": [2, 6, 10], "teacher": [3, 11, 20]}
+    _, _, d, f, q, kv, _ = SHAPES[config.teacher.path]
+    layer = (d * q + q) + 2 * (d * kv + kv) + q * d + 3 * d * f + 2 * d
+    wanted = PARAMETERS[config.teacher.path] - 14 * layer
+    assert sum(models.shapes["student"].parameters) == wanted == 5_028_566_528
+    file = Models(config, {"student": str(shrunk_student / "config.json"), "teacher": str(teacher)})
+    assert file.layers == models.layers
+
+
+def test_the_shrunk_system_fits_eight_80gb_gpus(shrunk_student, capsys):
+    teacher = REAL / "Qwen__Qwen2-VL-7B-Instruct.json"
+    words = ["plan", "--config", str(runs.ROOT / "configs" / f"{SHRUNK}.yaml"), "--teacher-config", str(teacher)]
+    assert main([*words, "--training.deepspeed", ZERO3, "--student-config", str(shrunk_student), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [stage["fits"] for stage in plan["stages"]] == [True] * 3
 
 
 # ---- one tokenizer ----

@@ -69,8 +69,8 @@ COMMANDS = (
     Command(
         "shrink", "make a student of a teacher by leaving out decoder layers",
         ".shrinking.arguments:add_arguments", ".shrinking.command:main",
-        "vlsi-fast shrink --model Qwen/Qwen2-VL-7B-Instruct --keep-layers 14 --out models/qwen2vl_7b_14_layers\n"
-        "  vlsi-fast shrink --model vlsi_fast/demo/models/teacher --keep-layers 1,3,5,7 --out models/four_layers\n"
+        "vlsi-fast shrink --model Qwen/Qwen2-VL-7B-Instruct --keep-layers 14 --out runs/students/qwen2vl_7b_14_layers\n"
+        "  vlsi-fast shrink --model vlsi_fast/demo/models/teacher --keep-layers 1,3,5,7 --out runs/students/demo\n"
         "  vlsi-fast shrink --model MODEL --keep-layers 14 --by influence --config configs/demo.yaml --out STUDENT",
         takes_overrides=True,
     ),

@@ -71,8 +71,9 @@ def shrunk_fields(fields: dict[str, Any], text, kept: list[int]) -> dict[str, An
                 )
             part[name] = [value[k - 1] for k in kept]
         part["num_hidden_layers"] = len(kept)
-        if getattr(text, "max_window_layers", None) is not None:  # layers deeper than so many slide their window
-            part["max_window_layers"] = sum(k <= text.max_window_layers for k in kept)
+        window = getattr(text, "max_window_layers", None)  # layers deeper than so many slide their window
+        if window is not None and window <= depth:
+            part["max_window_layers"] = sum(k <= window for k in kept)
     return fields
 
 

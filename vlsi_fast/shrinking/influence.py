@@ -1,4 +1,4 @@
-"""Block influence (ShortGPT, arXiv:2403.03853, eq. 1): how much each decoder layer changes what passes through it.
+"""Block influence (ShortGPT, arXiv:2403.03853): how much each decoder layer changes what passes through it.
 
     1 - mean over tokens of cos(x, y)        x, y [T, d]  the layer's input and output, T tokens of a row, d width
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -103,6 +104,9 @@ def layer_influence(model: nn.Module, rows: Iterable[dict[str, Any]]) -> tuple[l
 
     Returns:
         Influence of each layer, rows, tokens.
+
+    Raises:
+        ConfigError: a layer whose output is not finite.
     """
     family = family_of(model.config)
     layers, run = family.decoder_layers(model), family.backbone(model)
@@ -119,4 +123,8 @@ def layer_influence(model: nn.Module, rows: Iterable[dict[str, Any]]) -> tuple[l
             inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in row.items()}
             run(**inputs, use_cache=False)
             count, tokens = count + 1, tokens + row["input_ids"].numel()
-    return [max(0.0, 1 - float(total) / max(1, tokens)) for total in sums], count, tokens
+    cosines = [float(total) / max(1, tokens) for total in sums]
+    if not all(map(math.isfinite, cosines)):
+        first = next(i for i, cosine in enumerate(cosines) if not math.isfinite(cosine))
+        raise ConfigError(f"decoder layer {first + 1} gives no finite numbers; use --dtype float32 or other weights")
+    return [max(0.0, 1 - cosine) for cosine in cosines], count, tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def shrink(
     """Write a copy of a checkpoint with fewer decoder layers: a stock checkpoint, a student where there is none.
 
     Weights are copied file by file as bytes (the model is loaded for method influence alone). The folder appears when
-    it is complete. ShortGPT (arXiv:2403.03853), Minitron (arXiv:2408.11796, section 2.2).
+    it is complete. Depth pruning as in ShortGPT (arXiv:2403.03853) and Minitron (arXiv:2408.11796).
 
     Args:
         model: stock checkpoint of a known family; a folder or a Hub name.
@@ -76,7 +77,7 @@ def shrink(
         ConfigError: `out` is taken, layers that cannot be kept, a quantised or damaged checkpoint.
         ValueError: a checkpoint that does not fit its config.json, or data that cannot be read.
     """
-    data = _require_options(keep_layers, method, rows)
+    data = _require_options(keep_layers, method, rows, limit)
     out = Path(out)
     _require_free(out)
     folder = resolve_folder(str(model), "--model")
@@ -85,7 +86,7 @@ def shrink(
     fields = json.loads((folder / "config.json").read_text())
     require_plain(folder, fields)
     config = AutoConfig.from_pretrained(folder)
-    depth, fixed = config.get_text_config().num_hidden_layers, family_of(config).layers_added_to(config)
+    fixed, depth = family_of(config).layers_added_to(config), config.get_text_config().num_hidden_layers
     if isinstance(keep_layers, list):
         require_list(keep_layers, depth, fixed)
         kept = keep_layers
@@ -97,31 +98,37 @@ def shrink(
     if kept is None:
         influence = measure(folder, data, limit, device, dtype)
         kept = influential_layers(influence.values, keep_layers, fixed)
-    name = str(model) if not Path(model).is_dir() else folder.resolve().name
-    record = _record(name, folder, config, kept, "list" if kept is keep_layers else method, influence)
+    hub_name = None if Path(model).is_dir() else str(model)
+    method = "list" if kept is keep_layers else method
+    record = _record(hub_name or folder.resolve().name, folder, config, kept, method, influence)
+    cut = shrunk_fields(fields, config.get_text_config(), kept)
+    parameters, size = _write(folder, out, tensors, cut, record, hub_name)
+    return Shrunk(out, kept, depth, parameters, size, influence.values if influence else None, record)
+
+
+def _write(
+    folder: Path, out: Path, tensors: dict, fields: dict[str, Any], record: dict[str, Any], hub_name: str | None
+) -> tuple[int, int]:
+    """Everything into a folder beside `out`, which takes its place when all is well. Returns parameters and bytes."""
+    kept = record["kept_layers"]
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         _require_room(folder, partial, [key for key, (_, layer) in tensors.items() if layer is None or layer in kept])
         parameters, size = write_weights(partial, tensors, kept)
-        _write_rest(folder, partial, shrunk_fields(fields, config.get_text_config(), kept), record)
-        hub_name = name if name == str(model) else None
+        copy_rest(folder, partial)
+        for name, tree in (("config.json", fields), (SHRINK_NAME, record)):
+            (partial / name).write_text(json.dumps(tree, indent=2) + "\n")
         write_card(folder, partial, out.resolve().name, describe(record), hub_name)
-        _prove(partial, config, kept)
+        _prove(partial, AutoConfig.from_pretrained(folder), kept)
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Shrunk(out, kept, depth, parameters, size, influence.values if influence else None, record)
+    return parameters, size
 
 
-def _write_rest(folder: Path, out: Path, fields: dict[str, Any], record: dict[str, Any]) -> None:
-    copy_rest(folder, out)
-    for name, tree in (("config.json", fields), (SHRINK_NAME, record)):
-        (out / name).write_text(json.dumps(tree, indent=2) + "\n")
-
-
-def _require_options(keep_layers, method: str, rows) -> DataConfig | None:
+def _require_options(keep_layers, method: str, rows, limit: int) -> DataConfig | None:
     """Raise ConfigError where options contradict each other. Returns the data of method influence."""
     if method not in METHODS:
         raise ConfigError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
@@ -134,6 +141,8 @@ def _require_options(keep_layers, method: str, rows) -> DataConfig | None:
         if rows is not None:
             raise ConfigError(f"rows of data are for method influence, not for {method}; remove them")
         return None
+    if limit < 1:
+        raise ConfigError(f"limit is {limit}; measure on at least 1 row")
     if rows is None:
         raise ConfigError("influence is measured on rows of data: give --config FILE, or --data FILE --reader NAME")
     try:
@@ -152,17 +161,11 @@ def _require_free(out: Path) -> None:
 def _require_room(folder: Path, out: Path, names: list[str]) -> None:
     """Raise ConfigError where the disk is too full; the share of tensors that stay tells about the share of bytes."""
     weights = read_weights(folder)
-    need = int(weights.bytes * sum(_size(weights, key) for key in names) / max(1, weights.parameters))
+    stay = sum(math.prod(weights.tensors[name][1]) for name in names)
+    need = int(weights.bytes * stay / max(1, weights.parameters))
     free = shutil.disk_usage(out).free
     if free < need:
         raise ConfigError(f"the copy needs {format_size(need)}, {out.parent} has {format_size(free)} free; make room")
-
-
-def _size(weights, key: str) -> int:
-    size = 1
-    for length in weights.tensors[key][1]:
-        size *= length
-    return size
 
 
 def _record(name: str, folder: Path, config, kept: list[int], method: str, influence: Influence | None) -> dict:
