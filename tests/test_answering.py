@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import tiny_families
@@ -25,7 +27,8 @@ from vlsi_fast.data.answering.prompts import Questions, read_questions, turns_of
 from vlsi_fast.data.processors import load_processor
 from vlsi_fast.data.skipped import UnusableRow
 from vlsi_fast.data.sources import SourceConfig, build_source
-from vlsi_fast.lineage import LineageError, checkpoint_digest
+from vlsi_fast.export.card import _data
+from vlsi_fast.lineage import LineageError, checkpoint_digest, read_record, write_record
 
 QUESTIONS = ["What is shown?", "Is there a red circle, or no shape at all?"]
 SHORT = {"max_new_tokens": 6, "batch_size": 4, "progress": False, "keep_cut": True}
@@ -34,11 +37,11 @@ SAMPLED = SHORT | {"temperature": 1.0, "samples": 3, "seed": 5}
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Nine pictures of different sizes in two folders, one damaged, one hidden, and a file that is none."""
+    """Six pictures of different sizes in two folders, one damaged; a hidden one, and a file that is none."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "b").mkdir()
     (folder / ".hidden").mkdir()
-    for i in range(9):
+    for i in range(6):
         name = f"b/{i}.PNG" if i % 2 else f"{i}.jpg"
         Image.new("RGB", (32 + 8 * i, 40), runs.COLORS[i % 6]).save(folder / name)
     (folder / "4.jpg").write_bytes(b"no picture")
@@ -56,10 +59,14 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def stock(folder, turns, paths, **options):
+@lru_cache(maxsize=1)
+def stock_model(folder):
+    return load_processor(folder), AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+
+def stock(folder, turns, paths, max_new_tokens=6):
     """Ids that stock `generate` adds to one conversation, padded by nothing."""
-    processor = load_processor(folder)
-    own = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor, own = stock_model(folder)
     images = iter([Image.open(path).convert("RGB") for path in paths])
     turns = [
         {**turn, "content": [p | ({"image": next(images)} if p["type"] == "image" else {}) for p in turn["content"]]}
@@ -68,7 +75,7 @@ def stock(folder, turns, paths, **options):
     inputs = processor.apply_chat_template(
         turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    new = own.generate(**inputs, do_sample=False, max_new_tokens=6, **options)
+    new = own.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return new[0, inputs["input_ids"].shape[1] :], inputs, own, processor
 
 
@@ -80,11 +87,9 @@ def test_greedy_answers_are_stock_generates_row_by_row(family, pictures, tmp_pat
     tiny_families.save(tmp_path / "model", family)
     found = answer(None, pictures, QUESTIONS, tmp_path / "a.jsonl", model=tmp_path / "model", **SHORT)
     rows = rows_of(tmp_path / "a.jsonl")
-    assert found["kept"] == len(rows) > 10 and found["unusable"] == {"truncated_image": 2}
-    ids = [path for path in sorted(["0.jpg", *(f"b/{i}.PNG" for i in (1, 3, 5, 7)), "2.jpg", "6.jpg", "8.jpg"])]
-    kept = [(row["id"], row["answered_by"]["question"]) for row in rows]
-    expected = [(name, k) for name in ids for k in (0, 1)]
-    assert [each for each in expected if each in kept] == kept
+    assert found["kept"] == len(rows) == 10 and found["unusable"] == {"truncated_image": 2}
+    ids = ["0.jpg", "2.jpg", "b/1.PNG", "b/3.PNG", "b/5.PNG"]
+    assert [(row["id"], row["answered_by"]["question"]) for row in rows] == [(name, k) for name in ids for k in (0, 1)]
     for row in rows:
         new, _, _, processor = stock(tmp_path / "model", row["messages"][:-1], [pictures / row["images"][0]])
         assert row["messages"][-1]["content"][0]["text"] == processor.tokenizer.decode(new, skip_special_tokens=True)
@@ -122,8 +127,7 @@ def test_samples_are_those_of_a_forward_pass_and_one_number_a_token(pictures, mo
 def test_choice_follows_the_distribution():
     scores = torch.tensor([[0.1, 0.2, 0.0, 0.3, 0.4]]).log().expand(20000, 5)
     numbers = torch.tensor(numbers_of(0, 1, 0, 0, 20000), dtype=torch.float64)[:, None]
-    share = choose(scores, numbers).bincount(minlength=5) if False else torch.bincount(
-        choose(scores, numbers).flatten(), minlength=5) / 20000
+    share = torch.bincount(choose(scores, numbers).flatten(), minlength=5) / 20000
     # four standard errors
     torch.testing.assert_close(share, torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4]), atol=4 * (0.24 / 20000) ** 0.5, rtol=0)
     edges = torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64)
@@ -132,16 +136,18 @@ def test_choice_follows_the_distribution():
 
 
 def test_samples_do_not_depend_on_the_batch(pictures, model, tmp_path):
-    for size in (1, 3, 18):
-        answer(None, pictures, QUESTIONS, tmp_path / f"{size}.jsonl", model=model, **SAMPLED | {"batch_size": size})
-    texts = [[row["messages"] for row in rows_of(tmp_path / f"{size}.jsonl")] for size in (1, 3, 18)]
+    for size in (1, 3, 8):
+        options = SAMPLED | {"batch_size": size, "limit": 3}
+        answer(None, pictures, QUESTIONS, tmp_path / f"{size}.jsonl", model=model, **options)
+    texts = [[row["messages"] for row in rows_of(tmp_path / f"{size}.jsonl")] for size in (1, 3, 8)]
     assert texts[0] == texts[1] == texts[2]
     answers = [json.dumps(messages[-1]) for messages in texts[0]]
     assert len(set(answers)) > 0.9 * len(answers), "samples that are alike would prove nothing"
 
 
 def test_batches_that_do_not_fit_in_memory_are_halved(pictures, model, tmp_path, monkeypatch):
-    answer(None, pictures, QUESTIONS, tmp_path / "a.jsonl", model=model, **SAMPLED)
+    options = SAMPLED | {"limit": 2, "samples": 2}
+    answer(None, pictures, QUESTIONS, tmp_path / "a.jsonl", model=model, **options)
     true, sizes = asking.generate, []
 
     def small(model, inputs, **options):
@@ -152,12 +158,12 @@ def test_batches_that_do_not_fit_in_memory_are_halved(pictures, model, tmp_path,
 
     monkeypatch.setattr(asking, "generate", small)
     room = 1
-    answer(None, pictures, QUESTIONS, tmp_path / "b.jsonl", model=model, **SAMPLED)
-    assert set(sizes) == {1}
-    assert [r["messages"] for r in rows_of(tmp_path / "a.jsonl")] == [r["messages"] for r in rows_of(tmp_path / "b.jsonl")]
+    answer(None, pictures, QUESTIONS, tmp_path / "b.jsonl", model=model, **options)
+    whole, halved = ([row["messages"] for row in rows_of(tmp_path / f"{name}.jsonl")] for name in "ab")
+    assert set(sizes) == {1} and len(sizes) == 8 and whole == halved
     room = 0
     with pytest.raises(ConfigError, match="one question does not fit in memory"):
-        answer(None, pictures, QUESTIONS, tmp_path / "c.jsonl", model=model, **SAMPLED)
+        answer(None, pictures, QUESTIONS, tmp_path / "c.jsonl", model=model, **options)
 
 
 def test_conversations_are_answered_turn_by_turn(model, tmp_path):
@@ -168,30 +174,28 @@ def test_conversations_are_answered_turn_by_turn(model, tmp_path):
     row = {"id": "talk", "images": ["0.png", "1.png"], "messages": [{"role": r, "content": c} for r, c in turns]}
     text = {"messages": [{"role": "user", "content": "yes or no"}, {"role": "assistant", "content": "WRONG"}]}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, text, {"messages": []}, [])))
-    found = answer(None, tmp_path / "rows.jsonl", None, tmp_path / "a.jsonl", model=model, **SHORT | {"max_new_tokens": 40})
+    found = answer(None, tmp_path / "rows.jsonl", None, tmp_path / "a.jsonl", model=model, **SHORT)
     talk, short = rows_of(tmp_path / "a.jsonl")
     assert found["unusable"] == {"bad_row": 2} and [r["role"] for r in short["messages"]] == ["user", "assistant"]
     assert (talk["id"], short["id"], short["images"]) == ("talk", "1", []) and "WRONG" not in json.dumps([talk, short])
     roles = [turn["role"] for turn in talk["messages"]]
-    assert roles[:3] == ["system", "user", "assistant"] and talk["images"] == ["0.png", "1.png"][: len(roles) // 2]
-    for end in [i for i, role in enumerate(roles) if role == "assistant"]:
-        shown = [tmp_path / name for name in talk["images"][: end // 2]]
-        options = {"max_length": None} if False else {}
-        new, _, _, processor = stock(model, talk["messages"][:end], shown, **options)
+    assert roles == ["system", "user", "assistant", "user", "assistant"] and talk["images"] == ["0.png", "1.png"]
+    for end in (2, 4):
+        new, _, _, processor = stock(model, talk["messages"][:end], [tmp_path / name for name in ("0.png", "1.png")])
         said = talk["messages"][end]["content"][0]["text"]
-        assert said.startswith(processor.tokenizer.decode(new, skip_special_tokens=True))
+        assert said == processor.tokenizer.decode(new, skip_special_tokens=True) != ""
 
 
 # ---- files ----
 
 
 def test_answers_are_read_by_the_reader_and_trained_on(workspace, pictures, tmp_path, capsys):
-    """With labelled rows in a mix: metrics, the stage's record, data stats, data build and the model card count apart."""
+    """With labelled rows in a mix: data stats, metrics, the stage's record and the model card count them apart."""
     out = tmp_path / "answered.jsonl"
     words = ["--images", pictures, "--questions", QUESTIONS[0], "--out", out, "--keep-cut", "--max-new-tokens", 5]
-    config = runs.settings(workspace, tmp_path / "run", max_steps=4, per_device_train_batch_size=4)
+    config = runs.settings(workspace, tmp_path / "run", max_steps=2, per_device_train_batch_size=3)
     config["sft"] = {"start_from": "base"}
-    config["data"]["train"][0]["limit"] = 8
+    config["data"]["train"][0]["limit"] = 7
     file = runs.write_config(config, tmp_path / "labelled.yaml")
     assert main(["data", "answer", "--config", str(file), *map(str, words)]) == 0
     told = capsys.readouterr().out
@@ -199,20 +203,26 @@ def test_answers_are_read_by_the_reader_and_trained_on(workspace, pictures, tmp_
     assert manifest["teacher"]["digest"] == checkpoint_digest(workspace / "teacher")
     assert "1 truncated_image" in told and f"path: {out}" in told and f"image_root: {pictures}" in told
     kept = manifest["kept"]
-    assert kept >= 7 and (kept, manifest["rows"]) == (len(rows_of(out)), 9)
+    assert (kept, manifest["rows"]) == (len(rows_of(out)), 6) and kept == 5
     config["data"]["train"].append(manifest["source"])
     file = runs.write_config(config, tmp_path / "mixed.yaml")
     assert main(["data", "stats", "--config", str(file)]) == 0
     told = capsys.readouterr().out
     assert f"answered.jsonl: {kept} rows, {kept} of them answered by a model" in told
-    assert f"{8 + kept} rows (8 labelled, {kept} answered by a model)" in told
-    record = run(load_config(file), "sft")[-1] if isinstance(run(load_config(file), "sft"), list) else None
+    assert f"{7 + kept} rows (7 labelled, {kept} answered by a model)" in told
+    run(load_config(file), "sft")
     steps = runs.metrics(tmp_path / "run", "sft")
-    summary = json.loads((tmp_path / "run" / "sft" / "vlsi_stage.json").read_text())["summary"]
-    assert record is None or record["summary"] == summary
-    assert summary["answered_rows"] == sum(step["answered_rows"] for step in steps)
-    assert 0 < summary["answered_rows"] < summary["rows"] == 16
-    assert 0 < summary["answered_tokens"] == sum(step["answered_tokens"] for step in steps) < summary["answer_tokens"]
+    record = read_record(tmp_path / "run" / "sft")
+    summary = record["summary"]
+    assert summary["rows"] == 12 and summary["answered_rows"] == kept == sum(step["answered_rows"] for step in steps)
+    tokenizer = load_processor(workspace / "student").tokenizer
+    tokens = [len(tokenizer.encode(row["messages"][-1]["content"][0]["text"])) + 1 for row in rows_of(out)]
+    assert summary["answered_tokens"] == sum(tokens) == sum(step["answered_tokens"] for step in steps)
+    share = f"{sum(tokens) / summary['answer_tokens']:.0%}"
+    assert f"Of the 12 rows read in the last stage, 5 (42%; {share} of the answer tokens) have" in _data(record)
+    record["identity"]["data"]["train"][0].pop("answered", None)  # a run from before there was the field
+    write_record(tmp_path / "run" / "sft", record)
+    run(load_config(file), "sft", resume=True)
 
 
 def test_a_source_may_say_who_answered_it(tmp_path):
@@ -250,7 +260,7 @@ class Killed(BaseException):
 
 
 def test_what_was_interrupted_goes_on_and_gives_the_same_file(pictures, model, tmp_path, monkeypatch):
-    """Killed in the second of five batches, which leaves half a line; the rest is answered by another number of ranks."""
+    """Killed in the third of three batches; half of the second one's line is left, and a damaged line of its own."""
     answer(None, pictures, QUESTIONS, tmp_path / "whole.jsonl", model=model, **SAMPLED)
     out, true, calls = tmp_path / "a.jsonl", asking.Answerer.answer, []
 
@@ -271,10 +281,10 @@ def test_what_was_interrupted_goes_on_and_gives_the_same_file(pictures, model, t
         answer(None, pictures, QUESTIONS, out, model=model, **SAMPLED | {"seed": 6})
     with pytest.raises(LineageError, match=r"asked.questions: there 2, now 1"):
         answer(None, pictures, QUESTIONS[0], out, model=model, **SAMPLED)
-    (Files(out).parts / "rank-00003.jsonl").write_bytes(b"\0\0\n" + lines[1])  # of a rank that there was
+    (Files(out).parts / "rank-00003.jsonl").write_bytes(b"\0\0\n")  # of a rank that there was
     calls[:] = [None] * 10
     answer(None, pictures, QUESTIONS, out, model=model, **SAMPLED | {"keep": "all"})  # filters may change
-    assert len(calls) == 13, "only the three batches that were missing are answered"
+    assert len(calls) == 12, "only the two batches that were missing are answered"
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not Files(out).parts.exists()
 
 
@@ -296,35 +306,25 @@ def test_what_is_there_is_not_overwritten(pictures, model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_two_ranks_write_what_one_writes(launcher, pictures, model, tmp_path):
-    for name, options in (("greedy", SHORT), ("sampled", SAMPLED)):
-        answer(None, pictures, QUESTIONS, tmp_path / f"{name}1.jsonl", model=model, **options)
-    port = str(28000 + os.getpid() % 1000)
+@pytest.mark.parametrize(("launcher", "options"), [("torchrun", SHORT), ("deepspeed", SAMPLED)])
+def test_two_ranks_write_what_one_writes(launcher, options, pictures, model, tmp_path):
+    answer(None, pictures, QUESTIONS, tmp_path / "one.jsonl", model=model, **options)
+    port, bin = str(28000 + os.getpid() % 1000), Path(sys.executable).parent
     launch = {
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m"],
-        "deepspeed": [
-            str(runs.Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port,
-            "--module",
-        ],
-    }[launcher]  # fmt: skip
+        "torchrun": [bin / "torchrun", "--nproc_per_node", "2", "--master_port", port, "-m"],
+        "deepspeed": [bin / "deepspeed", "--num_accelerators", "2", "--master_port", port, "--module"],
+    }[launcher]
     (tmp_path / "questions.txt").write_text("\n".join(QUESTIONS) + "\n\n")
     words = ["--model", model, "--images", pictures, "--questions", tmp_path / "questions.txt", "--max-new-tokens", 6]
-    words += ["--batch-size", 4, "--keep-cut"]
-    for name, more in (("greedy", []), ("sampled", ["--temperature", 1, "--samples", 3, "--seed", 5])):
-        out = tmp_path / f"{name}2.jsonl"
-        done = subprocess.run(
-            [*launch, "vlsi_fast", "data", "answer", *map(str, [*words, *more, "--out", out])],
-            cwd=runs.ROOT, env=runs.environment(), timeout=300, text=True, capture_output=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        assert done.stdout.count("To train on them") == 1
-        assert out.read_bytes() == (tmp_path / f"{name}1.jsonl").read_bytes()
-        again = subprocess.run(
-            [*launch, "vlsi_fast", "data", "answer", *map(str, [*words, *more, "--out", out])],
-            cwd=runs.ROOT, env=runs.environment(), timeout=300, text=True, capture_output=True,
-        ) if name == "sampled" else None  # fmt: skip
-        assert again is None or (again.returncode != 0 and again.stderr.count("is finished; choose") == 1)
+    words += ["--batch-size", 4, "--keep-cut", "--out", tmp_path / "two.jsonl"]
+    words += ["--temperature", 1, "--samples", 3, "--seed", 5] if options is SAMPLED else []
+    done = subprocess.run(
+        [*map(str, launch), "vlsi_fast", "data", "answer", *map(str, words)],
+        cwd=runs.ROOT, env=runs.environment(), timeout=300, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("To train on them") == 1
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
 # ---- filters ----
@@ -379,7 +379,7 @@ def test_rejected_answers_are_listed_and_counted(pictures, model, tmp_path):
     kept, rejected = rows_of(tmp_path / "a.jsonl"), rows_of(tmp_path / "a.jsonl.rejected.jsonl")
     cut = [row for row in rejected if row["cause"] == "cut"]
     assert found["rejected"]["cut"] == len(cut) > 0 and found["kept"] == len(kept)
-    assert len(everything) == len(kept) + len(cut) and found["answers"] == 24
+    assert len(everything) == len(kept) + len(cut) and found["answers"] == 15
     listed = next(row for row in rejected if row["cause"] == "truncated_image")
     assert listed["id"] == "4.jpg" and "Pillow" in listed["detail"]
     assert {"messages", "answered_by"} <= cut[0].keys()
@@ -420,9 +420,9 @@ def test_drawn_questions_follow_from_the_seed(pictures):
         asked = Questions(pictures, texts, per_image=3, seed=seed)
         return [asked.name(i) for i in range(len(asked))]
 
-    assert drawn(0) == drawn(0) != drawn(1) and len(drawn(0)) == 27
-    rows = [tuple(k for _, k in drawn(0)[i : i + 3]) for i in range(0, 27, 3)]
-    assert all(sorted(set(row)) == list(row) for row in rows) and len(set(rows)) > 5
+    assert drawn(0) == drawn(0) != drawn(1) and len(drawn(0)) == 18
+    rows = [tuple(k for _, k in drawn(0)[i : i + 3]) for i in range(0, 18, 3)]
+    assert all(sorted(set(row)) == list(row) for row in rows) and len(set(rows)) > 3
 
 
 def test_rows_are_read_in_the_readers_formats(tmp_path):
@@ -430,7 +430,7 @@ def test_rows_are_read_in_the_readers_formats(tmp_path):
         {"id": 7, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nred?"}]},
         {"images": ["a.png"], "question": "blue?"},
         {"image": "a.png", "instruction": "What is <image1>?", "output": "x"},
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "a.png"}, {"type": "text", "text": "?"}]}]},
         {"image": "a.png"},
         {"messages": [{"role": "assistant", "content": "hello"}]},
     ]
@@ -466,7 +466,8 @@ def test_rows_that_the_processor_refuses_are_told_apart(pictures, workspace, mod
     found = answer(file, tmp_path / "rows.jsonl", None, tmp_path / "a.jsonl", **SHORT)
     assert found["unusable"] == {"bad_row": 2, "too_long": 1, "path_outside_image_root": 1} and found["answers"] == 2
     rejected = {row["id"]: row["detail"] for row in rows_of(tmp_path / "a.jsonl.rejected.jsonl") if "detail" in row}
-    assert "refuses the row" in rejected["1"] and "max_length is 100" in rejected["2"] and "2 image tokens" in rejected["3"]
+    assert "refuses the row" in rejected["1"] and "max_length is 100" in rejected["2"]
+    assert "2 image tokens" in rejected["3"]
 
 
 @pytest.mark.parametrize(
@@ -485,9 +486,9 @@ def test_rows_that_the_processor_refuses_are_told_apart(pictures, workspace, mod
         (["--limit", "0"], "--limit is 0"),
         (["--images", "gone"], "gone does not exist"),
         (["--images", "README.md"], "rows in a .json or .jsonl file"),
-        (["--model", "gone/"], "does not exist"),
+        (["--model", "./gone"], "does not exist"),
         (["--teacher.mode", "zero3"], "cannot answer"),
-        (["--teacher.mode", "int8"], "needs an NVIDIA GPU"),
+        (["--teacher.mode", "int8", "--device", "cpu"], "needs an NVIDIA GPU"),
         (["--teacher.mod", "x"], "teacher.mod"),
     ],
 )

@@ -44,8 +44,9 @@ class Collator:
             `ids`: B row names. `skipped`: the rows' records of unusable rows, in order. `answered`: how many rows, and
             tokens to predict, have answers that a model wrote. `tokens`: role -> the rows' tokens. Each role:
             `input_ids` [B, T] padded with the padding id, `labels` [B, T] with -100, `attention_mask` and every
-            other per-token tensor [B, T] with 0; vision tensors joined along their first axis, absent where no row has an image, and padded with zeros along the second where images have different
-            numbers of patches there (LLaVA-OneVision). Where all rows share one encoding between the roles, both roles
+            other per-token tensor [B, T] with 0; vision tensors joined along their first axis, absent where no row has
+            an image, and padded with zeros along the second where images have different numbers of patches there
+            (LLaVA-OneVision). Where all rows share one encoding between the roles, both roles
             hold the same tensors; where they share vision tensors alone, the same vision tensors.
 
             A packed role has the same with per-token tensors [1, S], S all rows' tokens and a blank image's, and

@@ -197,10 +197,10 @@ class Answerer:
                 talk.cause = "special_token"
 
     def _next_turn(self, talks: list[Talk]) -> tuple[list[Talk], Any]:
-        """Those that have a further question, and its inputs."""
+        """Those that have a further question, and its inputs. A cut answer is judged later: it may be kept."""
         going = []
         for talk in talks:
-            if talk.cause is None and talk.said[-1]["finished"] and len(talk.said) < len(talk.question.turns):
+            if talk.cause is None and len(talk.said) < len(talk.question.turns):
                 try:
                     talk.prompt = self._prompt(talk.question, talk.images, [said["text"] for said in talk.said])
                     going.append(talk)

@@ -77,7 +77,7 @@ class Filters:
         groups = Counter(text for text in said if text is not None)
         if len(answers) == 1 or not groups:
             return causes, None
-        (most, count), share = groups.most_common(1)[0], 0.0  # among equals the one said first
+        most, count = groups.most_common(1)[0]  # among equals the one said first
         share = count / len(answers)
         keep = self.keep or ("all" if self.min_agreement is None else "majority")
         kept = False
