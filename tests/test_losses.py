@@ -10,8 +10,18 @@ from tiny_batch import make_batch, make_model
 
 from vlsi_fast.backbones import family_of
 from vlsi_fast.config import InteractConfig, MatchingConfig
-from vlsi_fast.losses import AnswerLoss, LogitL2, OperatorOptions, PairwiseKL, hidden_l2_matrix, pick
+from vlsi_fast.losses import (
+    AnswerLoss,
+    LogitL2,
+    MatchedDivergence,
+    OperatorOptions,
+    OwnOutputLoss,
+    PairwiseKL,
+    hidden_l2_matrix,
+    pick,
+)
 from vlsi_fast.stages.interact import InteractModule
+from vlsi_fast.stages.verbalize import VerbalizeModule
 from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
@@ -47,6 +57,17 @@ def dense_kl(student_logits, teacher_logits):
     )
 
 
+def dense_divergence(student_logits, teacher_logits, divergence="forward_kl", beta=0.5):
+    """Mean over tokens, by the definitions."""
+    if divergence == "forward_kl":
+        return dense_kl(student_logits, teacher_logits)
+    if divergence == "reverse_kl":
+        return dense_kl(teacher_logits, student_logits)
+    p, q = teacher_logits.softmax(-1), student_logits.softmax(-1)
+    m = (beta * p + (1 - beta) * q).log()
+    return (beta * p * (p.log() - m) + (1 - beta) * q * (q.log() - m)).sum(-1).mean()
+
+
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
@@ -69,6 +90,59 @@ def test_answer_loss_is_cross_entropy(trainable, rows):
     for tensor in [states, weight] if trainable else [states]:
         close(gradient((loss * scale).sum(), tensor), gradient((wanted * scale).sum(), tensor))
     assert [name for name, _ in module.named_parameters()] == (["weight"] if trainable else [])
+
+
+# ---- KL from a model's own last layer ----
+
+
+@pytest.mark.parametrize("with_answers", [False, True])
+@pytest.mark.parametrize("rows", [VOCAB, VOCAB + 5])
+def test_own_output_loss_is_the_dense_kl_and_cross_entropy(with_answers, rows):
+    weight = heads(student_rows=rows)[0]
+    states, _ = hidden()
+    last, labels = torch.randn(N, DS), torch.randint(0, VOCAB, (N,))
+    loss = OwnOutputLoss(weight, OperatorOptions(VOCAB, IMPL), with_answers)(states, last, labels)
+    wanted = [dense_kl(logits(layer, weight), logits(last, weight)) for layer in states]
+    if with_answers:
+        wanted = [kl + F.cross_entropy(logits(layer, weight), labels) for kl, layer in zip(wanted, states)]
+    wanted = torch.stack(wanted)
+    assert loss.shape == (S,) and loss.dtype == torch.float32
+    close(loss, wanted)
+    scale = torch.tensor([1.0, 2.0])
+    close(gradient((loss * scale).sum(), states), gradient((wanted * scale).sum(), states))
+
+
+def test_own_output_loss_of_the_last_layer_itself_is_zero():
+    weight, last = heads()[0], torch.randn(N, DS)
+    states = last[None].clone().requires_grad_()
+    loss = OwnOutputLoss(weight, OperatorOptions(VOCAB, IMPL), False)(states, last, torch.zeros(N, dtype=torch.long))
+    assert loss.abs().max() < 1e-6 and gradient(loss.sum(), states).abs().max() < 1e-6
+
+
+def test_a_label_beyond_the_shared_vocabulary_shows_in_the_loss():
+    weight, (states, _) = heads()[0], hidden()
+    labels = torch.tensor([VOCAB] + [0] * (N - 1))
+    options = OperatorOptions(VOCAB, IMPL)
+    assert OwnOutputLoss(weight, options, True)(states, states[0].detach(), labels).isnan().all()
+
+
+# ---- divergences of matched pairs ----
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("divergence, beta", [("reverse_kl", 1.0), ("jsd", 0.5), ("jsd", 0.1)])
+def test_matched_divergence_is_the_dense_divergence(divergence, beta, temperature):
+    ws, wl = heads()
+    student, teacher = hidden()
+    teacher = teacher[[2, 0]]
+    loss = MatchedDivergence(ws, wl, OperatorOptions(VOCAB, IMPL), beta)(student, teacher, temperature)
+    pairs = [(logits(s, ws, temperature=temperature), logits(t, wl, temperature=temperature))
+             for s, t in zip(student, teacher)]  # fmt: skip
+    wanted = torch.stack([dense_divergence(*pair, divergence, beta) for pair in pairs])
+    assert loss.shape == (S,)
+    close(loss, wanted)
+    scale = torch.tensor([1.0, 2.0])
+    close(gradient((loss * scale).sum(), student), gradient((wanted * scale).sum(), student))
 
 
 # ---- KL of all pairs ----
@@ -153,13 +227,16 @@ def test_no_answer_tokens_give_zero():
         "kl": PairwiseKL(ws, wl, options)(student, teacher),
         "logits": LogitL2(ws, wl, options)(student, teacher[:S]),
         "hidden": hidden_l2_matrix(student, torch.empty(L, 0, DS)),
+        "own": OwnOutputLoss(ws, options, True)(student, torch.empty(0, DS), torch.empty(0, dtype=torch.long)),
+        "reverse": MatchedDivergence(ws, wl, options, 1.0)(student, teacher[:S]),
+        "jsd": MatchedDivergence(ws, wl, options, 0.3)(student, teacher[:S]),
     }
     for name, loss in losses.items():
         assert loss.numel() and not loss.any(), name
         assert gradient(loss.sum(), student).shape == student.shape, name
 
 
-# ---- the interact stage's module ----
+# ---- the stages' modules ----
 
 STUDENT_LAYERS, TEACHER_LAYERS = [1, 3], [1, 2, 3]
 OPERATIONS = ("kld", "ce", "l2", "none")
@@ -246,7 +323,8 @@ def dense_parts(module, batch, counts) -> list:
             return F.cross_entropy(logits(s, ws, vocab), labels)
         if operation == "l2":
             return F.mse_loss(logits(s, ws, vocab), logits(t, wl, vocab))
-        return scale**2 * dense_kl(logits(s, ws, vocab, scale), logits(t, wl, vocab, scale))
+        pair = logits(s, ws, vocab, scale), logits(t, wl, vocab, scale)
+        return scale**2 * dense_divergence(*pair, settings.divergence, settings.jsd_beta)
 
     parts = []
     for i, s in enumerate(s_layers):
@@ -289,6 +367,54 @@ def test_interact_loss_with_other_matchings(batch, intermediate, matching):
     module = interact_module(intermediate, "kld", matching=matching)
     assert run(module, batch)["matches"].sum(1).tolist() == [matching.get("k", 1)] * 2
     check_against_dense(module, batch)
+
+
+DIVERGENCES = [{"divergence": "reverse_kl"}, {"divergence": "jsd", "jsd_beta": 0.3}]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d["divergence"])
+@pytest.mark.parametrize(
+    "intermediate, last, headless",
+    [("kld", "kld", False), ("kld", "ce", False), ("none", "kld", False), ("l2", "kld", True)],
+)
+def test_interact_loss_with_other_divergences(batch, intermediate, last, headless, divergence):
+    check_against_dense(interact_module(intermediate, last, headless, temperature=1.5, **divergence), batch)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d["divergence"])
+def test_other_divergences_match_by_the_forward_kl(batch, divergence):
+    """Several layers each: their mean. The recorded matrix, and with it the choice, is that of the forward KL."""
+    bottom = {"strategy": "bottom", "k": 2}
+    module = interact_module("kld", "kld", matching=bottom, **divergence)
+    check_against_dense(module, batch)
+    found, forward = run(module, batch), run(interact_module("kld", "kld", matching=bottom), batch)
+    assert found["matches"].tolist() == forward["matches"].tolist()
+    close(found["kl"], forward["kl"], 1e-6)
+    assert (found["parts"] - forward["parts"]).abs().min() > 1e-3
+    trained = interact_module("kld", "kld", train_student_verbalizers=True, **divergence)
+    run(trained, batch)["loss"].backward()
+    assert all(p.grad.any() for p in trained.student.verbalizers.parameters())
+
+
+def test_schedule_of_the_target_layers_weight(batch):
+    """By the formulas of a learning rate's decay; 0 only after the last step."""
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0]
+    wanted = {
+        "constant": [0.8] * 5,
+        "linear": [0.8, 0.6, 0.4, 0.2, 0.0],
+        "cosine": [0.8, 0.4 * (1 + 0.5**0.5), 0.4, 0.4 * (1 - 0.5**0.5), 0.0],
+    }
+    for name, weights in wanted.items():
+        module = interact_module("kld", "kld", intermediate_weight=0.8, intermediate_schedule=name)
+        found = [module.schedule(share)["intermediate_weight"] for share in shares]
+        assert found == pytest.approx(weights, abs=1e-12), name
+    arguments, draw = {"student": batch, "teacher": batch}, torch.Generator
+    whole, part = (
+        module(**arguments, generator=draw().manual_seed(0), intermediate_weight=w)["parts"] for w in (1.0, 0.25)
+    )
+    layers = len(STUDENT_LAYERS)
+    close(part, torch.cat([0.25 * whole[:layers], whole[layers:]]).double(), 1e-6)
+    assert interact_module("none", "kld").schedule(0.5) == {}
 
 
 def test_temperature(batch):
@@ -379,3 +505,38 @@ def test_interact_without_answer_tokens(batch, intermediate, last, headless):
     output["loss"].backward()
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     assert gradients and all(torch.isfinite(g).all() and not g.any() for g in gradients)
+
+
+# ---- the verbalize stage's module ----
+
+
+@pytest.mark.parametrize("objective", ["answers", "own_output", "both"])
+def test_verbalize_loss_is_the_dense_loss(batch, objective):
+    """Of both models, whose heads have different rows; only verbalizers get a gradient."""
+    models = {"student": make_model(seed=1), "teacher": make_model(seed=2, hidden=48)}
+    layers = {"student": STUDENT_LAYERS, "teacher": TEACHER_LAYERS}
+    backbones = {
+        name: VerbalizedBackbone(
+            model.requires_grad_(False), layers[name], verbalizers_of(model, layers[name], 3), train_backbone=False,
+            needs_last=objective != "answers",
+        )
+        for name, model in models.items()
+    }  # fmt: skip
+    vocab = models["student"].config.get_text_config().vocab_size
+    module = VerbalizeModule(backbones, OperatorOptions(vocab, IMPL), objective).train()
+    output = module(student=batch, teacher=batch)
+    wanted = []
+    for backbone in backbones.values():
+        spoken, last = states(backbone, batch)
+        w = backbone.head_weight
+        for layer in spoken:
+            own = dense_kl(logits(layer, w, vocab), logits(last, w, vocab))
+            answers = F.cross_entropy(logits(layer, w, vocab), batch["labels"])
+            wanted.append({"answers": answers, "own_output": own, "both": own + answers}[objective])
+    assert module.part_names == [f"{name}_layer_{k}" for name in layers for k in layers[name]]
+    close(output["parts"], torch.stack(wanted), 2e-5)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert len(trained) == 3 * (len(STUDENT_LAYERS) + len(TEACHER_LAYERS))
+    found, truth = (torch.autograd.grad(loss, trained) for loss in (output["loss"], sum(wanted)))
+    for a, b in zip(found, truth):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * max(1.0, b.abs().max().item()))

@@ -149,6 +149,7 @@ CASES = {
     "demo": {},
     "checkpointing": {"training.gradient_checkpointing": True},
     "accumulation": {"training.gradient_accumulation_steps": 2, "training.per_device_train_batch_size": 16},
+    "own output, Jensen-Shannon": {"verbalize.objective": "both", "interact.divergence": "jsd"},
 }
 
 
@@ -166,7 +167,7 @@ def test_predicted_peak_is_within_a_tenth_of_the_measured(tmp_path, monkeypatch,
     changes |= tiny_demo.start(tmp_path / "start")
     config = load_config(runs.ROOT / "configs" / "demo.yaml", changes)
     ratios = {}
-    for stage in ("verbalize", "interact", "sft"):
+    for stage in config.stages if case != "own output, Jensen-Shannon" else ("verbalize", "interact"):
         measured = live_bytes.measure(config, stage, monkeypatch)
         assert measured.peak > 1.2 * measured.start > 0
         ratios[stage] = predicted(config, stage, measured).peak.total / measured.peak
@@ -207,6 +208,45 @@ def test_operations_by_hand(paper):
     layers = sum(map(sum, paper.models.shapes["student"].layers))
     assert sft["student backward"] - sft["student forward"] == pytest.approx(2 * 1024 * layers)
     assert "teacher forward" not in sft and "student verbalizers" not in sft
+
+
+def changed_step(paper, stage, **changes):
+    config = load_config(PAPER, {name.replace("__", "."): value for name, value in changes.items()})
+    models = copy.copy(paper.models)
+    models.config = config
+    return step_of(models, stage, setup_of(config, stage, 8), lambda shape: Batch(1, 1024, 64, 256 * 4))
+
+
+def test_operations_of_objectives_and_divergences_by_hand(paper):
+    """N 64, V 152064; 7 and 20 target layers; the models' last layers are reached where they are read."""
+    v, s, t = 64 * 152064, 3584, 8192
+    plain, own = changed_step(paper, "verbalize"), changed_step(paper, "verbalize", verbalize__objective="own_output")
+    assert operations(plain)["heads"] == pytest.approx(v * 4 * (7 * s + 20 * t))
+    assert operations(own)["heads"] == pytest.approx(v * 4 * (8 * s + 21 * t))
+    both = changed_step(paper, "verbalize", verbalize__objective="both")
+    assert operations(both) == operations(own)  # the answers are one more column of the same matrix
+    assert [spoken.shape.depth for spoken in own.roles.values()] == [28, 80]
+    assert walk(own).peak.total > walk(plain).peak.total
+    matching = 20 * 2 * (t + s) + 7 * 2 * s  # without gradient
+    for name, pair in (("reverse_kl", 2 * (t + s) + 4 * s), ("jsd", 4 * (t + s) + 4 * s)):
+        step = changed_step(paper, "interact", interact__divergence=name)
+        assert operations(step)["heads"] == pytest.approx(v * (matching + 8 * pair))
+        step = changed_step(paper, "interact", interact__divergence=name, interact__intermediate="none")
+        assert operations(step)["heads"] == pytest.approx(v * pair)
+        step = changed_step(paper, "interact", interact__divergence=name, interact__last="ce",
+                            matching__strategy="bottom", matching__k=3)  # fmt: skip
+        assert operations(step)["heads"] == pytest.approx(v * (matching + 21 * pair + 4 * s))
+
+
+def test_other_divergences_store_no_targets(paper):
+    """The matching's are gone before the pairs' own pass; the forward KL's stay, with the students', until backward."""
+    forward, jsd = (
+        walk(changed_step(paper, "interact", interact__divergence=name)) for name in ("forward_kl", "jsd")
+    )
+    assert forward.largest["targets"] == 4 * 64 * (21 * 3585 + 8 * 3584)
+    assert jsd.largest["targets"] == 4 * 64 * 20 * 3585
+    assert forward.held["targets"] == jsd.held["targets"] == 0
+    assert "KL backward" in dict(forward.moments) and "KL backward" not in dict(jsd.moments)
 
 
 def test_traffic_by_hand(paper):

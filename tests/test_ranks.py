@@ -36,13 +36,23 @@ def drawing(workspace, verbalized, output):
     return runs.write_config(tree, output.parent / f"{output.name}.yaml")
 
 
+def other(workspace, output, accumulation: int, **training):
+    """Config of a run with the objective, divergence and schedule that are not the paper's, and without sft."""
+    tree = plain(workspace, output, accumulation, **training) | {"stages": ["verbalize", "interact"]}
+    tree["verbalize"] = {"objective": "both"}
+    tree["interact"] = {"divergence": "jsd", "intermediate_schedule": "linear"}
+    return runs.write_config(tree, output.parent / f"{output.name}.yaml")
+
+
 @pytest.fixture(scope="module")
 def two_ranks(workspace, tmp_path_factory):
-    """All stages in `run`; beside it `whole`, for the test of drawn matches."""
+    """All stages in `run`; beside it `whole`, for the test of drawn matches, and `other`."""
     folder = tmp_path_factory.mktemp("ranks")
     tree = plain(workspace, folder / "run", 2, deepspeed=runs.zero3(), gradient_checkpointing=True)
     config = runs.write_config(tree, folder / "config.yaml")
-    runs.train_several("--fresh", ("all", config), ("interact", drawing(workspace, folder / "run", folder / "whole")))
+    whole = drawing(workspace, folder / "run", folder / "whole")
+    jobs = ("all", config), ("interact", whole), ("all", other(workspace, folder / "other", 2, deepspeed=runs.zero3()))
+    runs.train_several("--fresh", *jobs)
     return folder / "run"
 
 
@@ -63,6 +73,17 @@ def test_two_zero3_ranks_equal_one(two_ranks, one_rank, stage):
         assert two["rows"] == one["rows"]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert len(two["peak_memory_bytes"]) == 2
+
+
+def test_other_losses_on_two_ranks_equal_those_on_one(workspace, two_ranks, tmp_path):
+    """Heads are gathered for them, and the weight of the layers falls by the optimizer step."""
+    records = run(load_config(other(workspace, tmp_path / "other", 4)), "all")
+    assert list(records) == ["verbalize", "interact"]
+    for stage in records:
+        two, one = (runs.metrics(folder / "other", stage) for folder in (two_ranks.parent, tmp_path))
+        assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
+        assert [r.get("intermediate_weight") for r in two] == [r.get("intermediate_weight") for r in one]
+    assert one[4]["intermediate_weight"] == 0.5
 
 
 def test_torchrun_without_deepspeed_equals_one(workspace, one_rank, tmp_path):
