@@ -31,7 +31,7 @@ PREPARING, ASKING, SCORING, REPORT = (
     "Scoring the results",
     "Asking every layer, writing the report",
 )
-SECONDS = {PREPARING: 8, ASKING: 45, SCORING: 45, REPORT: 40}
+SECONDS = {PREPARING: 8, ASKING: 25, SCORING: 25, REPORT: 30}
 """About what the parts between the arms take on two cores."""
 
 
