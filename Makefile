@@ -1,8 +1,8 @@
-# make demo          distil a tiny model end to end, minutes on a laptop
+# make demo          distil a tiny model end to end, minutes on a laptop (DEMO_ARGS=--quick: the shortest)
 # make test          lint and the test suite, but for tests of a minute and more
 # make test-all      all of it
 # make docs          the documentation as a site, in site/
-# make demo-models   train the demo's teacher and student again, from scratch (an hour)
+# make demo-models   train the demo's teacher again, from scratch (ten minutes on a core)
 # All install what they need into $(VENV) first.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
@@ -12,11 +12,12 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TESTS ?= tests
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 
 .PHONY: demo test test-all lint docs install demo-models clean
 
 demo: install
-	$(BIN)/vlsi-fast demo --fresh
+	$(BIN)/vlsi-fast demo --fresh $(DEMO_ARGS)
 
 test: PYTEST_ARGS += -m "not slow"
 test test-all: install lint

@@ -8,6 +8,7 @@ setup(
     package_data={
         "vlsi_fast.demo": ["models/*/*", "example_run/*/*", "example_run/*/*/*"],
         "vlsi_fast.export": ["card.md"],
+        "vlsi_fast.planner": ["real_configs/*"],
         "vlsi_fast.paper": ["*.json"],
         "vlsi_fast.report": ["*.j2"],
     },

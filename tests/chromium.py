@@ -17,8 +17,15 @@ def find() -> str | None:
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
-def run(page: Path, script: str, folder: Path, width: int = 1100) -> tuple[object, list[str]]:
+def run(page: Path, script: str, folder: Path, width: int = 1100, dark: bool = False) -> tuple[object, list[str]]:
     """Open `page` with `script` behind its own, whose `return` value is handed back as JSON.
+
+    Args:
+        page: the file.
+        script: a function's body.
+        folder: for a copy and the browser's profile.
+        width: of the window, pixels; the browser makes none narrower than 500.
+        dark: what `prefers-color-scheme` says.
 
     Returns:
         That value, and what the page wrote to the console (errors included).
@@ -30,6 +37,7 @@ def run(page: Path, script: str, folder: Path, width: int = 1100) -> tuple[objec
     done = subprocess.run(
         [
             find(), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
             f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=5000",
             "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", copy.as_uri(),
         ],

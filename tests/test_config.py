@@ -386,3 +386,19 @@ def test_pixel_bounds_are_for_both_models_or_for_one(load):
     assert load(student={"max_pixels": 4096}, data={"min_pixels": 1024}).student.max_pixels == 4096
     with pytest.raises(ConfigError, match="data.max_pixels is for both models, teacher.max_pixels for one: remove one"):
         load(teacher={"max_pixels": 4096}, data={"max_pixels": 4096})
+
+
+# ---- what a file names ----
+
+
+def test_output_dir_that_is_a_file(load, tmp_path):
+    (tmp_path / "taken").write_text("")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(ConfigError, match="output_dir: .*taken is a file; name a folder"):
+            load({"output_dir": str(folder)})
+
+
+def test_a_tracker_that_does_not_exist(load):
+    with pytest.raises(ConfigError, match="report_to: transformers has no tracker 'wandbb'; did you mean wandb"):
+        load({"training.report_to": ["wandbb"]})
+    assert load({"training.report_to": ["wandb", "tensorboard"]}).training.report_to == ["wandb", "tensorboard"]

@@ -1,5 +1,7 @@
 """Config files that extend others: merging, relative paths, and what is wrong with a chain."""
 
+import time
+
 import pytest
 import tiny_runs as runs
 import yaml
@@ -72,3 +74,55 @@ def test_extends_gone_wrong(tmp_path, files, error, message):
     write_all(tmp_path, **files)
     with pytest.raises(error, match=message):
         load_config(tmp_path / "top.yaml")
+
+
+# ---- files that are none ----
+
+NINE = ", ".join
+LAUGHS = "\n".join(["a0: &a0 [x]"] + [f"a{i}: &a{i} [{NINE([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)])
+MERGES = "\n".join(["a0: &a0 {x: 1}"] + [f"a{i}: &a{i} {{<<: [{NINE([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 12)])
+CHAIN = "\n".join(["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 90)])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"\x89PNG\r\n\x1a\n\x00\xff", "is no text file in UTF-8"),
+        (b"seed: \x00", "is not valid YAML"),
+        (LAUGHS.encode(), "aliases come to more than 100,000 values"),
+        (MERGES.encode(), "aliases come to more than 100,000 values"),
+        (CHAIN.encode(), "nested deeper than 50"),
+        (b"a: &a [*a]", "an alias stands inside of what it names"),
+        (b"[" * 100_000, "nested deeper than 50"),
+        (b"? [a]\n: b", "is not valid YAML"),
+        (b"seed: 2024-13-45", "is not valid YAML"),
+        (b"seed: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        (b"#" * (2**22 + 1), "4.0 MiB, a config has a few KiB: is it a file of rows"),
+    ],
+    ids=["image", "zero", "laughs", "merges", "chain", "circle", "deep", "key", "date", "object", "large"],
+)
+def test_a_file_that_is_no_config(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+    (tmp_path / "top.yaml").write_text(yaml.safe_dump(TREE | {"teacher": {"path": "x"}, "data": {"train": str(path)}}))
+    with pytest.raises(ConfigError, match=message):  # as a mix file
+        load_config(tmp_path / "top.yaml")
+    assert time.monotonic() - began < 5
+
+
+def test_a_folder_is_no_config_and_a_byte_order_mark_is_none_of_it(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_config(tmp_path)
+    tree = yaml.safe_dump(TREE | {"teacher": {"path": "x"}})
+    (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbf" + tree.encode())
+    assert load_config(tmp_path / "marked.yaml").student.path == "small"
+
+
+def test_aliases_may_be_used(tmp_path):
+    lines = "\n".join(["output_dir: x", "teacher: &m {path: big}", "student: {<<: *m, layers: &l [1, 2]}"])
+    (tmp_path / "c.yaml").write_text(lines + "\ndata: {train: [{reader: easy_vqa}]}\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert (config.student.path, config.student.layers) == ("big", [1, 2])

@@ -8,6 +8,7 @@ from itertools import product
 from typing import get_args
 
 import pytest
+import tiny_demo
 import tiny_families
 import tiny_runs as runs
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 from vlsi_fast.cli import main
 from vlsi_fast.data.processors import load_processor
 from vlsi_fast.data.sources import DataConfig, SourceConfig, build_source
-from vlsi_fast.demo.models import MODELS
+from vlsi_fast.demo.pictures import facts
 from vlsi_fast.evaluation.answers import answer_rows
 from vlsi_fast.evaluation.arguments import READERS
 from vlsi_fast.evaluation.intervals import mcnemar, paired_difference, wilson
@@ -165,11 +166,12 @@ def test_types_come_from_the_rows_own_column(tmp_path):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run of which only the end is there: the demo's student as trained student, and a record."""
+    """A run of which only the end is there: the demo's untrained student as trained student, and a record."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "sft").mkdir()
-    (folder / "sft" / "student").symlink_to(MODELS / "student")
-    data = {"train": [{"reader": "easy_vqa"}], "eval": [{"reader": "easy_vqa", "split": "test", "limit": 40}]}
+    tiny_demo.make_student(folder / "sft" / "student")
+    drawings = tiny_demo.write_drawings(folder / "drawings", 14) | {"type_column": "kind"}
+    data = {"train": [{"reader": "easy_vqa"}], "eval": [drawings]}
     config = {"output_dir": str(folder), "teacher": {"path": "t"}, "student": {"path": "s"}, "data": data}
     write_record(folder / "sft", {"stage": "sft", "state": "finished", "config": config})
     return folder
@@ -182,30 +184,29 @@ def evaluate(capsys, *words) -> dict:
 
 def test_a_run_and_a_model_side_by_side(run_folder, tmp_path, capsys):
     """Every number told follows from the answers written."""
-    pytest.importorskip("easy_vqa")
-    file = tmp_path / "answers.jsonl"
-    words = ["--run", run_folder, "--model", MODELS / "teacher", "--predictions", file, "--max-new-tokens", 4]
-    found = evaluate(capsys, *words, "--batch-size", 16, "--limit", 30)
+    file, teacher_name = tmp_path / "answers.jsonl", str(tiny_demo.TEACHER)
+    words = ["--run", run_folder, "--model", teacher_name, "--predictions", file, "--max-new-tokens", 64]
+    found = evaluate(capsys, *words, "--batch-size", 8, "--limit", 12)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    student, teacher = (
-        [line for line in lines if line["model"] == str(name)] for name in (run_folder, MODELS / "teacher")
-    )
-    assert len(student) == len(teacher) == 30 and [r["id"] for r in student] == [r["id"] for r in teacher]
-    for name, rows in ((str(run_folder), student), (str(MODELS / "teacher"), teacher)):
-        score = found["models"][name]["exact_match"]
-        right = [row["prediction"].strip() == row["answer"] for row in rows]
-        assert (score["correct"], score["rows"]) == (sum(right), 30) and score["interval"] == list(
-            wilson(sum(right), 30)
-        )
-        for kind in ("yes/no", "other"):
+    student, teacher = ([line for line in lines if line["model"] == name] for name in (str(run_folder), teacher_name))
+    assert len(student) == len(teacher) == 12 and [r["id"] for r in student] == [r["id"] for r in teacher]
+    for name, rows in ((str(run_folder), student), (teacher_name, teacher)):
+        score = found["models"][name]["exact_facts"]
+        right = [facts(row["prediction"]) == facts(row["answer"]) for row in rows]
+        assert (score["correct"], score["rows"]) == (sum(right), 12)
+        assert score["interval"] == list(wilson(sum(right), 12))
+        kinds = sorted({row["type"] for row in rows})
+        assert len(kinds) > 1 and sorted(score["by_type"]) == kinds
+        for kind in kinds:
             mine = [r for r, row in zip(right, rows) if row["type"] == kind]
             assert (score["by_type"][kind]["correct"], score["by_type"][kind]["rows"]) == (sum(mine), len(mine))
-        assert list(score["by_source"]) == ["easy_vqa:test"]
-    (difference,) = [each for each in found["differences"] if each["metric"] == "exact_match"]
-    pairs = [(s["exact_match"], t["exact_match"]) for s, t in zip(student, teacher)]
+        assert list(score["by_source"]) == ["drawings.jsonl"]
+        assert found["models"][name]["facts_f1"]["mean"] == pytest.approx(sum(r["facts_f1"] for r in rows) / 12)
+    (difference,) = [each for each in found["differences"] if each["metric"] == "exact_facts"]
+    pairs = [(bool(s["exact_facts"]), bool(t["exact_facts"])) for s, t in zip(student, teacher)]
     counts = pairs.count((True, False)), pairs.count((False, True))
     assert (difference["only_first"], difference["only_second"]) == counts and counts[1] > 0
-    assert difference["difference"] == (counts[1] - counts[0]) / 30 and difference["p"] == mcnemar(*counts)
+    assert difference["difference"] == (counts[1] - counts[0]) / 12 and difference["p"] == mcnemar(*counts)
     assert found["models"][str(run_folder)]["path"] == str(run_folder / "sft" / "student")
 
 
@@ -222,8 +223,8 @@ def test_sources_are_told_apart_limited_and_printed(tmp_path, capsys):
     tree = {"teacher": {"path": "t"}, "student": {"path": "s"}, "output_dir": "o"}
     tree["data"] = {"train": [{"reader": "easy_vqa"}], "eval": sources}
     config = runs.write_config(tree, tmp_path / "c.yaml")
-    words = ["--model", MODELS / "student", "--config", config, "--limit", 2]
-    found = evaluate(capsys, *words)["models"][str(MODELS / "student")]
+    words = ["--model", tiny_demo.TEACHER, "--config", config, "--limit", 2, "--max-new-tokens", 4]
+    found = evaluate(capsys, *words)["models"][str(tiny_demo.TEACHER)]
     assert found["skipped"] == {"missing_image": 2} and found["exact_match"]["rows"] == 2
     assert {name: each["rows"] for name, each in found["exact_match"]["by_source"].items()} == {
         "a.json": 1,
@@ -231,11 +232,11 @@ def test_sources_are_told_apart_limited_and_printed(tmp_path, capsys):
     }
     assert main(["eval", *map(str, words)]) == 0
     text = capsys.readouterr().out
-    assert "a.json" in text and "2 rows could not be used (missing_image 2)" in text and "student" in text
+    assert "a.json" in text and "2 rows could not be used (missing_image 2)" in text and "teacher" in text
 
 
 def test_bad_input_says_what_to_do(run_folder, tmp_path, capsys):
-    model = ("--model", str(MODELS / "student"))
+    model = ("--model", str(tiny_demo.TEACHER))
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"instruction": "red?", "output": "no", "image": "gone.png"}]))
     data = ("--data", str(rows), "--reader", "qa")

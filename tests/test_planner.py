@@ -4,23 +4,27 @@ import copy
 import dataclasses
 import json
 import math
+import time
 from functools import partial
 from types import SimpleNamespace
 
 import live_bytes
 import pytest
 import real_shapes
+import tiny_demo
 import tiny_runs as runs
 import torch
 
+from vlsi_fast import hub
+from vlsi_fast.backbones import FAMILIES
 from vlsi_fast.cli import main
-from vlsi_fast.config import ConfigError, LoraSettings, RunConfig, load_config
-from vlsi_fast.loading import load_backbone
+from vlsi_fast.config import BackboneConfig, ConfigError, LoraSettings, RunConfig, load_config
+from vlsi_fast.loading import load_backbone, resolve_folder
 from vlsi_fast.planner.arguments import Machine, parse_size
 from vlsi_fast.planner.build import Models, setup_of, step_of
 from vlsi_fast.planner.memory import Batch, Setup, held
 from vlsi_fast.planner.report import largest
-from vlsi_fast.planner.shapes import model_shape, shards
+from vlsi_fast.planner.shapes import model_shape, read_config, shards, shipped_config
 from vlsi_fast.planner.speed import communication_seconds, operations, speed, traffic
 from vlsi_fast.planner.walk import walk
 
@@ -154,17 +158,17 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_predicted_peak_is_within_a_tenth_of_the_measured(tmp_path, monkeypatch, case):
-    """The demo's models and data, one optimizer step of each stage, one process (no ZeRO), float32.
+    """Models a little larger than the demo's, an optimizer step of each stage, one process (no ZeRO), float32.
 
     Compared: the largest sum of bytes alive (`live_bytes`) and the planner's, told the step's true rows, lengths,
     answer tokens and patches. Nothing in the planner was fitted to these numbers.
     """
-    changes = {"output_dir": str(tmp_path), "training.report_to": [], "training.deepspeed": None, **CASES[case]}
+    changes = {"output_dir": str(tmp_path), "training.report_to": [], "training.deepspeed": None,
+               "training.per_device_train_batch_size": 32, **CASES[case]}  # fmt: skip
     for stage in ("verbalize", "interact", "sft"):
         changes[f"{stage}.training.max_steps"] = 2
+    changes |= tiny_demo.start(tmp_path / "start")
     config = load_config(runs.ROOT / "configs" / "demo.yaml", changes)
-    for name in ("teacher", "student"):
-        getattr(config, name).path = str(runs.ROOT / getattr(config, name).path)
     ratios = {}
     for stage in config.stages if case != "own output, Jensen-Shannon" else ("verbalize", "interact"):
         measured = live_bytes.measure(config, stage, monkeypatch)
@@ -414,3 +418,53 @@ def test_offload_leaves_the_gpu(paper):
     step = step_of(paper.models, "sft", make(zero=zero), lambda shape: Batch(1, 64, 8, 0))
     found = held(step.roles, make(zero=zero), step.batches)
     assert found.get("optimizer", 0) == found.get("parameters", 0) == 0
+
+
+# ---- without a network ----
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """A Hub that does not answer, and an empty cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://192.0.2.1")  # an address that routes nowhere
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    hub.reachable.cache_clear()
+    yield
+    hub.reachable.cache_clear()
+
+
+def test_every_shipped_system_has_its_facts_in_the_package():
+    for path in (runs.ROOT / "configs").glob("*.yaml"):
+        config = load_config(path)
+        for name in (config.teacher.path, config.student.path):
+            if name.split("/")[0] in ("Qwen", "llava-hf"):
+                fields = json.loads(shipped_config(name).read_text())
+                assert fields["model_type"] in FAMILIES
+    assert shipped_config("Qwen/Qwen9") is None
+
+
+def test_shipped_systems_are_planned_without_a_network(no_network, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.hf_hub_download", None)  # nothing is asked for
+    began = time.monotonic()
+    shapes = [read_config(BackboneConfig(path=f"Qwen/Qwen2-VL-{size}-Instruct"), "student") for size in ("2B", "72B")]
+    assert [config.get_text_config().hidden_size for config in shapes] == [1536, 8192]
+    assert time.monotonic() - began < 1
+
+
+def test_a_model_that_is_nowhere_is_told_within_a_second(no_network, tmp_path):
+    hub.options("warm/up")  # imports
+    hub.reachable.cache_clear()
+    began = time.monotonic()
+    message = "some/model is not on this machine, and 192.0.2.1 does not answer: fetch it .*--student-config FILE"
+    with pytest.raises(ConfigError, match=message):
+        read_config(BackboneConfig(path="some/model"), "student")
+    with pytest.raises(FileNotFoundError, match="hf download some/model"):
+        resolve_folder("some/model", "student.path")
+    assert time.monotonic() - began < 1.9
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        read_config(BackboneConfig(path="x"), "student", str(tmp_path))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlsi_fast import preflight
 from vlsi_fast.cli import main
-from vlsi_fast.config import load_config
+from vlsi_fast.config import ConfigError, load_config
 from vlsi_fast.stages import run
 
 Usage = namedtuple("Usage", "total used free")
@@ -214,6 +214,65 @@ def test_command(workspace, tmp_path, capsys, models):
     found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert found["image tokens"]["status"] == "FAILURE" and found["image tokens"]["fix"]
     assert main(["check", "--config", str(tmp_path / "none.yaml")]) == 2
+
+
+# ---- said before anything is loaded ----
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    def loaded(*arguments, **options):
+        raise AssertionError("a model's files were opened")
+
+    monkeypatch.setattr("vlsi_fast.stages.common.load_model_config", loaded)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"training.deepspeed": "nope.json"}, ConfigError, "file nope.json does not exist; configs/zero3.json"),
+        ({"training.deepspeed": "README.md"}, ConfigError, "README.md is not valid JSON"),
+        ({"training.report_to": ["wandb"]}, ConfigError, "the package of wandb is not installed; pip install it"),
+        ({"data.eval": [{"reader": "llava", "path": "none.json"}]}, FileNotFoundError, r"data.eval\[0\]: .*none.json"),
+        ({"data.eval": [{"reader": "hf", "path": "none/*.parquet"}]}, FileNotFoundError, "remove the source"),
+    ],
+)
+def test_what_a_stage_would_miss_too_late(workspace, tmp_path, nothing_is_loaded, monkeypatch, changes, error, message):
+    import transformers.integrations
+
+    monkeypatch.chdir(runs.ROOT)
+    monkeypatch.setattr(transformers.integrations, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(error, match=message):
+        run(config_of(workspace, tmp_path, changes), "verbalize")
+
+
+def test_sources_are_named_once_and_those_of_eval_are_opened(workspace, tmp_path):
+    missing = [{"reader": "messages", "path": str(tmp_path / "none.jsonl")}]
+    config = config_of(workspace, tmp_path, {"data.train": missing})
+    detail = only_failure(results_of(config), "data").detail
+    assert detail == f"data.train[0].path: {tmp_path / 'none.jsonl'} does not exist or is not a file"
+    (tmp_path / "none.jsonl").write_text("no rows\n")
+    rows = [{"reader": "messages", "path": str(workspace / "rows.jsonl")}]
+    config = config_of(workspace, tmp_path, {"data.train": rows, "data.eval": rows + missing})
+    detail = only_failure(results_of(config), "data").detail
+    assert detail.count("data.eval[1]") == 1
+
+
+def test_small_numbers_are_told_apart(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    detail = only_failure(results_of(config_of(workspace, tmp_path)), "disk space").detail
+    assert detail.startswith("1000 B free at") and "0.0" not in detail and detail.endswith("MiB")
+
+
+def test_a_student_larger_than_its_teacher(workspace, tmp_path, capsys):
+    swapped = {"student.path": str(workspace / "teacher"), "teacher.path": str(workspace / "student")}
+    swapped |= {"student.layers": [1], "teacher.layers": [1]}
+    config = config_of(workspace, tmp_path, swapped | {"training.max_steps": 1})
+    result = results_of(config)["model sizes"]
+    assert result.status == preflight.NOTICE and "are student.path and teacher.path swapped?" in result.detail
+    run(config, "verbalize")
+    assert capsys.readouterr().err.count("teacher.path swapped?") == 1
+    assert results_of(config_of(workspace, tmp_path))["model sizes"].status == preflight.PASS
 
 
 def test_help_needs_no_torch():

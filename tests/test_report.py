@@ -141,11 +141,12 @@ def test_verbalization_losses_at_the_papers_shares(run):
 
 
 def test_cost_adds_up(run):
-    (first, *_), summary = collect.cost(run), collect.accuracies(run)
+    (first, *_), old = collect.cost(run), collect.demo_scores(run)
     assert first["optimizer_steps"] == STEPS and first["rows"] == 8 * STEPS and first["ranks"] == 2
     assert first["peak_memory_bytes"] == 2**31 and first["skipped_rows"] == 2 and first["device"] == "cuda"
     assert first["tokens_per_second"] == pytest.approx(1000) and first["data_wait_share"] == pytest.approx(0.25)
-    assert summary[0]["student after sft alone (control)"] == 0.875
+    assert old["scores"]["student after sft alone (control)"] == [{"mean": 0.875, "interval": None}]
+    assert old["metrics"] == ["exact match"] and old["questions"] == 1234
 
 
 def test_settings_tell_what_differs(run, tmp_path):
@@ -158,10 +159,10 @@ def test_settings_tell_what_differs(run, tmp_path):
 
 def test_results_of_eval(run, tmp_path):
     answers = [Answer(id=str(i), question="?", answer="red", prediction="red" if i < 3 else "blue", type="other",
-                      source="rows") for i in range(4)]  # fmt: skip
+                      source="rows", scores={"exact_match": i < 3}) for i in range(4)]  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps(summarise({"mine": answers}, {"mine": {}})))
     (found,) = collect.read_results(tmp_path / "a.json")
-    assert (found["name"], found["accuracy"], found["rows"]) == ("mine", 0.75, 4)
+    assert (found["name"], found["mean"], found["rows"]) == ("mine", 0.75, 4)
     text = write_report([run.folder], tmp_path / "page.html", [tmp_path / "a.json"], samples=0).read_text()
     assert "75.00%" in text and f"{100 * found['interval'][0]:.2f}% to" in text
     for bad in ("{}", "no json", "[1]", '{"models": {"mine": {}}}'):
@@ -234,6 +235,45 @@ def test_slider_moves_in_a_browser(run, page, tmp_path, width):
     assert found["frames"]["0"]["cells"] != found["frames"]["39"]["cells"]
 
 
+LAYOUT = """
+document.querySelectorAll("details").forEach(d => d.open = true);
+const wide = [...document.querySelectorAll(".scroll")].filter(s => s.scrollWidth > s.clientWidth + 1);
+const out = [...document.querySelectorAll("section.card *")].filter(e => {
+  const card = e.closest("section.card").getBoundingClientRect(), box = e.getBoundingClientRect();
+  return !e.closest(".scroll") && box.width && box.right > card.right + 1;
+});
+const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+const rgb = (...colours) => {  // painted one over another
+  canvas.clearRect(0, 0, 1, 1);
+  for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+};
+const light = values => {
+  const [r, g, b] = values.map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+let faint = [];
+for (const e of document.querySelectorAll("body *")) {
+  if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || !e.getClientRects().length) continue;
+  const backs = [];
+  for (let up = e; up; up = up.parentElement) backs.unshift(getComputedStyle(up).backgroundColor);
+  const back = rgb("#fff", ...backs), [a, b] = [light(back), light(rgb(getComputedStyle(e).color))];
+  if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 3) faint.push(e.outerHTML.slice(0, 100));
+}
+const dark = light(rgb("#fff", getComputedStyle(document.body).backgroundColor)) < 0.1;
+return { wide: wide.map(s => s.innerText.slice(0, 60)), out: out.map(e => e.outerHTML.slice(0, 100)), faint, dark };
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width,dark", [(500, True), (800, False), (1400, True), (1400, False)])
+def test_nothing_is_cut_and_all_is_readable(page, tmp_path, width, dark):
+    """By day and by night; tables of settings may be wider than a narrow window, and scroll."""
+    found, console = chromium.run(page, LAYOUT, tmp_path, width, dark)
+    assert console == [] and found["dark"] == dark and found["out"] == [] and found["faint"] == []
+    assert [text for text in found["wide"] if "output_dir" not in text and "torch" not in text] == []
+
+
 @needs_browser
 def test_two_runs_compared_in_a_browser(run, tmp_path):
     other = make_run(tmp_path / "second", seed=1, interact={"temperature": 2.0})
@@ -254,8 +294,9 @@ def test_a_broken_script_is_noticed(page, tmp_path):
 # ---- what layers say ----
 
 
-def test_samples_are_the_speakers_words(workspace, finished_run):
+def test_samples_are_the_speakers_words(workspace, finished_run, monkeypatch):
     run = open_run(finished_run)
+    monkeypatch.setattr(samples, "CANDIDATES", 1)  # the rows themselves, none chosen
     found = samples.what_layers_say(run, 2, max_new_tokens=3)
     assert found["reason"] == "" and [r["models"] for r in found["rows"]] == [MODELS] * 2
     speaker = open_speaker(run.student, run.verbalizers("student"))
@@ -266,6 +307,35 @@ def test_samples_are_the_speakers_words(workspace, finished_run):
     column = {r["layer"]: r["cells"][1] for r in found["rows"][0]["rows"]}
     assert {s.layer or "answer": s.text for s in said} == {k: c["text"] for k, c in column.items() if c}
     assert column[5] is None, "the student has no target layer 5"
+
+
+def test_the_telling_rows_are_chosen(workspace, finished_run, monkeypatch):
+    """Of many questions those where the distilled student gains most over the base student; ties: the second score."""
+    gains = {"image 2?": (0.0, 0.2), "image 8?": (1.0, 0.1), "image 20?": (0.0, 0.9)}
+
+    def invented(speaker, questions, _):
+        found = [gains.get(q["question"].removeprefix("What is in "), (0.0, 0.0)) for q in questions]
+        return found if "distilled" in asked else [(0.0, 0.0)] * len(questions)
+
+    asked, opened = [], samples._open
+    monkeypatch.setattr(samples, "_open", lambda run, name: asked.append(name) or opened(run, name))
+    monkeypatch.setattr(samples, "_own_scores", invented)
+    found = samples.what_layers_say(open_run(finished_run), 2, max_new_tokens=1)
+    assert [row["question"][-9:].strip() for row in found["rows"]] == ["image 8?", "image 20?"]
+    assert found["chosen_of"] == 24
+    shares = [cell for row in found["rows"][0]["rows"] for cell in row["cells"] if cell]
+    assert all(0 <= cell["share"] <= 1 and cell["right"] is False for cell in shares)
+    assert found["rows"][0]["shade"] == "relaxed accuracy (numbers may be 5% off)"
+
+
+def test_a_models_own_scores_are_its_answers(workspace, finished_run):
+    run = open_run(finished_run)
+    questions = samples._questions(run, 3)
+    speaker = samples._open(run, "distilled")
+    for question in questions[:2]:
+        (speech,) = speaker.speak(question["images"], question["question"], layers=[None], max_new_tokens=3)
+        question["answer"] = speech.text
+    assert samples._own_scores(speaker, questions, 3) == [(1.0, 1.0), (1.0, 1.0), (0.0, 0.0)]
 
 
 def test_a_model_that_does_not_fit_is_left_out(finished_run, monkeypatch):

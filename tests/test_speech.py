@@ -260,8 +260,8 @@ def test_bad_input():
         speaker.speak([], QUESTION, layers=[1, 3])
     with pytest.raises(ValueError, match="1 or more"):
         speaker.speak([], QUESTION, num_beams=0)
-    with pytest.raises(ValueError, match=r"special token <\|image_pad\|>"):
-        speaker.speak([], "what is <|image_pad|>?")
+    with pytest.raises(ValueError, match="no Unicode"):
+        speaker.speak([], "what is \ud800?")
     with pytest.raises(ValueError, match="headless"):
         speaker_of("qwen2_vl", output_size=48)
     with pytest.raises(ValueError, match="of width 32 .* do not fit a qwen2_vl of width 48"):

@@ -1,7 +1,7 @@
 """Every system of `configs/` at its real size on the meta device: where layers and head are, and how much is trained.
 
-The real configurations are in `real_configs/`; expected numbers here are worked out from the shapes by hand, or the
-paper's.
+The real configurations are in `vlsi_fast/planner/real_configs/`; expected numbers here are worked out from the shapes
+by hand, or the paper's.
 """
 
 import json
@@ -21,12 +21,12 @@ from vlsi_fast.cli import main
 from vlsi_fast.data.tokens import shared_tokens
 from vlsi_fast.loading import load_model_config, require_same_tokens, shared_rows, target_layers
 from vlsi_fast.planner.build import Models
+from vlsi_fast.planner.shapes import REAL_CONFIGS
 from vlsi_fast.shrinking.checkpoint import shrunk_fields
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 ZERO3 = str(runs.ROOT / "configs" / "zero3.json")
-REAL = runs.ROOT / "tests" / "real_configs"
-TOYS = ("demo", "study")
+TOYS = ("demo", "study", "real_lm")
 SHRUNK = "qwen2vl_7b_shrunk_14"
 SYSTEMS = sorted(
     p.stem for p in (runs.ROOT / "configs").glob("*.yaml") if not p.stem.startswith(TOYS) and p.stem != SHRUNK
@@ -92,7 +92,7 @@ def read(name):
 
 @cache
 def real_config(path):
-    fields = json.loads((REAL / f"{path.replace('/', '__')}.json").read_text())
+    fields = json.loads((REAL_CONFIGS / f"{path.replace('/', '__')}.json").read_text())
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
@@ -176,7 +176,7 @@ def test_vision_of_the_real_models(path):
 
 def test_vision_of_the_large_qwen2_5_vl():
     """Its 72B has not been found to the digit, its 32B has, which differs in the text model alone."""
-    fields = json.loads((REAL / "Qwen__Qwen2.5-VL-72B-Instruct.json").read_text())
+    fields = json.loads((REAL_CONFIGS / "Qwen__Qwen2.5-VL-72B-Instruct.json").read_text())
     fields |= {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40}
     fields["vision_config"]["out_hidden_size"] = 5120
     with torch.device("meta"):
@@ -247,7 +247,7 @@ def test_decoder_verbalizers_of_the_real_models(path):
 @pytest.mark.parametrize("path", SHAPES)
 def test_config_of_a_shrunk_copy(path):
     """The real files, flat and nested: half the layers, their kinds, and nothing else."""
-    fields = json.loads((REAL / f"{path.replace('/', '__')}.json").read_text())
+    fields = json.loads((REAL_CONFIGS / f"{path.replace('/', '__')}.json").read_text())
     whole, depth = real_config(path), SHAPES[path][0]
     fields = shrunk_fields(fields, whole.get_text_config(), list(range(2, depth + 1, 2)))
     short = AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -264,7 +264,7 @@ def test_config_of_a_shrunk_copy(path):
 def shrunk_student(tmp_path):
     """What `vlsi-fast shrink` leaves of Qwen2-VL-7B with 14 layers, but for the weights."""
     path = "Qwen/Qwen2-VL-7B-Instruct"
-    fields = json.loads((REAL / f"{path.replace('/', '__')}.json").read_text())
+    fields = json.loads((REAL_CONFIGS / f"{path.replace('/', '__')}.json").read_text())
     kept = [1, 3, 5, 7, 9, 11, 13, 16, 18, 20, 22, 24, 26, 28]
     cut = shrunk_fields(fields, real_config(path).get_text_config(), kept)
     (tmp_path / "config.json").write_text(json.dumps(cut))
@@ -279,7 +279,7 @@ def test_the_shrunk_system(shrunk_student):
     text = (runs.ROOT / "configs" / f"{SHRUNK}.yaml").read_text()
     assert f"vlsi-fast shrink --model {config.teacher.path} --keep-layers 14 --out {config.student.path}\n" in text
     assert f"vlsi_fast/train.py --stage all --config configs/{SHRUNK}.yaml\n" in text
-    teacher = REAL / f"{config.teacher.path.replace('/', '__')}.json"
+    teacher = REAL_CONFIGS / f"{config.teacher.path.replace('/', '__')}.json"
     models = Models(config, {"student": str(shrunk_student), "teacher": str(teacher)})
     assert models.layers == {"student": [2, 6, 10], "teacher": [3, 11, 20]}
     _, _, d, f, q, kv, _ = SHAPES[config.teacher.path]
@@ -291,7 +291,7 @@ def test_the_shrunk_system(shrunk_student):
 
 
 def test_the_shrunk_system_fits_eight_80gb_gpus(shrunk_student, capsys):
-    teacher = REAL / "Qwen__Qwen2-VL-7B-Instruct.json"
+    teacher = REAL_CONFIGS / "Qwen__Qwen2-VL-7B-Instruct.json"
     words = ["plan", "--config", str(runs.ROOT / "configs" / f"{SHRUNK}.yaml"), "--teacher-config", str(teacher)]
     assert main([*words, "--training.deepspeed", ZERO3, "--student-config", str(shrunk_student), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -1,7 +1,8 @@
 """Questions to a stock checkpoint in batches: chat template, processor, stock `generate`, padded on the left.
 
 `vlsi-fast eval` and `vlsi-fast data answer` both ask this way; a row's answer is the one that it gets alone
-(`tests/test_evaluation.py`), but for the last bits of the logits, which another batch may round differently.
+(`tests/test_evaluation.py`), but for the last bits of the logits, which another batch may round differently. Special
+tokens that the text spells are read as text, as in training.
 """
 
 from __future__ import annotations
@@ -11,20 +12,29 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import BatchFeature
 
-from .data.encoding import render, tokenizer_options
-from .data.skipped import UnusableRow
+from .data.collate import join_vision
+from .data.encoding import check_characters, check_placeholders, encode_rendered
+from .data.plaintext import Rendered, render
+from .data.skipped import row_boundary
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A conversation up to where an answer starts."""
 
-    text: str
-    """As the chat template renders it, image tokens not expanded."""
+    rendered: Rendered
+    """As the chat template writes it, image tokens not expanded."""
     images: list[Image.Image]
 
+    @property
+    def text(self) -> str:
+        """What is asked, in the template's words."""
+        return self.rendered.plain
 
+
+@row_boundary()
 def make_prompt(processor, messages: list[dict], images: list[Image.Image]) -> Prompt:
     """Renders a conversation that ends with a user turn.
 
@@ -34,32 +44,47 @@ def make_prompt(processor, messages: list[dict], images: list[Image.Image]) -> P
         images: one for each image part, in order.
 
     Raises:
-        UnusableRow: the template fails, or the text itself holds an image or video token.
+        UnusableRow: the template fails, or the text cannot be told from its special tokens.
     """
-    text = render(processor, messages, prompt=True)
-    image_token = getattr(processor, "image_token", None)
-    found = len(images) if image_token is None else text.count(image_token)
-    if found != len(images):
-        raise UnusableRow("bad_row", f"{found} image tokens {image_token} in the prompt, but {len(images)} images")
-    for token in (getattr(processor, "video_token", None), getattr(processor, "audio_token", None)):
-        if token is not None and token in text:
-            raise UnusableRow("bad_row", f"the prompt holds {token}, but rows have no videos and no sound")
-    return Prompt(text, images)
+    check_characters(messages)
+    rendered = render(processor, messages, prompt=True)
+    check_placeholders(rendered, len(images), processor)
+    return Prompt(rendered, images)
 
 
-def encode_prompts(processor, prompts: list[Prompt]):
-    """Model inputs of B prompts: `input_ids` and `attention_mask` [B, T], padded on the left, vision tensors ..
+@row_boundary()
+def encode_prompt(processor, prompt: Prompt) -> dict[str, torch.Tensor]:
+    """Model inputs of one prompt: `input_ids` and `attention_mask` [1, T], vision tensors ..
 
     Raises:
-        ValueError: the processor refuses one of the images.
+        UnusableRow: the processor refuses one of the images, or fails on the row in any other way.
     """
-    processor.tokenizer.padding_side = "left"
-    # a list for each row that has images: LLaVA-OneVision treats several images of one row otherwise than one
-    images = [prompt.images for prompt in prompts if prompt.images]
-    options = tokenizer_options(processor, prompts[0].text)
-    return processor(
-        text=[prompt.text for prompt in prompts], images=images or None, padding=True, return_tensors="pt", **options
-    )
+    return encode_rendered(prompt.rendered, prompt.images, processor)
+
+
+def join_prompts(processor, rows: list[dict[str, torch.Tensor]]) -> BatchFeature:
+    """Model inputs of B encoded prompts together.
+
+    Returns:
+        `input_ids` and `attention_mask` [B, T], and whatever else has one value a token, padded on the left; vision
+        tensors joined along their first axis.
+    """
+    vision = set(processor.image_processor.model_input_names)
+    length, batch = max(row["input_ids"].shape[1] for row in rows), {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        found = [row[name] for row in rows if name in row]
+        if name in vision:
+            batch[name] = join_vision(found)
+            continue
+        value = processor.tokenizer.pad_token_id if name == "input_ids" else 0
+        pad = torch.nn.functional.pad
+        batch[name] = torch.cat([pad(each, (length - each.shape[1], 0), value=value) for each in found])
+    return BatchFeature(batch)
+
+
+def encode_prompts(processor, prompts: list[Prompt]) -> BatchFeature:
+    """`join_prompts` of B prompts. Raises UnusableRow where the processor refuses one of them."""
+    return join_prompts(processor, [encode_prompt(processor, prompt) for prompt in prompts])
 
 
 @torch.inference_mode()

@@ -10,14 +10,24 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 
 from . import __version__
 from .config_files import ConfigError
+from .terminal import hush, say
 
-OF_ONE_RANK = ("AnswerMismatchError", "NoUsableRowError", "DiskFullError", "UnsafeFileError")
+OF_ONE_RANK = ("AnswerMismatchError", "NoUsableRowError", "SpecialTokenError", "DiskFullError", "UnsafeFileError")
 """Errors that one rank alone may meet, and then says."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+DESCRIPTION = """Distil a large vision-language model into a small one with VLsI.
+
+In Python:
+    from vlsi_fast import load_config, run
+    run(load_config("configs/demo.yaml"), stage="all")"""
 STAGE_CHOICES = ("verbalize", "interact", "sft", "all")
 
 
@@ -40,7 +50,7 @@ class Command:
 
 COMMANDS = (
     Command(
-        "demo", "distil a tiny model end to end on easy-VQA, minutes on a laptop",
+        "demo", "distil a tiny model that describes drawings, end to end, minutes on a laptop",
         ".demo.run:add_arguments", ".demo.run:main",
         "vlsi-fast demo --fresh",
     ),
@@ -95,7 +105,7 @@ COMMANDS = (
     Command(
         "eval", "score checkpoints on your rows, or on the paper's benchmarks",
         ".evaluation.arguments:add_arguments", ".evaluation.command:main",
-        "vlsi-fast eval --run runs/demo --model vlsi_fast/demo/models/student\n"
+        "vlsi-fast eval --run runs/demo --model runs/demo/start/student\n"
         "  vlsi-fast eval --model Qwen/Qwen2-VL-2B-Instruct --data rows.jsonl --reader messages\n"
         "  vlsi-fast eval --run runs/mine --benchmarks mmb,mmmu,mmstar",
         takes_overrides=True,
@@ -120,28 +130,66 @@ COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `vlsi-fast` with all commands."""
-    parser = argparse.ArgumentParser(prog="vlsi-fast", description=__import__("vlsi_fast").__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="vlsi-fast",
+        description=DESCRIPTION,
+        epilog="vlsi-fast COMMAND --help tells more of each, with an example.",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"vlsi-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:
         child = commands.add_parser(
             command.name,
             help=command.summary,
             description=command.summary[0].upper() + command.summary[1:] + ".",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
         )
         _named(command.options)(child)
         child.epilog = f"example:\n  {command.examples}"
         if command.takes_overrides:
             child.epilog = f"any option of the config can be overridden: --section.field VALUE\n\n{child.epilog}"
+        _add_verbose(child)
     return parser
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions and examples keep their lines, and every command has its summary beside it."""
+
+    def __init__(self, prog: str, **options):
+        super().__init__(prog, max_help_position=26, **options)
+
+    def add_argument(self, action):
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):  # argparse forgets that their names are indented
+            self._action_max_length += 2
+
+
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    """`--verbose`, wherever among a command's words it stands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                _add_verbose(child)
+    parser.add_argument(
+        "--verbose", action="store_true", default=argparse.SUPPRESS, help="show all that the libraries have to say"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The `vlsi-fast` command. Returns the exit code."""
     parser = build_parser()
-    arguments, overrides = parser.parse_known_args(argv)
+    try:
+        arguments, overrides = parser.parse_known_args(argv)
+    except BrokenPipeError:
+        return _reader_left()
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    if "verbose" not in arguments:
+        hush()
     command = next(c for c in COMMANDS if c.name == arguments.command)
     if overrides and not command.takes_overrides:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
@@ -149,6 +197,17 @@ def main(argv: list[str] | None = None) -> int:
         return _named(command.main)(arguments, overrides)
     except (ConfigError, FileNotFoundError) as error:
         return report(error, 2)
+    except KeyboardInterrupt:
+        say("stopped")
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _reader_left()
+
+
+def _reader_left() -> int:
+    """The reader of our output (`| head`) has had enough: no error, and nothing more to write at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _named(path: str):
@@ -160,7 +219,7 @@ def report(error: Exception, code: int) -> int:
     """Errors whose message is the whole story: no traceback, and once a machine."""
     # What every rank finds is said once a machine; what one rank's rows did, by that rank.
     if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in OF_ONE_RANK:
-        print(f"vlsi-fast: {error}", file=sys.stderr, flush=True)
+        say(str(error))
     return code
 
 
@@ -171,16 +230,15 @@ class _ListOptions(argparse.Action):
     """`--options`: print every option of the config with its default and meaning."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        from rich.console import Console
-        from rich.table import Table
-
         from .config import RunConfig, field_names
 
-        table = Table("option", "default", "meaning")
+        width = max(40, shutil.get_terminal_size().columns - 2)
         for name, info in field_names(RunConfig).items():
             default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
-            table.add_row(f"--{name}", default, " ".join((info.description or "").split()))
-        Console().print(table)
+            print(f"--{name}   (default: {default})" if default != "required" else f"--{name}   (required)")
+            meaning = " ".join((info.description or "").split())
+            lines = textwrap.wrap(meaning, width - 4, break_long_words=False, break_on_hyphens=False)
+            print(textwrap.indent("\n".join(lines), "    "))
         parser.exit()
 
 
@@ -202,7 +260,11 @@ def train_main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add_train_arguments(parser)
-    return train(*parser.parse_known_args(argv))
+    _add_verbose(parser)
+    arguments, overrides = parser.parse_known_args(argv)
+    if "verbose" not in arguments:
+        hush()
+    return train(arguments, overrides)
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -213,9 +275,32 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         config = load_config(arguments.config, overrides)
     except (ConfigError, FileNotFoundError) as error:
         return report(error, 2)
+    try:
+        return _train(config, arguments)
+    except KeyboardInterrupt:
+        report(KeyboardInterrupt(_where(config)), INTERRUPTED)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            os._exit(INTERRUPTED)  # the other ranks are gone, or wait in a collective: no tidy end is to be had
+        return INTERRUPTED
+
+
+def _where(config) -> str:
+    """Where Ctrl-C found a run, and where it goes on from."""
+    from .checkpoints import last_checkpoint
+
+    place = sys.modules["vlsi_fast.watch"].watch.place if "vlsi_fast.watch" in sys.modules else ""
+    stage = next((name for name in STAGE_CHOICES if place.startswith(f"stage {name},")), None)
+    if stage is None:
+        return "stopped before training"
+    checkpoint = last_checkpoint(config.stage_dir(stage))
+    begun = f"step {checkpoint.rsplit('-', 1)[1]}" if checkpoint else "the start of that stage"
+    return f"stopped in {place}; continue from {begun} with --resume"
+
+
+def _train(config, arguments: argparse.Namespace) -> int:
     import torch
 
-    from .data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
+    from .data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows
     from .disk import DiskFullError
     from .lineage import LineageError
     from .stages import NonFiniteLossError, run
@@ -224,7 +309,9 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         run(config, arguments.stage, arguments.resume)
     except (ConfigError, LineageError, FileNotFoundError) as error:
         return report(error, 2)
-    except (AnswerMismatchError, NoUsableRowError, NonFiniteLossError, TooManySkippedRows, DiskFullError) as error:
+    except (AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows) as error:
+        return report(error, 1)
+    except (NonFiniteLossError, DiskFullError) as error:
         return report(error, 1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .config_files import ConfigError, apply_override, parse_overrides, read_tree
 from .data.sources import DataConfig
+from .named_files import require_folder
 
 STAGES = ("verbalize", "interact", "sft")
 QUANTIZED = ("int8", "nf4")
@@ -197,6 +198,12 @@ class TrainingConfig(Section):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if self.group_by_length and getattr(self, name) == 1:
                 raise ValueError(f"group_by_length changes nothing where {name} is 1; raise that, or set it to false")
+        if set(self.report_to) - {"tensorboard"}:  # as below: seconds of import that most configs do not need
+            from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+            for name in self.report_to:
+                if name not in (known := {*INTEGRATION_TO_CALLBACK, "all", "none"}):
+                    raise ValueError(f"report_to: transformers has no tracker {name!r}{nearest(name, known)}")
         if self.extra:
             from transformers import TrainingArguments  # seconds of import that most configs do not need
 
@@ -500,6 +507,8 @@ def load_config(path: str | Path, overrides: list[str] | dict[str, Any] = ()) ->
     for name, value in pairs.items():
         apply_override(tree, name, value)
     try:
-        return RunConfig(**tree)
+        config = RunConfig(**tree)
     except ValidationError as error:
         raise ConfigError(f"{path}:\n{explain(error, RunConfig)}") from None
+    require_folder(config.output_dir)
+    return config

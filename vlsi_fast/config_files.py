@@ -8,9 +8,17 @@ from typing import Any
 
 import yaml
 
+from .sizes import format_size
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run. The message names the field and the fix."""
+
+
+MAX_BYTES = 4 * 2**20
+"""Of a config or mix file; PyYAML reads about a megabyte in ten seconds."""
+MAX_VALUES, MAX_DEPTH = 100_000, 50
+"""Values that a file may come to once its aliases are written out, and how deep they may be nested."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -22,6 +30,76 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ConfigError: too large, not text, not YAML, or YAML that comes to more than `MAX_VALUES`.
+    """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ConfigError(
+            f"{path} has {format_size(size)}, a config has a few KiB: is it a file of rows? Those go into data.train"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text file in UTF-8 ({error}); give a YAML file") from None
+    return parse_yaml(text, f"{path} is not valid YAML")
+
+
+def parse_yaml(text: str, wrong: str) -> Any:
+    """YAML text as mappings, lists and values.
+
+    Aliases are counted before anything is made of them: nine nested lists of nine aliases each are 9^9 values.
+
+    Args:
+        text: one document.
+        wrong: begins the message of every error.
+
+    Raises:
+        ConfigError: what is wrong with it.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count(node, {}, wrong)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{wrong}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{wrong}: nested deeper than {MAX_DEPTH}") from None
+    except (ValueError, TypeError, OverflowError) as error:  # a date of month 13, a mapping as a key
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{wrong}: {error}") from None
+
+
+def _count(node: yaml.Node, known: dict[int, tuple[int, int] | None], wrong: str) -> tuple[int, int]:
+    """Values under a node with aliases written out, and their depth; `known`: of nodes seen, None while inside them."""
+    if id(node) in known:
+        if known[id(node)] is None:
+            raise ConfigError(f"{wrong}: an alias stands inside of what it names; write the values out")
+        return known[id(node)]
+    known[id(node)] = None
+    children = node.value if isinstance(node, yaml.SequenceNode) else ()
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    counts = [_count(child, known, wrong) for child in children]
+    total, depth = 1 + sum(count for count, _ in counts), 1 + max((deep for _, deep in counts), default=0)
+    if total > MAX_VALUES:
+        raise ConfigError(f"{wrong}: its aliases come to more than {MAX_VALUES:,} values; write out what is meant")
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{wrong}: nested deeper than {MAX_DEPTH}")
+    known[id(node)] = total, depth
+    return total, depth
+
+
 def read_tree(path: Path, below: tuple[Path, ...] = ()) -> dict:
     """A YAML file with the files that it extends under it.
 
@@ -29,16 +107,15 @@ def read_tree(path: Path, below: tuple[Path, ...] = ()) -> dict:
         path: the file.
         below: files that extend it, outermost first.
     """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give the YAML file of a run")
     if not path.is_file():
         extended = f" (extends, in {below[-1]}; relative to that file)" if below else "; see configs/ for examples"
         raise FileNotFoundError(f"config file {path} does not exist{extended}")
     if path.resolve() in [file.resolve() for file in below]:
         chain = " -> ".join(str(file) for file in (*below, path))
         raise ConfigError(f"extends goes in a circle: {chain}; remove one extends")
-    try:
-        tree = yaml.load(path.read_text(), _Loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    tree = read_yaml(path) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of options, found {type(tree).__name__}")
     if "extends" not in tree:
@@ -93,9 +170,6 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{name} needs a value: --{name} VALUE")
             value = arguments[i]
         name = name.replace("-", "_")  # --output-dir is --output_dir: no option has a dash in its name
-        try:
-            values[name] = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{name}: cannot read {value!r} as YAML: {error}") from None
+        values[name] = parse_yaml(value, f"--{name}: cannot read {value!r} as YAML")
         i += 1
     return values

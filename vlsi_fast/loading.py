@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import hub
 from .backbones import default_layers, family_of
 from .config import BackboneConfig, ConfigError, RunConfig
 from .data.tokens import SharedTokens, shared_tokens
 from .shard_loading import load_sharded
 from .shrinking.record import auto_layers
+from .terminal import hush_bars
+
+hush_bars()
 
 
 def resolve_folder(path: str, field: str) -> Path:
@@ -29,11 +33,10 @@ def resolve_folder(path: str, field: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+            ignored = ["*.bin", "*.pth", "*.gguf"]
+            folder = Path(snapshot_download(path, ignore_patterns=ignored, **hub.options(path)))
         except Exception as error:
-            raise FileNotFoundError(
-                f"{field}: {path} is neither a folder nor a Hub repository that can be reached ({error})"
-            ) from error
+            raise FileNotFoundError(f"{field}: no folder, and {hub.explain(path, error)}") from error
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{field}: {folder} is no checkpoint: config.json or *.safetensors is missing")
     return folder

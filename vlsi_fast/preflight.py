@@ -19,15 +19,19 @@ from typing import Any
 
 import torch
 
+from . import hub
 from .config import STAGES, ConfigError, RunConfig, load_config
 from .data.dataset import AnswerMismatchError, check_same_answers
 from .data.encoding import IGNORED, configure_image_bounds, encode
-from .data.images import load_image
+from .data.images import check_pixels, load_image
 from .data.messages import Sample
 from .data.processors import load_processor
 from .data.skipped import UnusableRow
-from .data.sources import ConcatSource, build_source
+from .data.sources import ConcatSource, SourceConfig, open_part
 from .loading import require_same_tokens, resolve_folder, target_layers
+from .sharding import rank
+from .sizes import format_count, format_size
+from .terminal import say
 
 PASS, NOTICE, FAILURE, UNCHECKED = "pass", "notice", "FAILURE", "not checked"
 SURPRISE = 0.01
@@ -78,7 +82,14 @@ class Subject:
     found: dict[Any, Any] = field(default_factory=dict)  # (role or source, kind) -> what was read, or why it was not
 
     def processor(self, role: str):
-        return self._once(role, "processor", lambda: load_processor(self._folder(role)))
+        def read():
+            folder = self._folder(role)
+            try:
+                return load_processor(folder)
+            except OSError as error:
+                raise error if Path(folder).is_dir() else FileNotFoundError(hub.explain(folder, error)) from error
+
+        return self._once(role, "processor", read)
 
     def model_config(self, role: str):
         def read():
@@ -88,14 +99,13 @@ class Subject:
 
         return self._once(role, "config", read)
 
-    def sources(self) -> dict[str, Callable[[], ConcatSource]]:
-        """Name -> opener of each source of data.train."""
-        sources = self.config.data.train
-        return {f"data.train[{i}]": partial(self._source, i) for i in range(len(sources))}
+    def sources(self, part: str = "train") -> dict[str, Callable[[], ConcatSource]]:
+        """Name -> opener of each source of data.train, or of data.eval."""
+        found = {f"data.{part}[{i}]": source for i, source in enumerate(getattr(self.config.data, part))}
+        return {name: partial(self._source, name, source) for name, source in found.items()}
 
-    def _source(self, i: int) -> ConcatSource:
-        name = f"data.train[{i}]"
-        return self._once(name, "source", lambda: build_source([self.config.data.train[i]], name))
+    def _source(self, name: str, source: SourceConfig) -> ConcatSource:
+        return self._once(name, "source", lambda: ConcatSource([open_part(source, name)]))
 
     def _once(self, name: str, kind: str, make: Callable[[], Any]) -> Any:
         if (name, kind) not in self.found:
@@ -135,6 +145,17 @@ def check_models(subject: Subject) -> str:
             raise Failed(str(error), f"change {role}.layers") from error
         said.append(f"{role}: {subject.model_config(role).model_type}, {len(layers)} target layers")
     return "; ".join(said)
+
+
+def check_sizes(subject: Subject) -> str:
+    """The teacher is not the smaller of the two, as it is where their paths are swapped."""
+    if set(subject.roles) != {"student", "teacher"}:
+        raise Unchecked("the stage has one model")
+    sizes = {role: sum(shape.parameters) for role, shape in _models(subject).shapes.items()}
+    said = ", ".join(f"{role} {format_count(size)} parameters" for role, size in sizes.items())
+    if sizes["student"] > sizes["teacher"]:
+        raise Notice(f"{said}: the student is the larger one; are student.path and teacher.path swapped?")
+    return said
 
 
 def check_tokens(subject: Subject) -> str:
@@ -213,7 +234,7 @@ def check_data(subject: Subject) -> str:
         try:
             source = opened()
         except Unchecked as error:
-            raise Failed(f"{name}: {error.__cause__}", f"correct {name} or remove it") from error
+            raise Failed(_named(name, error), f"correct {name} or remove it") from error
         found, count = _sample(subject, source)
         said.append(f"{name}: {len(source)} rows")
         bad, read = bad + found, read + count
@@ -224,7 +245,12 @@ def check_data(subject: Subject) -> str:
                 f"{name}: {len(found)} of {count} sampled rows cannot be used ({causes}); first: {at}: {error}",
                 "repair them, correct image_root, or raise data.max_skipped_share if they may be left out",
             )
-    detail = f"{'; '.join(said)}; {read - len(bad)} of {read} sampled rows can be used"
+    for name, opened in subject.sources("eval").items():
+        try:
+            said.append(f"{name}: {len(opened())} rows")
+        except Unchecked as error:
+            raise Failed(_named(name, error), f"correct {name}, or remove it: training does not read it") from error
+    detail = f"{'; '.join(said)}; {read - len(bad)} of {read} sampled rows of data.train can be used"
     if bad:
         raise Notice(f"{detail}; first unusable: {bad[0][0]}: {bad[0][1]}")
     return detail
@@ -244,6 +270,12 @@ def check_alignment(subject: Subject) -> str:
         raise Unchecked("no sampled row can be used")
     tokens, answers = (sum(column) / len(lengths) for column in zip(*lengths))
     return f"{len(lengths)} rows; mean {tokens:.0f} tokens, {answers:.0f} of them answers (for plan's --mean-tokens)"
+
+
+def _named(name: str, error: Unchecked) -> str:
+    """What was wrong with a source, its name once."""
+    cause = str(error.__cause__)
+    return cause if cause.startswith(name) else f"{name}: {cause}"
 
 
 def _spread(rows: int, count: int) -> list[int]:
@@ -270,6 +302,7 @@ def _sample(subject: Subject, source: ConcatSource) -> tuple[list[tuple[str, Unu
 def _encoded(subject: Subject, sample: Sample, role: str) -> dict[str, torch.Tensor]:
     data, processor = subject.config.data, subject.processor(role)
     configure_image_bounds(processor, data.min_pixels, data.max_pixels)
+    check_pixels(sample.images, data.max_image_pixels, data.max_row_pixels)
     return encode(sample, processor, data, partial(load_image, max_image_pixels=data.max_image_pixels))
 
 
@@ -294,7 +327,7 @@ def check_disk(subject: Subject) -> str:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    said = f"{free / 2**30:.1f} GiB free at {folder}, checkpoints and results need {need / 2**30:.1f}"
+    said = f"{format_size(free)} free at {folder}, checkpoints and results need {format_size(need)}"
     if free < need:
         raise Failed(said, "make room, choose another output_dir, or lower training.save_total_limit")
     return said
@@ -328,24 +361,32 @@ def check_memory(subject: Subject) -> str:
     said = []
     for stage, step in _steps(subject).items():
         peak = walk(step).peak
-        said.append(f"{stage} {peak.total / 2**30:.1f}")
+        said.append(f"{stage} {format_size(peak.total)}")
         if peak.total + RESERVE_BYTES > have:
             raise Failed(
-                f"stage {stage} needs {peak.total / 2**30:.1f} GiB and {RESERVE_BYTES / 2**30:.0f} of reserve on each "
-                f"of {subject.ranks} GPUs of {have / 2**30:.1f} (at its peak, {peak.moment})",
+                f"stage {stage} needs {format_size(peak.total)} and {format_size(RESERVE_BYTES)} of reserve on each "
+                f"of {subject.ranks} GPUs of {format_size(have)} (at its peak, {peak.moment})",
                 "see `vlsi-fast plan`: fewer rows a micro-batch, a lower data.max_length, gradient_checkpointing, or "
                 "more GPUs",
             )
-    return f"GiB of {have / 2**30:.1f}: {', '.join(said)} (predicted, longest row)"
+    return f"of {format_size(have)}: {', '.join(said)} (predicted, longest row)"
+
+
+def _models(subject: Subject) -> Any:
+    from .planner.build import Models
+
+    def make() -> Models:
+        return Models(subject.config, configs={role: subject.model_config(role) for role in subject.roles})
+
+    return subject._once("planner", "models", make)
 
 
 def _steps(subject: Subject) -> dict[str, Any]:
-    from .planner.build import Models, setup_of, step_of
+    from .planner.build import setup_of, step_of
     from .planner.report import rows_of
 
     def make() -> dict[str, Any]:
-        config = subject.config
-        models = Models(config, configs={role: subject.model_config(role) for role in subject.roles})
+        config, models = subject.config, _models(subject)
         rows = rows_of(config, models)
         return {
             stage: step_of(
@@ -386,6 +427,7 @@ def check_self_kl(subject: Subject) -> str:
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "models": check_models,
+    "model sizes": check_sizes,
     "tokenizers": check_tokens,
     "head rows": check_heads,
     "chat templates": check_templates,
@@ -396,7 +438,7 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "GPU memory": check_memory,
     "KL self-check": check_self_kl,
 }
-AT_START = ("head rows", "image tokens", "disk space", "GPU memory")
+AT_START = ("model sizes", "head rows", "image tokens", "disk space", "GPU memory")
 """What a stage looks at beyond what it checks itself (models, tokenizers, sources; each row as it is read)."""
 
 
@@ -423,18 +465,18 @@ def failed(results: list[Result]) -> bool:
     return any(result.status == FAILURE for result in results)
 
 
-def as_text(results: list[Result], width: int = 110) -> str:
-    """The table as plain text."""
-    from rich.console import Console
+def as_text(results: list[Result]) -> str:
+    """The table as plain text, as wide as the terminal."""
     from rich.table import Table
+    from rich.text import Text
+
+    from .tabular import text_of
 
     table = Table("check", "result", "found; fix")
     for result in results:
-        table.add_row(result.name, result.status, result.detail + (f"\nfix: {result.fix}" if result.fix else ""))
-    console = Console(width=width, color_system=None, markup=False)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
+        found = result.detail + (f"\nfix: {result.fix}" if result.fix else "")
+        table.add_row(result.name, result.status, Text(found))
+    return text_of(table)
 
 
 def require_ready(config: RunConfig, stage: str, roles: dict[str, Any], ranks: int) -> None:
@@ -448,6 +490,9 @@ def require_ready(config: RunConfig, stage: str, roles: dict[str, Any], ranks: i
     for name, role in roles.items():
         subject.found[name, "config"], subject.found[name, "processor"] = role.config, role.processor
     results = look(subject, AT_START)
+    for result in results:
+        if (result.name, result.status) == ("model sizes", NOTICE) and rank() == 0:
+            say(result.detail)
     if failed(results):
         raise PreflightError(f"stage {stage} cannot start (preflight: false goes past this):\n{as_text(results)}")
 

@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -22,12 +21,17 @@ from torch.distributed import distributed_c10d
 from transformers import TrainerCallback
 
 from .sharding import rank, world_size
+from .terminal import say
 
 KEY = "vlsi_fast/dead_rank"
 LOOK_SECONDS = 5.0
 """Between looks at what other machines say."""
 GRACE_SECONDS = 10.0
 """For the launcher, or this rank's own error, to end this rank before the thread does."""
+
+
+INTERRUPTED = (signal.SIGINT, (128 + signal.SIGINT) << 8)
+"""Wait statuses of a process that Ctrl-C has ended."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Watch:
         self.place = "before training"
         self.me: Peer | None = None
         self.found = threading.Event()
+        self.interrupted = False
+        """Whether Ctrl-C has come, which the main thread may not know yet: it can be inside a collective."""
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
@@ -90,7 +96,7 @@ class Watch:
         self._local = [p for p in everyone if p.machine == self.me.machine and p.rank != self.me.rank]
         self._first = everyone[0]
         self._several = len({p.machine for p in everyone}) > 1
-        self._stopped, self._terminated = threading.Event(), False
+        self._stopped, self._terminated, self.interrupted = threading.Event(), False, False
         self._inlet, self._outlet = socket.socketpair()
         self._inlet.setblocking(False)
         self._takes_sigterm = threading.current_thread() is threading.main_thread() and (
@@ -125,7 +131,7 @@ class Watch:
             return
         me = self.me or _myself()
         first = (str(error).strip() or "no message").splitlines()[0]
-        _say(f"{me} failed in {self.place}: {type(error).__name__}: {first}")
+        say(f"{me} failed in {self.place}: {type(error).__name__}: {first}")
 
     # ---- the thread ----
 
@@ -143,7 +149,7 @@ class Watch:
             while not self._stopped.is_set():
                 ready = {descriptor for descriptor, _ in poller.poll(LOOK_SECONDS * 1000)}
                 if self._outlet.fileno() in ready:
-                    self._terminated |= signal.SIGTERM in self._outlet.recv(4096)
+                    self._note(self._outlet.recv(4096))
                 for descriptor in ready & peers.keys():
                     poller.unregister(descriptor)
                     self._lost(peers[descriptor], list(peers.values()))
@@ -162,10 +168,12 @@ class Watch:
             return
         if status is None and self._stopped.wait(1.0):  # a launcher has collected it: perhaps the run just ended
             return
+        self.interrupted |= status in INTERRUPTED
         line = f"{peer} {_how(status)} in {self.place}"
         self.found.set()
-        if self.me.rank == min(p.rank for p in [self.me, *local] if p != peer and _ending(p.pid) is None):
-            _say(line + _advice(status))
+        alive = [p.rank for p in [self.me, *local] if p != peer and _ending(p.pid) is None]
+        if not self.interrupted and self.me.rank == min(alive):
+            say(line + _advice(status))
             if self._several:
                 self._tell(line)
         self._give_up()
@@ -183,7 +191,7 @@ class Watch:
             return store
         self.found.set()
         if self.me.rank == min([self.me.rank, *(p.rank for p in self._local)]):
-            _say(line + _advice(None))
+            say(line + _advice(None))
         self._give_up()
         return store
 
@@ -203,9 +211,13 @@ class Watch:
         until = time.monotonic() + GRACE_SECONDS
         while not self._terminated and time.monotonic() < until and not self._stopped.is_set():
             if select.select([self._outlet], [], [], 0.5)[0]:
-                self._terminated |= signal.SIGTERM in self._outlet.recv(4096)
+                self._note(self._outlet.recv(4096))
         if not self._stopped.is_set():
-            os._exit(1)
+            os._exit(128 + signal.SIGINT if self.interrupted else 1)
+
+    def _note(self, signals: bytes) -> None:
+        self._terminated |= signal.SIGTERM in signals
+        self.interrupted |= signal.SIGINT in signals
 
 
 class TellPlace(TrainerCallback):
@@ -231,10 +243,6 @@ def _advice(status: int | None) -> str:
     memory = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     hint = " (the kernel kills so where memory runs out: see dmesg)" if memory else ""
     return f"{hint}; this job ends, --resume continues from the last checkpoint"
-
-
-def _say(line: str) -> None:
-    print(f"vlsi-fast: {line}", file=sys.stderr, flush=True)
 
 
 watch = Watch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,3 +41,22 @@ class Family:
 def default_layers(depth: int) -> list[int]:
     """The paper's target layers for a language model of `depth` layers: 2, 6, 10, .. (section 4.1b)."""
     return list(range(2, depth, 4)) or [1]
+
+
+def plain_decoder_layer(config, index: int) -> nn.Module:
+    """`new_decoder_layer` where the language model is a plain one (Qwen2, Llama, ..): the class that it names itself.
+
+    Raises:
+        ValueError: that language model has no one class of decoder layers.
+    """
+    from transformers import AutoModel
+
+    text = config.get_text_config()
+    model = AutoModel._model_mapping[type(text)]
+    names = [name for name in model._no_split_modules or [] if name.endswith("Layer")]
+    if len(names) != 1:
+        raise ValueError(
+            f"{model.__name__} has no one class of decoder layers ({', '.join(names) or 'none named'}), so it has no "
+            "decoder verbalizers; use verbalizer.architecture verb_ffn, ffn or mlp"
+        )
+    return getattr(sys.modules[model.__module__], names[0])(text, index)

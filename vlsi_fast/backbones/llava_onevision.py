@@ -1,15 +1,11 @@
-"""LLaVA-OneVision with a Qwen2 language model (0.5B, 7B, 72B), as Hugging Face's `llava-hf` checkpoints have it."""
+"""LLaVA-OneVision: Hugging Face's `llava-hf` checkpoints (Qwen2; 0.5B, 7B, 72B), or another plain language model.
+
+The stock class takes any language model that transformers knows; those with Qwen2's and Llama's names of modules work.
+"""
 
 from __future__ import annotations
 
-from .base import LANGUAGE_LINEARS, Family
-
-
-def _new_decoder_layer(config, index: int):
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-
-    return Qwen2DecoderLayer(config.get_text_config(), index)
-
+from .base import LANGUAGE_LINEARS, Family, plain_decoder_layer
 
 LLAVA_ONEVISION = Family(
     model_type="llava_onevision",
@@ -19,6 +15,6 @@ LLAVA_ONEVISION = Family(
     head=lambda model: model.lm_head,
     vision=lambda model: [model.model.vision_tower, model.model.multi_modal_projector, model.model.image_newline],
     lora_targets=LANGUAGE_LINEARS,
-    new_decoder_layer=_new_decoder_layer,
+    new_decoder_layer=plain_decoder_layer,
     processor="LlavaOnevisionProcessor",
 )

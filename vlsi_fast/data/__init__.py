@@ -1,9 +1,9 @@
 """Data: sources of rows, their encoding for student and teacher, batches, and the log of rows that cannot be used.
 
 Reading order: sources.py, mixfile.py (config), readers.py, messages.py, images.py (rows), tables.py, jsonfile.py (rows
-by number), mixing.py (their order); encoding.py, dataset.py, collate.py, packing.py (model inputs); skipped.py (rows
-that cannot be used); processors.py (loading processors); tokens.py (what two tokenizers share); build.py, manifest.py,
-command.py (`vlsi-fast data`); answering/ (a teacher's answers to pictures without labels).
+by number), mixing.py (their order); plaintext.py, encoding.py, dataset.py, collate.py, packing.py (model inputs);
+skipped.py (rows that cannot be used); processors.py (loading processors); tokens.py (what two tokenizers share);
+build.py, manifest.py, command.py (`vlsi-fast data`); answering/ (a teacher's answers to pictures without labels).
 """
 
 import importlib
@@ -16,6 +16,7 @@ _HOME = {
     "Sample": "messages",
     "SkipLog": "skipped",
     "SourceConfig": "sources",
+    "SpecialTokenError": "skipped",
     "TooManySkippedRows": "skipped",
     "UnusableRow": "skipped",
     "VlsiDataset": "dataset",

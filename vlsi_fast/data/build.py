@@ -27,10 +27,11 @@ from typing import Any
 import yaml
 
 from vlsi_fast.data.encoding import check_messages
-from vlsi_fast.data.images import image_bytes, load_image
+from vlsi_fast.data.images import check_pixels, image_bytes, load_image
 from vlsi_fast.data.manifest import FORMAT, JOURNAL_NAME, MANIFEST_NAME, read_manifest, sha256
+from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.readers import ANSWERED_BY
-from vlsi_fast.data.skipped import SkipLog, UnusableRow
+from vlsi_fast.data.skipped import SkipLog, UnusableRow, printable, row_boundary
 from vlsi_fast.data.sources import ConcatSource, DataConfig, SourceConfig, build_source
 
 GROUP_BYTES = 32 * 2**20
@@ -208,12 +209,13 @@ class _Converter:
     """Row numbers -> rows to write, or records of rows that cannot be used, in order."""
 
     def __init__(self, data: DataConfig, source: ConcatSource, workers: int, stack: ExitStack):
-        self._local = (source, data.max_image_pixels)
+        bounds = (data.max_image_pixels, data.max_row_pixels)
+        self._local = (source, bounds)
         self._workers, self._pool = workers, None
         if workers:
             # spawned: a forked copy of a process that has started threads (Arrow's, torch's) may hang
             context = multiprocessing.get_context("spawn")
-            settings = ([config.model_dump() for config in data.train], data.max_image_pixels)
+            settings = ([config.model_dump() for config in data.train], bounds)
             self._pool = stack.enter_context(context.Pool(workers, _open_in_worker, settings))
 
     def __call__(self, first: int, end: int) -> Iterator[dict]:
@@ -225,28 +227,41 @@ class _Converter:
             yield from self._pool.map(_convert_in_worker, range(start, min(start + step, end)), chunksize=8)
 
 
-_in_worker: tuple[ConcatSource, int] | None = None
+_in_worker: tuple[ConcatSource, tuple[int, int]] | None = None
 
 
-def _open_in_worker(configs: list[dict], max_image_pixels: int) -> None:
+def _open_in_worker(configs: list[dict], bounds: tuple[int, int]) -> None:
     global _in_worker
     os.environ["RANK"] = "1"  # notices about counts were given once
-    _in_worker = (build_source([SourceConfig(**config) for config in configs]), max_image_pixels)
+    _in_worker = (build_source([SourceConfig(**config) for config in configs]), bounds)
 
 
 def _convert_in_worker(index: int) -> dict:
     return _convert(*_in_worker, index)
 
 
-def _convert(source: ConcatSource, max_image_pixels: int, index: int) -> dict:
+def _convert(source: ConcatSource, bounds: tuple[int, int], index: int) -> dict:
+    """A row to write, or the record of one that cannot be used.
+
+    Args:
+        source: the rows.
+        bounds: `max_image_pixels` and `max_row_pixels`.
+        index: which row.
+    """
     try:
-        sample = source[index]
-        check_messages(sample)
-        for ref in sample.images:
-            load_image(ref, max_image_pixels)
-        images = [{"bytes": image_bytes(ref), "path": ref.path} for ref in sample.images]
+        with row_boundary():
+            return _converted(source[index], bounds)
     except UnusableRow as error:
-        return {"id": source.row_id(index), "cause": error.cause, "detail": error.detail}
+        return source.skip_record(index, error)
+
+
+def _converted(sample: Sample, bounds: tuple[int, int]) -> dict:
+    check_messages(sample)
+    check_pixels(sample.images, *bounds)
+    for ref in dict.fromkeys(sample.images):
+        load_image(ref, bounds[0])
+    paths = [None if ref.path is None else printable(ref.path) for ref in sample.images]
+    images = [{"bytes": image_bytes(ref), "path": path} for ref, path in zip(sample.images, paths)]
     turns = []
     for turn in sample.messages:
         content = [{"type": part["type"], "text": part.get("text")} for part in turn["content"]]
@@ -266,7 +281,8 @@ def _key(data: DataConfig, source: ConcatSource, shard_bytes: int) -> str:
     """Names the build: what its bytes follow from, as far as it can be known without reading all rows."""
     loose = {"weight", "count", "count_tolerance"}
     facts = [FORMAT, ANSWERED_BY, [config.model_dump(exclude=loose) for config in data.train], source.sizes]
-    return hashlib.sha256(json.dumps([*facts, data.max_image_pixels, shard_bytes]).encode()).hexdigest()
+    bounds = [data.max_image_pixels, data.max_row_pixels]
+    return hashlib.sha256(json.dumps([*facts, *bounds, shard_bytes]).encode()).hexdigest()
 
 
 def _manifest(key: str, folders: list[str], source: ConcatSource, journal: _Journal) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Collator:
                 parts = [row[name] for row in rows if name in row]
                 key = tuple(map(id, parts))
                 if key not in joined:
-                    joined[key] = _cat(parts)
+                    joined[key] = join_vision(parts)
                 batch[name] = joined[key]
             elif role not in self._packers:
                 batch[name] = _pad([_per_token(row, name) for row in rows], padding.get(name, 0))
@@ -136,8 +136,8 @@ def _per_token(row: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return row[name][0]
 
 
-def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Joins [n_i, P_i, ..] along the first axis; zeros fill the second up to the largest P_i."""
+def join_vision(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Joins rows' vision tensors [n_i, P_i, ..] along the first axis; zeros fill the second up to the largest P_i."""
     if tensors[0].dim() < 3:
         return torch.cat(tensors)
     most = max(tensor.shape[1] for tensor in tensors)

@@ -9,16 +9,17 @@ import torch
 from torch.utils.data import Dataset
 
 from vlsi_fast.data.encoding import IGNORED, configure_image_bounds, encode
-from vlsi_fast.data.images import load_image
+from vlsi_fast.data.images import check_pixels, load_image
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.shared_images import SharedImages, share_images
-from vlsi_fast.data.skipped import UnusableRow
+from vlsi_fast.data.skipped import SpecialTokenError, UnusableRow
 from vlsi_fast.data.sources import ConcatSource, DataConfig
-from vlsi_fast.data.tokens import shared_tokens
 
 ROLES = ("student", "teacher")
 MAX_TRIES = 1000
 """Rows tried in a row before the dataset gives up."""
+MAX_MISMATCHES = 8
+"""Rows whose answers differ between the roles, before any row's agree: then templates or tokenizers are to blame."""
 
 
 class AnswerMismatchError(ValueError):
@@ -56,10 +57,7 @@ class VlsiDataset(Dataset):
         self.images: SharedImages | None = None
         if len(processors) == 2 and not self.shared:
             self.processors, self.images = share_images(self.processors)
-        self.differing: list[str] = []
-        if len(processors) == 2 and not self.shared:
-            found = shared_tokens(*(processor.tokenizer for processor in self.processors.values()))
-            self.differing = list(found.differing) if found.problem is None else []
+        self._aligned = False  # whether the roles have agreed on a row's answer tokens
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -70,53 +68,68 @@ class VlsiDataset(Dataset):
         Returns:
             `id`: the row used; each role's inputs as `encode` returns them (the same object for both roles where their
             processors are equivalent, the same vision tensors where their image processors agree); `skipped`:
-            `{"id", "cause", "detail"}` of the rows passed over; `answered`: whether a model wrote the row's answers.
+            records of the rows passed over, as `ConcatSource.skip_record` makes them; `answered`: whether a model wrote
+            the row's answers.
 
         Raises:
-            AnswerMismatchError: the roles' answer tokens differ.
+            AnswerMismatchError: the roles' answer tokens differ in `MAX_MISMATCHES` rows, or in all that can be used,
+                and have not agreed in any row yet.
             NoUsableRowError: `MAX_TRIES` rows, or all there are, cannot be used.
+            SpecialTokenError: a row's text holds a special token and `data.special_tokens` is error.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        skipped = []
+        skipped, mismatches = [], []
         for offset in range(min(len(self), MAX_TRIES)):
             at = (index + offset) % len(self)
             try:
                 sample = self.sources[at]
                 answered = sample.answered_by is not None
                 return {"id": sample.id, **self._encode(sample), "skipped": skipped, "answered": answered}
+            except AnswerMismatchError as error:
+                mismatches.append(error)
+                if not self._aligned and len(mismatches) == MAX_MISMATCHES:
+                    raise mismatches[0] from None
+                skipped.append(self.sources.skip_record(at, UnusableRow("answer_mismatch", str(error))))
             except UnusableRow as error:
-                skipped.append({"id": self.sources.row_id(at), "cause": error.cause, "detail": error.detail})
+                skipped.append(self.sources.skip_record(at, error))
+                if error.cause == "special_token" and self.data_config.special_tokens == "error":
+                    raise SpecialTokenError(special_token_message(skipped[-1])) from error
+        if mismatches and not self._aligned:
+            raise mismatches[0]
         counts = ", ".join(f"{cause} {n}" for cause, n in Counter(row["cause"] for row in skipped).most_common())
         raise NoUsableRowError(
             f"none of {len(skipped)} rows from row {index} on can be used: {counts}. "
             f"First: {skipped[0]['id']}: {skipped[0]['cause']}: {skipped[0]['detail']}"
         )
 
-    def _check_answers(self, sample: Sample) -> None:
-        """Refuses a row whose answer holds a token that only one of the models has: it cannot be compared there."""
-        answers = [m["content"] for m in sample.messages if m["role"] == "assistant"]
-        text = "".join(part.get("text", "") for content in answers for part in content)
-        for token in self.differing:
-            if token in text:
-                raise UnusableRow("bad_row", f"an answer holds {token}, a token that student and teacher do not share")
-
     def _encode(self, sample: Sample) -> dict[str, dict[str, torch.Tensor]]:
-        self._check_answers(sample)
-        loader = lru_cache(maxsize=None)(partial(load_image, max_image_pixels=self.data_config.max_image_pixels))
+        data = self.data_config
+        check_pixels(sample.images, data.max_image_pixels, data.max_row_pixels)
+        loader = lru_cache(maxsize=None)(partial(load_image, max_image_pixels=data.max_image_pixels))
         rows = {}
         try:
             for role, processor in self.processors.items():
                 if self.shared and rows:
                     rows[role] = next(iter(rows.values()))
                 else:
-                    rows[role] = encode(sample, processor, self.data_config, loader)
+                    rows[role] = encode(sample, processor, data, loader)
         finally:
             if self.images is not None:
                 self.images.forget()
         if len(rows) == 2 and not self.shared:
             check_same_answers(sample.id, rows, self.processors)
+            self._aligned = True
         return rows
+
+
+def special_token_message(record: dict) -> str:
+    """What to tell where a row of that record ends the run."""
+    place = f"{record['file']}:{record['line']}" if "line" in record else record["file"]
+    return (
+        f"row {record['id']} ({place}): {record['detail']}. data.special_tokens is error: repair the row, or set it to "
+        "text (such tokens are read as text) or skip"
+    )
 
 
 def equivalent(first, second) -> bool:

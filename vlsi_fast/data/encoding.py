@@ -2,30 +2,37 @@
 
 Letters: T tokens of the row as the model sees it (image tokens expanded).
 
-Labels come from the chat template. For every assistant turn the conversation is rendered up to the generation prompt,
-and up to the end of that turn; the characters between are the answer. Whitespace after the end-of-turn token is left
-out, so the model learns to stop and not what a template puts between turns. Token offsets carry that span over to
-tokens, and since a processor only lengthens runs of the image token, collapsing those runs carries it over to the
-model's input.
+Labels come from the chat template. An answer starts where the rendering up to the generation prompt ends, and ends
+where the rendering of the conversation through that turn ends. Whitespace after the end-of-turn token is left out, so
+the model learns to stop and not what a template puts between turns. Token offsets carry that span over to tokens, and
+since a processor only lengthens runs of the image token, collapsing those runs carries it over to the model's input.
+
+A row's words never become control tokens (plaintext.py), and endless text is refused before it is tokenized.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 
 from vlsi_fast.data.images import ImageRef
 from vlsi_fast.data.messages import Sample
-from vlsi_fast.data.skipped import UnusableRow
+from vlsi_fast.data.plaintext import Rendered, apply_template, plainly, render
+from vlsi_fast.data.skipped import UnusableRow, row_boundary
 from vlsi_fast.data.sources import DataConfig
 
 IGNORED = -100
 """Label of a token that no loss is taken of."""
+MAX_REWRITTEN_TURNS = 32
+"""Answers of a conversation whose template rewrites texts: each is then found by renderings of its own."""
+USUAL_CHARACTERS = 16
+"""A text of more characters than this a token allowed is counted from its start before it is tokenized as a whole."""
 
 
+@row_boundary()
 def encode(
     sample: Sample, processor, data_config: DataConfig, image_loader: Callable[[ImageRef], Image.Image]
 ) -> dict[str, torch.Tensor]:
@@ -34,8 +41,8 @@ def encode(
     Args:
         sample: the conversation.
         processor: a Hugging Face processor with a chat template and a fast tokenizer.
-        data_config: `max_length` is read.
-        image_loader: opens one image.
+        data_config: `max_length` and `special_tokens` are read.
+        image_loader: opens one image; asked once for an image that the row shows several times.
 
     Returns:
         Everything that `processor(text=.., images=..)` returns, unchanged (`input_ids` [1, T] int64, `attention_mask`
@@ -46,25 +53,17 @@ def encode(
         UnusableRow: the row cannot be trained on.
     """
     check_messages(sample)
-    images = [image_loader(ref) for ref in sample.images]
-    text, spans = answer_spans(sample.messages, processor)
-    image_token = getattr(processor, "image_token", None)
-    found = len(images) if image_token is None else text.count(image_token)
-    if found != len(images):
-        raise UnusableRow("bad_row", f"{found} image tokens {image_token} in the text, but {len(images)} images")
-    for token in (getattr(processor, "video_token", None), getattr(processor, "audio_token", None)):
-        if token is not None and token in text:
-            raise UnusableRow("bad_row", f"the text holds {token}, but rows have no videos and no sound")
-    options = tokenizer_options(processor, text)
-    try:
-        # nested, as `apply_chat_template` passes them: LLaVA-OneVision treats several images of one row differently
-        row = dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", **options))
-    except ValueError as error:  # an image too narrow to resize, ..
-        raise UnusableRow("bad_row", f"{type(processor).__name__} refuses the row: {error}") from error
+    check_length(sample.messages, processor, data_config.max_length)
+    rendered, spans = answer_spans(sample.messages, processor)
+    check_special(rendered, data_config)
+    loaded = {ref: image_loader(ref) for ref in dict.fromkeys(sample.images)}
+    images = [loaded[ref] for ref in sample.images]
+    check_placeholders(rendered, len(images), processor)
+    row = encode_rendered(rendered, images, processor)
     length = row["input_ids"].shape[1]
     if length > data_config.max_length:
         raise UnusableRow("too_long", f"{length} tokens, data.max_length is {data_config.max_length}")
-    row["labels"] = _labels(row["input_ids"], text, spans, processor, options)
+    row["labels"] = _labels(row["input_ids"], rendered, spans, processor)
     return row
 
 
@@ -80,22 +79,45 @@ def encode_question(question: str, images: list[Image.Image], processor) -> dict
         What the processor returns: `input_ids` [1, T], `attention_mask` [1, T], vision tensors ..
 
     Raises:
-        ValueError: the question holds an image or video token, or the processor refuses an image.
+        UnusableRow: the processor refuses an image, or special tokens in the question cannot be read as text (it is a
+            ValueError).
     """
     parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-    for token in (getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")):
-        if token is not None and token in question:
-            raise ValueError(f"the question holds the special token {token}; leave it out, images are given as files")
-    text = render(processor, [{"role": "user", "content": parts}], prompt=True)
-    options = tokenizer_options(processor, text)
-    return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", **options))
+    messages = [{"role": "user", "content": parts}]
+    check_characters(messages)
+    rendered = render(processor, messages, prompt=True)
+    return encode_rendered(rendered, images, processor)
+
+
+def encode_rendered(rendered: Rendered, images: list[Image.Image], processor) -> dict[str, torch.Tensor]:
+    """What the processor makes of one rendered conversation.
+
+    Args:
+        rendered: from `render`.
+        images: RGB images, one for each image token in it.
+        processor: as for `encode`.
+
+    Raises:
+        UnusableRow: the processor refuses an image, or the row's own special tokens cannot be read as text.
+    """
+    options = tokenizer_options(processor, rendered.text)
+    # nested, as `apply_chat_template` passes them: LLaVA-OneVision treats several images of one row differently
+    nested = [images] if images else None
+    reader = plainly(processor, [rendered])
+    try:
+        return dict(reader(text=[rendered.text], images=nested, return_tensors="pt", **options))
+    except UnusableRow:
+        raise
+    except ValueError as error:  # an image too narrow to resize, ..
+        raise UnusableRow("bad_row", f"{type(processor).__name__} refuses the row: {error}") from error
 
 
 def check_messages(sample: Sample) -> None:
-    """Refuses a conversation that holds nothing to learn.
+    """Refuses a conversation that holds nothing to learn, or what is no text.
 
     Raises:
-        UnusableRow: cause empty_answer, where there is no assistant turn or one of them has no text.
+        UnusableRow: cause empty_answer, where there is no assistant turn or one of them has no text; bad_row, where a
+            text holds half of a surrogate pair, which no tokenizer and no file takes.
     """
     answers = [message for message in sample.messages if message["role"] == "assistant"]
     if not answers:
@@ -103,30 +125,147 @@ def check_messages(sample: Sample) -> None:
     for i, answer in enumerate(answers):
         if not "".join(part.get("text", "") for part in answer["content"]).strip():
             raise UnusableRow("empty_answer", f"assistant turn {i + 1} of {len(answers)} has no text")
+    check_characters(sample.messages)
 
 
-def answer_spans(messages: list[dict], processor) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, image tokens not expanded, and the characters of each assistant answer in it.
+def check_characters(messages: list[dict]) -> None:
+    """Refuses text with half of a surrogate pair. Raises UnusableRow, cause bad_row."""
+    for message in messages:
+        for part in message["content"]:
+            try:
+                part.get("text", "").encode()
+            except UnicodeEncodeError as error:
+                raise UnusableRow("bad_row", f"the text of a {message['role']} turn is no Unicode: {error}") from error
+
+
+def check_length(messages: list[dict], processor, max_length: int) -> None:
+    """Refuses, without tokenizing it all, text that must have more tokens than a row may have.
+
+    Args:
+        messages: chat messages, content in list form.
+        processor: its tokenizer's longest token says how much text a token holds at most.
+        max_length: tokens that a row may have.
 
     Raises:
-        UnusableRow: cause template, where the template fails or does not continue its own generation prompt.
+        UnusableRow: cause too_long.
+    """
+    texts = [part["text"] for message in messages for part in message["content"] if "text" in part]
+    longest = _longest_token(processor.tokenizer)
+    if (characters := sum(map(len, texts))) > longest * max_length:
+        what = f"{characters} characters, a token has at most {longest}; data.max_length is {max_length}"
+        raise UnusableRow("too_long", what)
+    for text in texts:
+        start = text[: USUAL_CHARACTERS * max_length]
+        if len(start) == len(text):
+            continue
+        words = processor.tokenizer(start, add_special_tokens=False, split_special_tokens=True).word_ids()
+        if words and sum(word != words[-1] for word in words) > max_length:  # the last word may go on behind the cut
+            what = f"{len(text)} characters, the first {len(start)} alone are too many; data.max_length is {max_length}"
+            raise UnusableRow("too_long", what)
+
+
+_longest: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _longest_token(tokenizer) -> int:
+    """Characters of the longest entry of the vocabulary."""
+    if tokenizer not in _longest:
+        _longest[tokenizer] = max(map(len, tokenizer.get_vocab()))
+    return _longest[tokenizer]
+
+
+def check_placeholders(rendered: Rendered, images: int, processor) -> None:
+    """Refuses a rendering whose image tokens are not those of the row's images, or that has others.
+
+    Raises:
+        UnusableRow: cause bad_row.
+    """
+    image_token = getattr(processor, "image_token", None)
+    found = images if image_token is None else rendered.text.count(image_token)
+    if found != images:
+        raise UnusableRow("bad_row", f"{found} image tokens {image_token} in the text, but {images} images")
+    for token in (getattr(processor, "video_token", None), getattr(processor, "audio_token", None)):
+        if token is not None and token in rendered.text:
+            raise UnusableRow("bad_row", f"the text holds {token}, but rows have no videos and no sound")
+
+
+def check_special(rendered: Rendered, data_config: DataConfig) -> None:
+    """Refuses special tokens in a row's text where the config does not want them read as text.
+
+    Raises:
+        UnusableRow: cause special_token.
+    """
+    if rendered.hidden and data_config.special_tokens != "text":
+        raise UnusableRow("special_token", f"the text holds {', '.join(rendered.special)}")
+
+
+def answer_spans(messages: list[dict], processor) -> tuple[Rendered, list[tuple[int, int]]]:
+    """The rendered conversation, image tokens not expanded, and the characters of each assistant answer in it.
+
+    The first and the last answer are found by renderings up to there. Those between are found by what stands around the
+    texts, which must be the same: so the number of renderings does not grow with the number of turns.
+
+    Raises:
+        UnusableRow: cause template, where the template fails or does not continue its own generation prompt; those of
+            `render`.
     """
     full = render(processor, messages, prompt=False)
-    spans = []
+    plain = full.plain
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if turns and turns[0] == 0:
+        raise UnusableRow("template", "the conversation starts with an assistant turn, so it has no prompt")
+    if len(turns) <= 2:
+        return full, [_rendered_span(messages, i, plain, processor) for i in turns]
+    if spans := _spans_between(messages, turns, full, processor):
+        return full, spans
+    if len(turns) > MAX_REWRITTEN_TURNS:
+        what = (
+            f"the chat template renders turns differently, so no more than {MAX_REWRITTEN_TURNS} answers can be found"
+        )
+        raise UnusableRow("template", what)
+    return full, [_rendered_span(messages, i, plain, processor) for i in turns]
+
+
+def _rendered_span(messages: list[dict], i: int, full: str, processor) -> tuple[int, int]:
+    """Where the answer of turn `i` stands in the whole conversation, by renderings up to its start and its end."""
+    last = i == len(messages) - 1
+    through = (full if last else apply_template(processor, messages[: i + 1], prompt=False)).rstrip()
+    start = _end_of_prompt(apply_template(processor, messages[:i], prompt=True), through)
+    if start is None or not full.startswith(through):
+        raise UnusableRow(
+            "template", f"the chat template renders turn {i + 1} differently with and without what surrounds it"
+        )
+    return start, len(through)
+
+
+def _spans_between(messages: list[dict], turns: list[int], full: Rendered, processor) -> list[tuple[int, int]] | None:
+    """All answers, by the generation prompt in front of an answer's words and the end of turn behind them.
+
+    None where the template is not that regular.
+    """
+    if full.words is None:
+        return None
+    plain, known = full.plain, {i: _rendered_span(messages, i, full.plain, processor) for i in (turns[0], turns[-1])}
+    before = apply_template(processor, messages[: turns[0]], prompt=False)
+    prompt = apply_template(processor, messages[: turns[0]], prompt=True)
+    if not prompt.startswith(before) or not (prompt := prompt[len(before) :]).strip():
+        return None
+    words, spans, ending, behind = iter(full.words), [], None, 0
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if i == 0:
-            raise UnusableRow("template", "the conversation starts with an assistant turn, so it has no prompt")
-        last = i == len(messages) - 1
-        through = (full if last else render(processor, messages[: i + 1], prompt=False)).rstrip()
-        start = _end_of_prompt(render(processor, messages[:i], prompt=True), through)
-        if start is None or not full.startswith(through):
-            raise UnusableRow(
-                "template", f"the chat template renders turn {i + 1} differently with and without what surrounds it"
-            )
-        spans.append((start, len(through)))
-    return full, spans
+        texts = [part["text"] for part in message["content"] if part.get("text", "").strip()]
+        own = [next(words) for _ in texts]
+        if message["role"] == "assistant":
+            (start, _), (_, end) = own[0], own[-1]
+            at = plain.rfind(prompt.strip(), behind, start)
+            found = None if at < 0 else _end_of_prompt(prompt.lstrip(), plain[at : start + 1])
+            if ending is None:  # of the first answer, known by rendering
+                ending = plain[end : known[i][1]].lstrip()
+            after = end if not ending else plain.find(ending, end)
+            if found is None or plain[end:after].strip():
+                return None
+            spans.append((at + found, after + len(ending)))
+        behind = own[-1][1] if own else behind
+    return spans if (spans[0], spans[-1]) == (known[turns[0]], known[turns[-1]]) else None
 
 
 def configure_image_bounds(processor, min_pixels: int | None, max_pixels: int | None, section: str = "data") -> None:
@@ -163,18 +302,6 @@ def configure_image_bounds(processor, min_pixels: int | None, max_pixels: int | 
     image_processor.size = {**size, "shortest_edge": low, "longest_edge": high}
 
 
-def render(processor, messages: list[dict], prompt: bool) -> str:
-    """The conversation as the chat template writes it; `prompt`: up to where the next answer starts.
-
-    Raises:
-        UnusableRow: cause template, where the template fails.
-    """
-    try:
-        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, TypeError, KeyError, IndexError) as error:
-        raise UnusableRow("template", f"the chat template fails on this conversation: {error}") from error
-
-
 def _end_of_prompt(prompt: str, text: str) -> int | None:
     """Where the answer starts in `text`, which begins with `prompt`; None where it does not.
 
@@ -198,19 +325,19 @@ def _end_of_prompt(prompt: str, text: str) -> int | None:
 
 
 def tokenizer_options(processor, text: str) -> dict:
-    """For a processor's call on rendered text, as `apply_chat_template(tokenize=True)` passes them on: no second
-    beginning-of-text token."""
+    """For the processor's call: no second beginning-of-text token, as in `apply_chat_template(tokenize=True)`."""
     begin = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 
 
-def _labels(input_ids: torch.Tensor, text: str, spans: list[tuple[int, int]], processor, options: dict) -> torch.Tensor:
+def _labels(input_ids: torch.Tensor, rendered: Rendered, spans: list[tuple[int, int]], processor) -> torch.Tensor:
     """Labels [1, T] of `input_ids` [1, T]: a token is learnt when all of its characters lie in an answer."""
-    plain = processor.tokenizer(text, return_offsets_mapping=True, return_tensors="pt", **options)
-    starts, ends = plain["offset_mapping"][0].unbind(1)
-    learnt = torch.zeros_like(starts, dtype=torch.bool)
-    for start, end in spans:
-        learnt |= (starts >= start) & (ends <= end) & (ends > starts)
+    tokenizer, options = plainly(processor, [rendered]).tokenizer, tokenizer_options(processor, rendered.text)
+    plain = tokenizer(rendered.text, return_offsets_mapping=True, return_tensors="pt", **options)
+    starts, ends = plain["offset_mapping"][0].T.contiguous()
+    first, last = torch.tensor(spans, dtype=starts.dtype).T.contiguous()
+    at = torch.searchsorted(first, starts, right=True) - 1  # the answer that starts before a token, -1: none
+    learnt = (at >= 0) & (ends <= last[at.clamp(min=0)]) & (ends > starts)
     image_ids = _image_token_ids(processor)
     kept = _run_starts(input_ids[0], image_ids)
     kept_plain = _run_starts(plain["input_ids"][0], image_ids)

@@ -1,7 +1,7 @@
 """Images of a row: where they are, and loading them with care.
 
-Data files come from anywhere, so a path must stay under its image root (symbolic links followed), and the header's
-pixel count is checked before anything is decoded.
+Data files come from anywhere, so a path must stay under its image root (symbolic links followed), only formats of plain
+pixels are opened (EPS would start Ghostscript), and the header's pixel count is checked before anything is decoded.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlsi_fast.data.skipped import UnusableRow
+from vlsi_fast.data.skipped import UnusableRow, row_boundary
 
 PILLOW_MAX_IMAGE_PIXELS = 178956970
 """Pixels above which Pillow itself refuses to open an image (twice its warning limit)."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF", "ICO", "TGA", "PCX")
+"""Formats that are opened, by Pillow's names; JPEG covers MPO."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +56,7 @@ def load_image(ref: ImageRef, max_image_pixels: int = PILLOW_MAX_IMAGE_PIXELS) -
     Raises:
         UnusableRow: causes missing_image, path_outside_image_root, decompression_bomb, truncated_image.
     """
-    source = io.BytesIO(ref.data) if ref.data is not None else _safe_path(ref)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below decides
-            image = Image.open(source)
-    except Image.DecompressionBombError as error:
-        raise UnusableRow("decompression_bomb", f"{ref.name}: {error}") from error
-    except (FileNotFoundError, PermissionError) as error:
-        raise UnusableRow("missing_image", f"{ref.name}: {error}") from error
-    except UnidentifiedImageError as error:
-        raise UnusableRow("truncated_image", f"{ref.name}: not an image file that Pillow can read") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged header can fail in any way inside Pillow
-        raise _damaged(ref, error) from error
-    with image:
-        width, height = image.size
-        if width * height > max_image_pixels:
-            raise UnusableRow(
-                "decompression_bomb",
-                f"{ref.name}: {width} x {height} pixels, more than data.max_image_pixels {max_image_pixels}",
-            )
+    with _open(ref, max_image_pixels) as image:
         try:
             image.load()
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -80,6 +64,66 @@ def load_image(ref: ImageRef, max_image_pixels: int = PILLOW_MAX_IMAGE_PIXELS) -
             raise
         except Exception as error:  # truncated or damaged data, in whichever decoder
             raise _damaged(ref, error) from error
+
+
+@row_boundary()
+def check_pixels(refs: Sequence[ImageRef], max_image_pixels: int, max_row_pixels: int) -> None:
+    """Compares the pixels that a row's images announce with the bound on them all, before one of them is decoded.
+
+    Args:
+        refs: the row's images; one that is shown twice counts twice, since a processor works on it twice.
+        max_image_pixels: of each.
+        max_row_pixels: of all together.
+
+    Raises:
+        UnusableRow: cause too_many_pixels; those of `load_image` for what a header shows.
+    """
+    if len(refs) < 2 and max_row_pixels >= max_image_pixels:
+        return  # loading it will tell
+    pixels: dict[ImageRef, int] = {}
+    total = 0
+    for ref in refs:
+        if ref not in pixels:
+            with _open(ref, max_image_pixels) as image:
+                pixels[ref] = image.width * image.height
+        total += pixels[ref]
+        if total > max_row_pixels:
+            what = f"{len(refs)} images of {total} pixels or more, more than data.max_row_pixels {max_row_pixels}"
+            raise UnusableRow("too_many_pixels", what)
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _open(ref: ImageRef, max_image_pixels: int) -> Image.Image:
+    """The image with its header read. Raises UnusableRow as `load_image` does."""
+    source = io.BytesIO(ref.data) if ref.data is not None else _safe_path(ref)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pixels, where the bound below decides; of tags, where loading does
+            image = Image.open(source, formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise UnusableRow("decompression_bomb", f"{ref.name}: {error}") from error
+    except (FileNotFoundError, PermissionError) as error:
+        raise UnusableRow("missing_image", f"{ref.name}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UnusableRow("truncated_image", f"{ref.name}: not an image file of a format that is read") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged header can fail in any way inside Pillow
+        raise _damaged(ref, error) from error
+    width, height = image.size
+    if width * height > max_image_pixels:
+        image.close()
+        raise UnusableRow(
+            "decompression_bomb",
+            f"{ref.name}: {width} x {height} pixels, more than data.max_image_pixels {max_image_pixels}",
+        )
+    return image
 
 
 def image_bytes(ref: ImageRef) -> bytes:

@@ -31,10 +31,16 @@ CACHED_FROM_BYTES = 32 * 2**20
 """A smaller file is read through in less than a second; its table is not kept."""
 CHUNK_BYTES = 4 * 2**20
 MAX_ROW_BYTES = 256 * 2**20
-"""A row of a JSON list that has no end within so many bytes is an error of the file."""
+"""A longer line is a bad row; a row of a JSON list that has no end within so many bytes is an error of the file."""
+COUNTED_BYTES = 256 * 2**20
+"""Lines are counted (to name a bad row's) up to here, which takes a tenth of a second or two."""
 _VERSION = 1  # of the tables on disk
 _OPENING = re.compile(r"[ \t\r\n]*\[")
 _GAP = re.compile(r"[ \t\r\n,]*")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_LIST = re.compile(rb"\[\s*[{\]]")
+_ROW = re.compile(rb"^[ \t]*\{", re.MULTILINE)
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 class JsonFile:
@@ -53,9 +59,10 @@ class JsonFile:
         self.path = str(path.absolute())
         with open(path, "rb") as file:
             head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-        if not head.startswith((b"[", b"{")):
+        lines = _is_lines(path, head)
+        if not lines and not head.startswith(b"["):
             raise ValueError(f"{path} is neither a JSON list of rows nor JSON lines")
-        scan = _scan_list if head.startswith(b"[") else _scan_lines
+        scan = _scan_lines if lines else _scan_list
         self.table = _table(path, lambda out: _write_table(scan(path, keep), out), keep_key)
 
     def __len__(self) -> int:
@@ -65,13 +72,23 @@ class JsonFile:
         """Row `row`, parsed.
 
         Raises:
-            ValueError: it is not valid JSON.
+            ValueError: it is not valid JSON, nested too deeply, or larger than any row is.
         """
         start, length = (int(value) for value in self.table[row])
+        if length > MAX_ROW_BYTES:
+            raise ValueError(f"{length} bytes, a row has at most {MAX_ROW_BYTES}")
         with open(self.path, "rb") as file:  # opened for each row: safe in worker processes
             file.seek(start)
-            return json.loads(file.read(length).decode("utf-8-sig"))
+            return _parse(file.read(length))
 
+    def line(self, row: int) -> int | None:
+        """The line (1: the first) on which row `row` starts; None far inside a large file."""
+        start = int(self.table[row][0])
+        if start > COUNTED_BYTES:
+            return None
+        with open(self.path, "rb") as file:
+            blocks = (min(CHUNK_BYTES, start - at) for at in range(0, start, CHUNK_BYTES))
+            return 1 + sum(file.read(size).count(b"\n") for size in blocks)
 
     def mentions(self, key: str) -> bool:
         """Whether a key stands anywhere in the file, as JSON writes it."""
@@ -85,21 +102,59 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlsi-fast"
 
 
+def _is_lines(path: Path, head: bytes) -> bool:
+    """Whether a file that starts so is JSON lines. One that is called .jsonl stays so where its first row is bad."""
+    if head.startswith(b"{") or path.suffix != ".jsonl":
+        return head.startswith(b"{")
+    first, _, rest = head.partition(b"\n")
+    if _LIST.match(head):
+        try:
+            _parse(first)
+        except ValueError:
+            return False
+    return _ROW.search(rest) is not None
+
+
 def _scan_lines(path: Path, keep: Callable[[Any], bool] | None) -> Iterator[tuple[int, int]]:
     """(start, length) in bytes of every line that is a kept row."""
     at = 0
     with open(path, "rb") as file:
-        for line in file:
-            if line.strip() and (keep is None or _line_is_kept(line, keep)):
-                yield at, len(line)
-            at += len(line)
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            length = len(line)
+            while not line.endswith(b"\n") and (rest := file.readline(CHUNK_BYTES)):  # too long: told when it is read
+                length, line = length + len(rest), rest
+            if length > MAX_ROW_BYTES or (line.strip() and (keep is None or _line_is_kept(line, keep))):
+                yield at, length
+            at += length
 
 
 def _line_is_kept(line: bytes, keep: Callable[[Any], bool]) -> bool:
     try:
-        return keep(json.loads(line.decode("utf-8-sig")))
+        return keep(_parse(line))
     except ValueError:
         return True  # told when the row is read
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _integer(digits: str) -> int | float:
+    """Python refuses to read an integer of thousands of digits, which is valid JSON."""
+    return int(digits) if len(digits) < 1000 else float(digits)
+
+
+def _end_of(text: str, at: int) -> int:
+    """Where the list or object that starts at `at` ends, however deep. Raises ValueError where it has no end."""
+    depth = 0
+    for found in _BRACKET.finditer(text, at):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth == 0:
+            return found.end()
+    raise ValueError("the row has no end")
 
 
 def _scan_list(path: Path, keep: Callable[[Any], bool] | None) -> Iterator[tuple[int, int]]:
@@ -111,6 +166,7 @@ def _scan_list(path: Path, keep: Callable[[Any], bool] | None) -> Iterator[tuple
             value, start, length = found
             if keep is None or keep(value):
                 yield start, length
+        window.close_list()
 
 
 class _Window:
@@ -119,7 +175,7 @@ class _Window:
     def __init__(self, file: BinaryIO, path: Path):
         self.file, self.path = file, path
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
-        self.parse = json.JSONDecoder().raw_decode
+        self.parse = json.JSONDecoder(parse_int=_integer).raw_decode
         self.byte = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0  # of text[at]
         file.seek(self.byte)
         self.text, self.at, self.ended = "", 0, False
@@ -128,6 +184,14 @@ class _Window:
         while not (found := _OPENING.match(self.text)):
             self._more("it does not start with [")
         self._advance(found.end())
+
+    def close_list(self) -> None:
+        self._advance(self.at + 1)
+        while not self.ended:
+            self._advance(_SPACE.match(self.text, self.at).end())
+            if self.at < len(self.text):
+                raise ValueError(f"{self.path} is not valid JSON: something follows the list, at byte {self.byte}")
+            self._more("")
 
     def next_element(self) -> tuple[Any, int, int] | None:
         """(value, start, length in bytes), or None at the end of the list."""
@@ -138,7 +202,7 @@ class _Window:
                 if self.text[self.at] == "]":
                     return None
                 try:
-                    value, end = self.parse(self.text, self.at)
+                    value, end = self._element()
                 except ValueError as error:  # cut at the chunk's end, or wrong: known once there is no more to read
                     reason = str(error)
                 else:
@@ -147,6 +211,13 @@ class _Window:
                         self._advance(end)
                         return value, start, self.byte - start
             self._more(reason)
+
+    def _element(self) -> tuple[Any, int]:
+        """(value, end in text); a value that is nested too deeply is None, and told when the row is read."""
+        try:
+            return self.parse(self.text, self.at)
+        except RecursionError:
+            return None, _end_of(self.text, self.at)
 
     def _advance(self, to: int) -> None:
         self.byte += len(self.text[self.at : to].encode())

@@ -11,7 +11,6 @@ turn.
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 from dataclasses import dataclass, field
@@ -61,9 +60,10 @@ def from_llava(row: dict, sample_id: str, image_root: str, placeholder: str = PL
     images = as_images(row.get("image"), image_root)
     messages = []
     for turn in turns:
-        role, value = _LLAVA_ROLES.get(turn.get("from")), turn.get("value")
+        name, value = turn.get("from"), turn.get("value")
+        role = _LLAVA_ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise UnusableRow("bad_row", f"from is {turn.get('from')!r}; use one of {', '.join(_LLAVA_ROLES)}")
+            raise UnusableRow("bad_row", f"from is {_shown(name)}; use one of {', '.join(_LLAVA_ROLES)}")
         if not isinstance(value, str):
             raise UnusableRow("bad_row", f"the value of a {turn['from']!r} turn is {type(value).__name__}, not text")
         messages.append({"role": role, "content": [_text(value)]})
@@ -100,7 +100,7 @@ def from_messages(
     for turn in turns:
         role = turn.get("role")
         if role not in _ROLES:
-            raise UnusableRow("bad_row", f"role is {role!r}; use one of {', '.join(_ROLES)}")
+            raise UnusableRow("bad_row", f"role is {_shown(role)}; use one of {', '.join(_ROLES)}")
         parts, refs = _parts(turn.get("content"), role, image_root)
         messages.append({"role": role, "content": parts})
         found += refs
@@ -150,6 +150,8 @@ def from_question(
         first, rest = text.split(PLACEHOLDER, 1)
         text = first + PLACEHOLDER + rest.replace(PLACEHOLDER, "")
     choices = (row.get(options) or []) if options is not None else []
+    if not isinstance(choices, list | tuple):
+        raise UnusableRow("bad_row", f"{options!r} is {type(choices).__name__}, not a list of choices")
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     if [str(choice).strip() for choice in choices] != letters:
         text += "".join(f"\n({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
@@ -176,8 +178,8 @@ def _as_image(value: Any, image_root: str) -> ImageRef:
         head, _, body = value.partition(",")
         try:
             return ImageRef(data=base64.b64decode(body, validate=True) if head.endswith(";base64") else body.encode())
-        except binascii.Error as error:
-            raise UnusableRow("bad_row", f"an image's data: address is not base64: {error}") from error
+        except ValueError as error:  # not base64, not ASCII, a lone surrogate
+            raise UnusableRow("bad_row", f"an image's data: address holds no bytes: {error}") from error
     if isinstance(value, str | os.PathLike) and str(value):
         return ImageRef(path=str(value).removeprefix("file://"), root=image_root)
     raise UnusableRow("bad_row", f"an image is {type(value).__name__}; use a path or the bytes of an image file")
@@ -203,7 +205,7 @@ def _parts(content: Any, role: str, image_root: str) -> tuple[list[dict], list[I
             parts.append({"type": "image"})
             refs.append(None if given is None else _as_image(given, image_root))
         else:
-            raise UnusableRow("bad_row", f"a part of type {kind!r} in a {role} turn; use text or image")
+            raise UnusableRow("bad_row", f"a part of type {_shown(kind)} in a {role} turn; use text or image")
     return parts, refs
 
 
@@ -235,6 +237,11 @@ def _split(text: str, placeholder: str) -> list[dict]:
         if piece:
             parts.append(_text(piece))
     return parts
+
+
+def _shown(value: Any) -> str:
+    """For a message; what is no text by its type alone, since its own words may be endless."""
+    return repr(value) if isinstance(value, str | None) else f"{type(value).__name__}, not text"
 
 
 def _text(text: str) -> dict:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from vlsi_fast.config_files import ConfigError, read_yaml
 
 _SAMPLE = re.compile(r"(.+)#(\d+)", re.DOTALL)
 
@@ -70,9 +70,9 @@ def read_mix(path: str | os.PathLike) -> tuple[list[dict], str | None]:
             "one), a source is a mapping, e.g. {reader: llava, path: rows.json}"
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"mix file {path} is not valid YAML: {error}") from error
+        tree = read_yaml(path)
+    except ConfigError as error:
+        raise ValueError(f"mix file {error}") from error
     if isinstance(tree, list):
         tree = {"sources": tree}
     unknown = set(tree) - {"root", "sources"} if isinstance(tree, dict) else {type(tree).__name__}

@@ -19,6 +19,8 @@ import transformers
 from transformers import AutoProcessor
 from transformers.utils import cached_file, is_torchvision_available
 
+from vlsi_fast import hub
+
 _PATCHES = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
 _VIDEO = {
     "Qwen2VLProcessor": ("Qwen2VLVideoProcessor", _PATCHES),
@@ -89,6 +91,7 @@ def load_processor(path: str | os.PathLike, **kwargs):
     Raises:
         ImportError: the family's processor needs torchvision, which is not installed.
     """
+    kwargs = hub.options(path) | kwargs
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(path, **kwargs)
     name = _processor_class_name(path, **kwargs)

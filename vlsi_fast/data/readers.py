@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlsi_fast.data.messages import Sample, from_llava, from_messages, from_question
 from vlsi_fast.data.mixfile import sampled_row, split_sample
+from vlsi_fast.data.skipped import printable
 from vlsi_fast.data.tables import HfTable, JsonTable, import_package, paths_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ class Reader:
         """
         raise NotImplementedError
 
+    def where(self, row: int) -> dict[str, Any]:
+        """`file` and, where it is known, `line` of row `row`."""
+        return self._table.where(self.number(row))
+
     def answered_rows(self) -> int:
         """Rows whose answers a model wrote."""
         if self._answered is not None:
@@ -74,7 +79,7 @@ class Reader:
         """The sample with its type, where the source has a column of types, and with who answered it."""
         if self._type is not None:
             found = row.get(self._type)
-            sample.type = "(none)" if found is None else str(found)
+            sample.type = "(none)" if found is None else printable(str(found)[:200])
         if self._answered is not False:
             sample.answered_by = row.get(ANSWERED_BY) or (True if self._answered else None)
         return sample
@@ -153,8 +158,11 @@ class EasyVqaReader(Reader):
         train = config.split == "train"
         self._columns = (package.get_train_questions if train else package.get_test_questions)()
         self._paths = (package.get_train_image_paths if train else package.get_test_image_paths)()
-        root = str(Path(package.__file__).parent)
+        self._file, root = package.__file__, str(Path(package.__file__).parent)
         super().__init__(config, f"easy_vqa:{config.split}", root, len(self._columns[0]), field)
+
+    def where(self, row: int) -> dict[str, Any]:
+        return {"file": self._file}
 
     def read(self, row: int, sample_id: str) -> Sample:
         question, answer, image = (column[row] for column in self._columns)

@@ -1,14 +1,16 @@
 """Rows that cannot be used: why, how many, and when there are too many of them.
 
-A row is skipped for one of `CAUSES`. The dataset replaces it by the next usable row and sends the record along with the
-batch (so it also arrives from worker processes); `SkipLog` writes each skipped row once to a JSON-lines file, counts by
-cause, and stops the run when the share grows past the configured limit.
+A row is skipped for one of `CAUSES`. Between a row and the program stands `row_boundary`: whatever a row raises there
+is such a cause, and never the end of a run. The dataset replaces a skipped row by the next usable row and sends the
+record along with the batch (so it also arrives from worker processes); `SkipLog` writes each skipped row once to a
+JSON-lines file, counts by cause, and stops the run when the share grows past the configured limit.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,12 +27,25 @@ CAUSES = {
     "decompression_bomb": "the image header announces more pixels than data.max_image_pixels",
     "path_outside_image_root": "the image path, links followed, leaves the source's image_root",
     "empty_answer": "an assistant turn has no text, or there is no assistant turn",
-    "too_long": "a processor made more tokens of the row than data.max_length",
+    "too_many_pixels": "the row's images announce more pixels together than data.max_row_pixels",
+    "too_long": "the row has more tokens than data.max_length",
+    "special_token": "the text holds a special token, and is not to be read as text (data.special_tokens) or cannot be",
+    "answer_mismatch": "student and teacher have different answer tokens",
     "template": "the chat template does not show where the answer starts and ends",
     "bad_row": "the row is malformed, or its placeholders and images differ in number",
+    "unexpected_error": "the program failed on the row; the detail names the exception and where it was raised",
 }
+MAX_DETAIL = 1000
+"""Characters of a detail that are kept."""
+RECORD = ("id", "cause", "detail", "file", "line")
+"""What is written of a skipped row."""
 MIN_SEEN = 200
 """Rows a process must have read before the share of what it has seen so far is judged."""
+
+
+def printable(text: str) -> str:
+    """Text without lone surrogates, which JSON may hold and no file or terminal takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UnusableRow(ValueError):
@@ -44,6 +59,9 @@ class UnusableRow(ValueError):
     def __init__(self, cause: str, detail: str):
         if cause not in CAUSES:
             raise ValueError(f"unknown cause {cause!r}; use one of {', '.join(CAUSES)}")
+        if len(detail) > MAX_DETAIL:
+            detail = f"{detail[:MAX_DETAIL]} .."
+        detail = printable(detail)
         super().__init__(f"{cause}: {detail}")
         self.cause = cause
         self.detail = detail
@@ -52,12 +70,43 @@ class UnusableRow(ValueError):
         return type(self), (self.cause, self.detail)
 
 
+class SpecialTokenError(RuntimeError):
+    """A row's text holds a special token, and `data.special_tokens` is error."""
+
+
+_ALLOCATOR = "DefaultCPUAllocator: "
+"""How torch says, by a RuntimeError, that there is no memory left."""
+
+
+@contextmanager
+def row_boundary() -> Iterator[None]:
+    """What stands between a row and the program: anything that a row raises inside is an `UnusableRow`.
+
+    Out of memory, an interrupt and an exit are no fault of a row and pass. An exception that no check foresaw has the
+    cause unexpected_error; its type, message and place are the detail, since it may be the program's fault. Also a
+    decorator.
+    """
+    try:
+        yield
+    except (UnusableRow, SpecialTokenError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or _ALLOCATOR in (
+            str(error) if type(error) is RuntimeError else ""
+        ):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(last.filename)}:{last.lineno}"
+        raise UnusableRow("unexpected_error", f"{type(error).__name__}: {error} ({where})") from error
+
+
 class TooManySkippedRows(RuntimeError):
     """More rows were skipped than `data.max_skipped_share` allows."""
 
 
 class SkipLog:
-    """Counts skipped rows and lists each of them once in a file, one JSON object a line: `id`, `cause`, `detail`.
+    """Counts skipped rows and lists each of them once in a file, one JSON object a line: `id`, `cause`, `detail`, and
+    where the row stands: `file` and, of a JSON file, `line` (1: the first).
 
     Several processes may share one file: each append happens under a lock, after reading what the others have added.
     Opening an existing file continues it; rows that it lists are not written or counted again.
@@ -82,12 +131,13 @@ class SkipLog:
         self._read_to = 0  # bytes of the file that are in `_causes`
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._read_new_lines()
+        self._told = set(self._causes.values())
 
     def record(self, skipped: Iterable[dict], seen: int) -> None:
         """Takes in one batch.
 
         Args:
-            skipped: records with `id`, `cause`, `detail` (a batch's "skipped").
+            skipped: records with `id`, `cause`, `detail` and, where known, `file` and `line` (a batch's "skipped").
             seen: rows read for this batch, the skipped ones included.
         """
         skipped = list(skipped)
@@ -98,7 +148,7 @@ class SkipLog:
         with self._locked_file() as file:
             self._read_new_lines()
             fresh = {row["id"]: row for row in skipped if row["id"] not in self._causes}
-            lines = [json.dumps({k: row[k] for k in ("id", "cause", "detail")}) + "\n" for row in fresh.values()]
+            lines = [json.dumps({k: row[k] for k in RECORD if k in row}) + "\n" for row in fresh.values()]
             file.write("".join(lines).encode())
             file.flush()
             self._read_new_lines()
@@ -119,6 +169,23 @@ class SkipLog:
     def summary(self) -> dict[str, int]:
         """Distinct skipped rows by cause, most frequent first, over all processes that share the file."""
         return dict(Counter(self._causes.values()).most_common())
+
+    def news(self) -> list[str]:
+        """A line for every cause that was not there before: what it means, its first row, where all rows are listed."""
+        self._read_new_lines()
+        first = {cause: row for row, cause in reversed(self._causes.items()) if cause not in self._told}
+        self._told.update(first)
+        listed = f"such rows are left out and listed in {self.path}"
+        why = {cause: CAUSES.get(cause, "see there") for cause in first}
+        return [f"row {row} skipped: {cause} ({why[cause]}); {listed}" for cause, row in first.items()]
+
+    def total(self) -> str:
+        """All skipped rows in a line, by cause; empty where there are none."""
+        self._read_new_lines()
+        if not self._causes:
+            return ""
+        causes = ", ".join(f"{cause} {count:,}" for cause, count in self.summary().items())
+        return f"{len(self._causes):,} of {self.total_rows:,} rows skipped: {causes} ({self.path})"
 
     def _stop(self, skipped: int, rows: int, of: str) -> None:
         counts = "\n".join(f"  {cause}: {count} ({CAUSES[cause]})" for cause, count in self.summary().items())

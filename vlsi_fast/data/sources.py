@@ -11,7 +11,7 @@ import bisect
 import os
 import sys
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,8 @@ from vlsi_fast.data.images import PILLOW_MAX_IMAGE_PIXELS
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.mixfile import expand, split_sample
 from vlsi_fast.data.readers import READERS, Reader
+from vlsi_fast.data.skipped import UnusableRow, row_boundary
+from vlsi_fast.evaluation.metrics import METRICS, check_metric_name
 
 
 class SourceConfig(BaseModel):
@@ -66,9 +68,22 @@ class SourceConfig(BaseModel):
     type_column: str | None = None
     """Column of the question's type, e.g. its category, by which `vlsi-fast eval` splits its table; default: the type
     follows from the answer (yes/no, choice, number, other)."""
+    metric: str | list[str] | None = None
+    """How `vlsi-fast eval`, `report` and the demo score answers: exact_match, relaxed_accuracy, or a function of your
+    own, package.module:function (prediction, answer) -> 0 to 1, or a bool; several: the first is the headline, the
+    second shades the report's cells; default: both built-in ones. Training does not read it."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics, the headline first."""
+        return list(METRICS) if self.metric is None else [self.metric] if isinstance(self.metric, str) else self.metric
 
     @model_validator(mode="after")
     def _check(self):
+        if not self.metrics:
+            raise ValueError("metric is an empty list; name a metric, or remove it")
+        for name in self.metrics:
+            check_metric_name(name)
         if self.reader == "easy_vqa":
             if self.path is not None or self.image_root is not None:
                 raise ValueError("reader easy_vqa brings its own rows and images; remove path and image_root")
@@ -131,6 +146,12 @@ class DataConfig(BaseModel):
     """
     max_image_pixels: int = Field(default=PILLOW_MAX_IMAGE_PIXELS, ge=1)
     """Pixels that an image file may announce; a larger one is skipped before it is decoded."""
+    max_row_pixels: int = Field(default=PILLOW_MAX_IMAGE_PIXELS, ge=1)
+    """Pixels that the images of a row may announce together, one that is shown twice counted twice; a row with more is
+    skipped before any of them is decoded."""
+    special_tokens: Literal["text", "skip", "error"] = "text"
+    """Special tokens that a row's text spells, e.g. <|im_end|>. text: they are tokenized as text and mean nothing.
+    skip: the row is skipped. error: the run stops there. Only the chat template's own are special in any case."""
     max_skipped_share: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of the rows (0 to 1) that may be unusable; more of them stop the run."""
     num_workers: int = Field(default=0, ge=0)
@@ -187,6 +208,10 @@ class ConcatSource:
         """Rows of each source."""
         return [len(part) for part in self.parts]
 
+    def part_of(self, index: int) -> int:
+        """Number of the source that row `index` is of."""
+        return self._locate(index)[0]
+
     def row_id(self, index: int) -> str:
         """Id of row `index`: the source's name and the row's number there, unique among all rows."""
         part, row = self._locate(index)
@@ -196,10 +221,17 @@ class ConcatSource:
         """Row `index`.
 
         Raises:
-            UnusableRow: the row is malformed.
+            UnusableRow: the row is malformed, or reading it failed in any other way.
         """
         part, row = self._locate(index)
-        return self.parts[part].read(row, self.row_id(index))
+        with row_boundary():
+            return self.parts[part].read(row, self.row_id(index))
+
+    def skip_record(self, index: int, error: UnusableRow) -> dict[str, Any]:
+        """What is written of row `index`, which cannot be used: `id`, `cause`, `detail`, `file`, `line` if known."""
+        part, row = self._locate(index)
+        found = {"id": self.row_id(index), "cause": error.cause, "detail": error.detail}
+        return found | self.parts[part].where(row)
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not -len(self) <= index < len(self):
@@ -223,15 +255,18 @@ def build_source(configs: list[SourceConfig], field: str = "data.train") -> Conc
     """
     if not configs:
         raise ValueError(f"{field} is empty; add at least one source, e.g. {{reader: easy_vqa}}")
-    parts = []
-    for i, config in enumerate(configs):
-        part = READERS[config.reader](config, f"{field}[{i}]")
-        if len(part) == 0:
-            raise ValueError(f"{field}[{i}] ({part.name}) has no rows")
-        _check_count(config, part, f"{field}[{i}]")
-        parts.append(part)
+    parts = [open_part(config, f"{field}[{i}]") for i, config in enumerate(configs)]
     weights = [config.weight for config in configs]
     return ConcatSource(parts, weights if None not in weights else None)
+
+
+def open_part(config: SourceConfig, field: str) -> Reader:
+    """Opens one source; `field` is where it stands. Raises as `build_source`."""
+    part = READERS[config.reader](config, field)
+    if len(part) == 0:
+        raise ValueError(f"{field} ({part.name}) has no rows")
+    _check_count(config, part, field)
+    return part
 
 
 def _check_count(config: SourceConfig, part: Reader, field: str) -> None:

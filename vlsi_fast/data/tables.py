@@ -55,10 +55,20 @@ class JsonTable:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, row: int) -> Any:
+    def _find(self, row: int) -> tuple[JsonFile, int]:
         file = bisect.bisect_right(self._ends, row)
+        return self._files[file], row - (self._ends[file - 1] if file else 0)
+
+    def where(self, row: int) -> dict[str, Any]:
+        """The row's `file` and the `line` on which it starts."""
+        file, number = self._find(row)
+        line = file.line(number)
+        return {"file": file.path} | ({} if line is None else {"line": line})
+
+    def __getitem__(self, row: int) -> Any:
+        file, number = self._find(row)
         try:
-            return self._files[file].read(row - (self._ends[file - 1] if file else 0))
+            return file.read(number)
         except ValueError as error:
             raise UnusableRow("bad_row", f"the line is not JSON: {error}") from error
 
@@ -85,7 +95,10 @@ class _ByImageFolder:
         if not isinstance(row, dict):
             return True
         images = row.get("image") or row.get("images") or []
-        paths = [os.path.normpath(path) for path in (images if isinstance(images, list) else [images]) if path]
+        images = images if isinstance(images, list) else [images]
+        if not all(isinstance(image, str) for image in images):
+            return True
+        paths = [os.path.normpath(path) for path in images if path]
         inside = all(path.startswith(tuple(self.under)) for path in paths) and bool(paths) if self.under else True
         return inside and not any(path.startswith(tuple(self.not_under)) for path in paths)
 
@@ -108,6 +121,7 @@ class HfTable:
         folder = path if path.is_dir() else Path(files[0]).parent
         self.image_root = image_root(config, folder, field)
         self.name = f"{path.name}:{config.split}"
+        self.path = str(path.absolute())
         self._data = _without_decoding(_open_hf(path, files, config, field))
         self.columns = self._data.column_names
 
@@ -116,6 +130,10 @@ class HfTable:
 
     def __getitem__(self, row: int) -> dict:
         return self._data[row]
+
+    def where(self, row: int) -> dict[str, Any]:
+        """The path that the rows were read from; the number of a row is in its id."""
+        return {"file": self.path}
 
     def mentions(self, column: str) -> bool:
         """Whether there is a column of this name."""

@@ -1,6 +1,6 @@
-"""`vlsi-fast demo`: score the models, run the three stages and the control, score again, print a table, write a report.
+"""`vlsi-fast demo`: draw data, make the student, train it in several ways, score all, print a table, write a report.
 
-Everything goes through the public entry: `deepspeed vlsi_fast/train.py --stage all --config configs/demo.yaml`.
+Training goes through the public entry, `deepspeed vlsi_fast/train.py --stage all --config FILE`, arm by arm.
 """
 
 from __future__ import annotations
@@ -9,91 +9,128 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, load_config
-from ..report.command import write_report
-from ..runs import open_run
+from . import inputs
+from .arms import VLSI, Arm, arm_changes, arm_config, arm_file, chosen
+from .inputs import KEPT_LAYERS, MAX_ANSWER, answer_pictures, draw_data, make_student
+from .progress import Progress
+from .training import command, rank_count, shown, train
 
 DEFAULT_CONFIG = "configs/demo.yaml"
+PREPARING, ASKING, SCORING, REPORT = (
+    "Drawing pictures, making the student",
+    "Asking the teacher",
+    "Scoring the results",
+    "Asking every layer, writing the report",
+)
+SECONDS = {PREPARING: 8, ASKING: 45, SCORING: 45, REPORT: 40}
+"""About what the parts between the arms take on two cores."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `demo` command."""
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file of the demo (default: %(default)s)")
+    parser.add_argument(
+        "--config", default=DEFAULT_CONFIG,
+        help="YAML file of the demo; the other arms' files are in the folder of its name (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--output-dir", help="folder of the run (default: the config's, runs/demo)")
     parser.add_argument("--output_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older spelling
     parser.add_argument("--ranks", type=int, default=2, help="ZeRO-3 ranks on CPU; on GPUs at most their number")
     parser.add_argument("--seed", type=int, help="another seed than the config's")
-    parser.add_argument("--no-control", dest="control", action="store_false", help="skip the sft-only control")
+    parser.add_argument("--quick", action="store_true", help="only VLsI and sft alone")
+    parser.add_argument("--no-control", dest="control", action="store_false", help="without sft alone")
+    parser.add_argument("--all-arms", action="store_true", help="also sft alone on the teacher's answers")
     parser.add_argument("--fresh", action="store_true", help="delete an earlier run of the demo in the same folder")
 
 
 def main(arguments: argparse.Namespace, overrides: list[str] = ()) -> int:
-    """Run the demo (it takes no overrides: its control must fit it). Returns the exit code."""
-    overrides = {}
-    if arguments.output_dir:
-        overrides["output_dir"] = arguments.output_dir
+    """Run the demo (it takes no overrides: its arms must fit each other). Returns the exit code."""
+    overrides = {"output_dir": arguments.output_dir} if arguments.output_dir else {}
     if arguments.seed is not None:
         overrides["seed"] = arguments.seed
+    arms = chosen(arguments.quick, arguments.control, arguments.all_arms)
     try:
         config = load_config(arguments.config, overrides)
+        ranks = rank_count(arguments.ranks)
+        arm_config(VLSI, arguments.config, config, ranks)  # its steps are others' measure
+        configs = {arm: arm_config(arm, arguments.config, config, ranks) for arm in arms}
     except (ValueError, FileNotFoundError) as error:
         print(f"vlsi-fast demo: {error}\nRun it from the root of a checkout (make demo).", file=sys.stderr)
         return 2
-    if config.stages == ["verbalize"]:
-        print("vlsi-fast demo: its `stages` make no student; add interact, sft or both", file=sys.stderr)
-        return 2
     output = Path(config.output_dir)
+    began = time.perf_counter()
     if arguments.fresh and output.exists():
         shutil.rmtree(output)
     if output.exists() and any(output.iterdir()):
         print(f"vlsi-fast demo: {output} holds an earlier run; add --fresh to replace it", file=sys.stderr)
         return 2
-    overrides = [f"--{name}={value}" for name, value in overrides.items()]
-    began = time.perf_counter()
-
-    _say("Scoring teacher and student as they are")
-    scores = _score(config, {"teacher": config.teacher.path, "student_before": config.student.path})
-    _say(f"VLsI: {', '.join(config.stages)}")
-    _launch(arguments, ["--stage", "all", "--config", arguments.config, *overrides])
-    stages = {stage: _summary(output / stage) for stage in config.stages}
-    finals = {"student_after": open_run(output).student}
-    if arguments.control:
-        _say("Control: the same student, data order and number of optimizer steps, sft alone")
-        steps = sum(stage["optimizer_steps"] for stage in stages.values())
-        control = output / "control"
-        changes = {"output_dir": control, "seed": config.seed, "sft.start_from": "base"}
-        changes["sft.training.max_steps"] = steps
-        words = [f"--{name}={value}" for name, value in changes.items()]
-        _launch(arguments, ["--stage", "sft", "--config", arguments.config, *words])
-        finals["sft_only"] = control / "sft" / "student"
-    _say("Scoring the results")
-    scores |= _score(config, finals)
-    summary = _collect(config, scores, stages, output) | {"seconds": time.perf_counter() - began}
+    parts = {PREPARING: SECONDS[PREPARING], ASKING: SECONDS[ASKING]}
+    parts |= {_title(arm): arm.seconds for arm in arms} | {SCORING: SECONDS[SCORING], REPORT: SECONDS[REPORT]}
+    with Progress(parts) as progress:
+        report, summary = _course(arguments, config, configs, progress)
+    summary["seconds"] = time.perf_counter() - began
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    _say("Asking every layer, writing the report")
-    report = write_report([output])
-    _print_table(summary, output, report)
+    from .tables import print_tables
+
+    print_tables(summary, output, report)
     return 0
 
 
-def _say(text: str) -> None:
-    from rich.console import Console
-
-    Console().print(f"\n[bold]{text}[/bold]")
+def _title(arm: Arm) -> str:
+    return f"Training: {arm.label.removeprefix('student after ')}"
 
 
-def _score(config: RunConfig, checkpoints: dict[str, Any]) -> dict[str, dict]:
-    """Exact match of several checkpoints on `data.eval`, two at a time."""
+def _course(
+    arguments: argparse.Namespace, base: RunConfig, configs: dict[Arm, RunConfig], progress: Progress
+) -> tuple[Path, dict[str, Any]]:
+    """All parts in order; `base` is the demo's config as it is read. Returns the report and the summary."""
+    from ..report.command import write_report
+    from .tables import summarise_run
+
+    config, output = configs[VLSI], Path(configs[VLSI].output_dir)
+    with progress.part(PREPARING):
+        draw_data(output / "data")
+        make_student(config)
+        counts = f"{inputs.LABELLED} with descriptions, {inputs.UNLABELLED} without, and those to test on"
+        progress.say(f"{output / 'data'}: pictures, {counts}")
+        progress.say(f"{config.student.path}: decoder layers {KEPT_LAYERS} of {config.teacher.path}")
+    with progress.part(ASKING):
+        more = [answer_pictures] if any(arm.answered for arm in configs) else []
+        paths = {"teacher": config.teacher.path, "student_before": config.student.path}
+        answers = _ask(config, paths, progress, more)
+    for arm, own in configs.items():
+        with progress.part(_title(arm)):
+            ranks = rank_count(arguments.ranks)
+            words, environment = command(ranks, arm_file(arm, arguments.config), arm_changes(arm, base, ranks))
+            progress.say(shown(words))
+            train(words, environment, own, output / "logs" / f"{arm.name}.log", progress.at)
+    with progress.part(SCORING):
+        paths = {arm.name: str(own.stage_dir(own.stages[-1]) / "student") for arm, own in configs.items()}
+        answers |= _ask(config, paths, progress)
+    _write_answers(answers, output / "answers.jsonl")
+    summary = summarise_run(configs, answers) | {"parts_seconds": progress.seconds}
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")  # the report reads it
+    with progress.part(REPORT):
+        report = write_report([output], max_new_tokens=MAX_ANSWER)
+    return report, summary
+
+
+def _ask(config: RunConfig, paths: dict[str, Any], progress: Progress, more: list = ()) -> dict[str, list]:
+    """Answers of several checkpoints to `data.eval`, two processes at a time; `more` are calls with the config."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_use_half_the_cores) as pool:
-        jobs = {name: pool.submit(_exact_match, str(path), config, name) for name, path in checkpoints.items()}
+        others = [pool.submit(call, config) for call in more]
+        jobs = {name: pool.submit(_answers, str(path), config) for name, path in paths.items()}
+        for number, job in enumerate([*jobs.values(), *others], 1):
+            job.result()
+            progress.at(number / (len(jobs) + len(others)))
         return {name: job.result() for name, job in jobs.items()}
 
 
@@ -101,82 +138,15 @@ def _use_half_the_cores() -> None:
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 2) // 2))
 
 
-def _exact_match(path: str, config: RunConfig, name: str) -> dict:
-    from ..scoring import exact_match
+def _answers(path: str, config: RunConfig) -> list:
+    from ..evaluation.answers import answer_rows
 
-    return exact_match(path, config.data, dtype=config.dtype, description=f"{name:>15}")
-
-
-def _launch(arguments: argparse.Namespace, words: list[str]) -> None:
-    """Start train.py under DeepSpeed's launcher, on the GPUs or else on CPU ranks."""
-    import torch
-
-    environment = os.environ | {"PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning"}
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    ranks = min(arguments.ranks, gpus) if gpus else arguments.ranks
-    if not gpus:
-        environment["DS_ACCELERATOR"] = "cpu"
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    script = Path(__file__).resolve().parent.parent / "train.py"
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_accelerators" if not gpus else "--num_gpus", str(ranks), str(script), *words]
-    print("$ " + " ".join(["deepspeed", *command[1:]]), flush=True)
-    if not launcher.is_file():
-        raise SystemExit("vlsi-fast demo: no deepspeed beside this Python; run `make demo`, or pip install deepspeed")
-    if subprocess.run(command, env=environment).returncode:
-        raise SystemExit("vlsi-fast demo: training stopped with the error above")
+    skipped: Counter = Counter()
+    return list(answer_rows(path, config.data, skipped=skipped, max_new_tokens=MAX_ANSWER, dtype=config.dtype))
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    summary = json.loads((folder / "vlsi_stage.json").read_text())["summary"]
-    return {name: summary[name] for name in ("seconds", "optimizer_steps", "answer_tokens", "skipped_rows")}
+def _write_answers(answers: dict[str, list], file: Path) -> None:
+    from ..evaluation.command import answer_line
 
-
-def _peak_rss(folder: Path) -> int:
-    """Largest sum over ranks of resident memory in any stage, bytes."""
-    records = (json.loads(line) for file in folder.glob("**/metrics.jsonl") for line in file.read_text().splitlines())
-    return max((sum(record["peak_rss_bytes"]) for record in records), default=0)
-
-
-def _collect(config: RunConfig, scores: dict[str, dict], stages: dict[str, dict], output: Path) -> dict[str, Any]:
-    from ..lineage import versions
-
-    accuracy = {f"{name}_accuracy": score["accuracy"] for name, score in scores.items()}
-    if "sft_only_accuracy" not in accuracy:
-        accuracy["sft_only_accuracy"] = None
-    return accuracy | {
-        "questions": scores["teacher"]["rows"],
-        "stages": stages,
-        "stages_seconds": sum(stage["seconds"] for stage in stages.values()),
-        "peak_rss_bytes": _peak_rss(output),
-        "seed": config.seed,
-        "versions": versions(),
-    }
-
-
-def _print_table(summary: dict[str, Any], output: Path, report: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table("model", "exact match", title=f"easy-VQA test split, {summary['questions']} questions")
-    rows = {
-        "teacher": "teacher_accuracy",
-        "student before": "student_before_accuracy",
-        "student after VLsI": "student_after_accuracy",
-        "student after sft alone (control)": "sft_only_accuracy",
-    }
-    for label, key in rows.items():
-        value = summary[key]
-        table.add_row(label, "skipped" if value is None else f"{100 * value:.2f}%")
-    console.print(table)
-    table = Table("stage", "optimizer steps", "answer tokens", "seconds")
-    for name, stage in summary["stages"].items():
-        table.add_row(name, str(stage["optimizer_steps"]), str(stage["answer_tokens"]), f"{stage['seconds']:.0f}")
-    console.print(table)
-    console.print(
-        f"peak memory of training {summary['peak_rss_bytes'] / 2**30:.2f} GiB, all in all {summary['seconds']:.0f} s\n"
-        f"distilled student: {open_run(output).student}\nsummary: {output / 'summary.json'}\n"
-        f"report, with what each layer says: {report}\n"
-        f"ask its layers yourself: vlsi-fast verbalize --run {output} --image FILE --question '..'"
-    )
+    lines = [answer_line(name, answer) for name, rows in answers.items() for answer in rows]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")

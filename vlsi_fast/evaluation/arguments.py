@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rows.add_argument("--config", help="YAML file of a run: its data.eval")
     rows.add_argument("--data", metavar="FILE", help="rows of a file or saved dataset, read by --reader")
     rows.add_argument("--reader", choices=READERS, help="format of --data; its fields: --data.eval.0.FIELD VALUE")
+    rows.add_argument(
+        "--metric", nargs="+", metavar="NAME",
+        help="how answers are scored, the headline first: exact_match, relaxed_accuracy or package.module:function of "
+        "(prediction, answer) -> 0 to 1; default: the sources' own",
+    )  # fmt: skip
     rows.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows of each source, or benchmark")
     bench = parser.add_argument_group("the paper's benchmarks, by lmms-eval")
     bench.add_argument(

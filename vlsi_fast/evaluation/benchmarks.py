@@ -128,7 +128,8 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Options that mean nothing here are errors."""
-    wrong = [name for name in ("config", "data", "reader", "predictions", "dtype") if getattr(arguments, name)]
+    names = ("config", "data", "reader", "metric", "predictions", "dtype")
+    wrong = [name for name in names if getattr(arguments, name)]
     if wrong or overrides:
         given = f"--{wrong[0]}" if wrong else overrides[0]
         raise ConfigError(f"{given} has no meaning with benchmarks, which bring their own rows; remove it")
@@ -181,15 +182,15 @@ def _row(benchmark: Benchmark, results: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from ..tabular import console, print_table
     from .report import short_names
 
     models = list(dict.fromkeys(model for row in rows for model in row["scores"]))
     short = short_names(models)
     beside = [name for name in PAPER_ROWS if any(name in row["paper"] for row in rows)]
-    console, notes = Console(highlight=False), []
+    notes = []
     table = Table("benchmark", *short.values(), *beside)
     for row in rows:
         paper = [" / ".join(f"{score:g}" for score in row["paper"].get(name, [])) or "-" for name in beside]
@@ -200,11 +201,11 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         told += [f"{short[model]}: only {few} of {all_} rows" for model, (few, all_) in row["limited"].items()]
         if told:
             notes.append(f"{row['benchmark']} ({row['task']}): {'; '.join(told)}")
-    console.print(table)
+    print_table(table)
     if beside:
         notes.insert(0, f"{', '.join(beside)}: the paper's tables 1 to 3; 'a / b' where they contradict each other.")
     for note in notes:
-        console.print(note)
+        console().print(note)
 
 
 def _lines(row: dict[str, Any], models: list[str]) -> list[tuple[str, list[str]]]:
@@ -221,11 +222,12 @@ def _lines(row: dict[str, Any], models: list[str]) -> list[tuple[str, list[str]]
 
 
 def _print_list() -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from ..tabular import print_table
 
     table = Table("--benchmarks", "paper", "lmms-eval task", "metric", "judge", "what differs")
     for each in BENCHMARKS:
         metrics = " + ".join(metric.split(",")[0] for metric in each.metrics)
         table.add_row(each.name, each.column, each.task, metrics, "needed" if each.judge else "", each.note)
-    Console().print(table)
+    print_table(table)

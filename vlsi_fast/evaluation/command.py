@@ -115,10 +115,15 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import torch
 
     from .answers import answer_rows
+    from .metrics import load_metrics
     from .report import print_report, summarise
 
     models = named_models(arguments)
     data = rows_config(arguments, overrides)
+    if arguments.metric:
+        load_metrics(arguments.metric, "--metric")
+        sources = [source.model_copy(update={"metric": arguments.metric}) for source in data.eval]
+        data = data.model_copy(update={"eval": sources})
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = {
         "num_beams": arguments.num_beams,
@@ -135,13 +140,13 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
             for answer in answer_rows(folder, data, skipped=skipped[name], device=device, description=name, **settings):
                 answers[name].append(answer)
                 if file is not None:
-                    _write(file, name, answer)
+                    file.write(answer_line(name, answer) + "\n")
     finally:
         if file is not None:
             file.close()
     for name in [name for name, rows in answers.items() if not rows]:
         causes = ", ".join(f"{cause} {count}" for cause, count in skipped[name].items())
-        print(f"vlsi-fast: {name}: no row could be scored ({causes}); see the causes in README, Data", file=sys.stderr)
+        print(f"vlsi-fast: {name}: no row could be scored ({causes}); docs/data.md tells the causes", file=sys.stderr)
     if not all(answers.values()):
         return 1
     summary = summarise(answers, {name: dict(counts) for name, counts in skipped.items()})
@@ -156,8 +161,7 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _write(file: Any, name: str, answer: Any) -> None:
-    from .metrics import METRICS
-
-    scores = {metric: right(answer.prediction, answer.answer) for metric, right in METRICS.items()}
-    file.write(json.dumps({"model": name, **vars(answer), **scores}, ensure_ascii=False) + "\n")
+def answer_line(name: str, answer: Any) -> str:
+    """A line of --predictions: whose answer, the row, and every metric's score."""
+    told = {"model": name, **vars(answer)}
+    return json.dumps(told | told.pop("scores"), ensure_ascii=False)

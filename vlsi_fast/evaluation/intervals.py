@@ -1,4 +1,4 @@
-"""How far a share of right answers, and the difference of two on the same rows, can be trusted.
+"""How far a share of right answers or a mean score, and the difference of two on the same rows, can be trusted.
 
 Letters: n rows, x of them right, b rows that only the first model has right, c rows that only the second has right.
 """
@@ -6,6 +6,8 @@ Letters: n rows, x of them right, b rows that only the first model has right, c 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 Z95 = 1.959963984540054
 """Standard normal quantile of a two-sided 95% interval."""
@@ -42,7 +44,46 @@ def paired_difference(b: int, c: int, n: int) -> tuple[float, float]:
     """
     if min(b, c) < 0 or b + c > n or n == 0:
         raise ValueError(f"{b} and {c} of {n} rows is no table of pairs; pass b, c >= 0, b + c <= n, n >= 1")
-    rows, first, second = n + 2, b + 0.5, c + 0.5
-    middle = (second - first) / rows
-    half = Z95 * math.sqrt((first + second) - (second - first) ** 2 / rows) / rows
-    return max(-1.0, middle - half), min(1.0, middle + half)
+    return _padded(c - b, b + c, n, DIFFERENCES)
+
+
+def mean_score(scores: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean of scores of 0 to 1.
+
+    The normal interval after two rows of score 0 and two of score 1 are added: for scores of 0 and 1 alone that is
+    Agresti and Coull's (1998), and it keeps a width where few rows, or rows all alike, show no spread of their own.
+    """
+    return _padded(sum(scores), sum(x * x for x in scores), len(scores), SCORES)
+
+
+def mean_difference(differences: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean of differences of -1 to 1, one for each row that two models answered.
+
+    As `paired_difference`, which it is for differences of -1, 0 and 1: half a row of -1, half a row of 1 and one of 0
+    are added.
+    """
+    total, squares = sum(differences), sum(x * x for x in differences)
+    return _padded(total, squares, len(differences), DIFFERENCES)
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """Rows that are added before Wald's interval is taken, and the least a value can be (the most is 1)."""
+
+    least: float
+    total: float
+    squares: float
+    rows: int
+
+
+SCORES = _Padding(0.0, 2.0, 2.0, 4)
+DIFFERENCES = _Padding(-1.0, 0.0, 1.0, 2)
+
+
+def _padded(total: float, squares: float, n: int, padding: _Padding) -> tuple[float, float]:
+    if n == 0:
+        raise ValueError("no scores, no interval; pass at least one")
+    rows = n + padding.rows
+    middle = (total + padding.total) / rows
+    half = Z95 * math.sqrt(max(0.0, (squares + padding.squares) / rows - middle**2) / rows)
+    return max(padding.least, middle - half), min(1.0, middle + half)

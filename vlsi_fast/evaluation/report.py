@@ -6,17 +6,32 @@ from collections.abc import Iterable
 from typing import Any
 
 from .answers import Answer
-from .intervals import mcnemar, paired_difference, wilson
-from .metrics import METRICS
-
-TITLES = {"exact_match": "exact match", "relaxed_accuracy": "relaxed accuracy (numbers may be 5% off)"}
+from .intervals import mcnemar, mean_difference, mean_score, paired_difference, wilson
+from .metrics import MIXED, is_graded, title
 
 
-def share(right: Iterable[bool]) -> dict[str, Any]:
-    """`accuracy` (0 to 1), `correct`, `rows` and `interval`, Wilson's 95%."""
-    right = list(right)
-    correct, rows = sum(right), len(right)
-    return {"accuracy": correct / rows, "correct": correct, "rows": rows, "interval": list(wilson(correct, rows))}
+def share(scores: Iterable[float | bool], graded: bool = False) -> dict[str, Any]:
+    """`mean` (0 to 1), `rows`, `interval` (95%); of scores of 0 and 1 also `accuracy` and `correct`.
+
+    Args:
+        scores: at least one.
+        graded: whether the metric has scores between 0 and 1: its interval is that of a mean, otherwise Wilson's.
+    """
+    scores = list(scores)
+    rows = len(scores)
+    if graded:
+        return {"mean": sum(scores) / rows, "rows": rows, "interval": list(mean_score(scores))}
+    correct = int(sum(scores))
+    accuracy, interval = correct / rows, list(wilson(correct, rows))
+    return {"mean": accuracy, "accuracy": accuracy, "correct": correct, "rows": rows, "interval": interval}
+
+
+def metric_names(answers: Iterable[Answer]) -> list[str]:
+    """Metrics of all rows, their first ones in front; `MIXED` before them where the first ones differ."""
+    rows = [list(row.scores) for row in answers]
+    first = list(dict.fromkeys(names[0] for names in rows))
+    names = list(dict.fromkeys([*first, *(name for each in rows for name in each)]))
+    return [MIXED, *names] if len(first) > 1 else names
 
 
 def summarise(answers: dict[str, list[Answer]], skipped: dict[str, dict[str, int]]) -> dict[str, Any]:
@@ -27,41 +42,54 @@ def summarise(answers: dict[str, list[Answer]], skipped: dict[str, dict[str, int
         skipped: model -> cause -> rows that could not be used.
 
     Returns:
-        `models`: name -> `skipped` and, for each metric, a `share` with `by_type` and `by_source`; `differences`: the
-        first model against each other one, by metric, on the rows that both answered.
+        `metrics`: names, the headline first; `models`: name -> `skipped` and, for each metric, a `share` with `by_type`
+        and `by_source` (no metric of which the model answered no row); `differences`: the first model against each
+        other one, by metric, on the rows that both answered.
     """
+    metrics = metric_names(row for rows in answers.values() for row in rows)
+    scored = {metric: {name: _of_metric(rows, metric) for name, rows in answers.items()} for metric in metrics}
+    graded = {m: is_graded(value for rows in scored[m].values() for _, value in rows) for m in metrics}
     models = {}
-    for name, rows in answers.items():
-        models[name] = {"skipped": skipped[name]} | {metric: _scores(rows, metric) for metric in METRICS}
+    for name in answers:
+        found = {m: _scores(scored[m][name], graded[m]) for m in metrics if scored[m][name]}
+        models[name] = {"skipped": skipped[name]} | found
     first, *others = answers
-    differences = [_difference(answers, metric, first, other) for metric in METRICS for other in others]
-    return {"models": models, "differences": differences}
+    pairs = [(metric, other) for metric in metrics for other in others]
+    differences = [{"metric": m} | _difference(scored[m], graded[m], first, other) for m, other in pairs]
+    return {"metrics": metrics, "models": models, "differences": [each for each in differences if each["rows"]]}
 
 
-def _scores(rows: list[Answer], metric: str) -> dict[str, Any]:
-    right = [METRICS[metric](row.prediction, row.answer) for row in rows]
+Scored = list[tuple[Answer, float | bool]]
 
+
+def _of_metric(rows: list[Answer], metric: str) -> Scored:
+    """The rows that have this metric, with their scores."""
+    if metric == MIXED:
+        return [(row, next(iter(row.scores.values()))) for row in rows]
+    return [(row, row.scores[metric]) for row in rows if metric in row.scores]
+
+
+def _scores(rows: Scored, graded: bool) -> dict[str, Any]:
     def split(key: str) -> dict[str, Any]:
-        groups: dict[str, list[bool]] = {}
-        for row, value in zip(rows, right, strict=True):
+        groups: dict[str, list[float | bool]] = {}
+        for row, value in rows:
             groups.setdefault(getattr(row, key), []).append(value)
-        return {name: share(groups[name]) for name in sorted(groups)}
+        return {name: share(groups[name], graded) for name in sorted(groups)}
 
-    return share(right) | {"by_type": split("type"), "by_source": split("source")}
+    return share((value for _, value in rows), graded) | {"by_type": split("type"), "by_source": split("source")}
 
 
-def _difference(answers: dict[str, list[Answer]], metric: str, first: str, second: str) -> dict[str, Any]:
-    of_first, of_second = (
-        {row.id: METRICS[metric](row.prediction, row.answer) for row in answers[name]} for name in (first, second)
-    )
-    shared = of_first.keys() & of_second.keys()
-    only_first = sum(of_first[row] and not of_second[row] for row in shared)
-    only_second = sum(of_second[row] and not of_first[row] for row in shared)
-    return {
-        "metric": metric,
-        "first": first,
-        "second": second,
-        "rows": len(shared),
+def _difference(scored: dict[str, Scored], graded: bool, first: str, second: str) -> dict[str, Any]:
+    of_first, of_second = ({row.id: value for row, value in scored[name]} for name in (first, second))
+    shared = sorted(of_first.keys() & of_second.keys())
+    found = {"first": first, "second": second, "rows": len(shared)}
+    changes = [of_second[row] - of_first[row] for row in shared]
+    if not shared:
+        return found
+    if graded:
+        return found | {"difference": sum(changes) / len(shared), "interval": list(mean_difference(changes))}
+    only_first, only_second = changes.count(-1), changes.count(1)
+    return found | {
         "only_first": only_first,
         "only_second": only_second,
         "difference": (only_second - only_first) / len(shared),
@@ -81,39 +109,53 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def print_report(summary: dict[str, Any]) -> None:
-    """Tables for a terminal. Relaxed accuracy is shown where it differs for any model."""
-    from rich.console import Console
+    """Tables for a terminal. Relaxed accuracy is shown where it differs from exact match for any model."""
     from rich.table import Table
 
-    console, models = Console(highlight=False), summary["models"]
+    from ..tabular import console, print_table
+
+    say, models = console().print, summary["models"]
     short = short_names(models)
-    told = {metric: [found[metric]["correct"] for found in models.values()] for metric in METRICS}
-    shown = [metric for metric in METRICS if metric == "exact_match" or told[metric] != told["exact_match"]]
+    told = {metric: [found.get(metric, {}).get("mean") for found in models.values()] for metric in summary["metrics"]}
+    shown = [m for m in told if m != "relaxed_accuracy" or told[m] != told.get("exact_match")]
     for metric in shown:
-        table = Table("rows", "number", *short.values(), title=TITLES[metric], caption="[95% interval]")
-        scores = [found[metric] for found in models.values()]
-        table.add_row("all", str(scores[0]["rows"]), *map(_cell, scores))
+        table = Table("rows", "number", *short.values(), title=title(metric), caption="[95% interval]")
+        scores = [found.get(metric) for found in models.values()]
+        _add_row(table, "all", scores)
         for key in ("by_type", "by_source"):
-            groups = sorted({name for each in scores for name in each[key]})
+            parts = [each[key] if each else {} for each in scores]
+            groups = sorted({name for each in parts for name in each})
             for name in groups if len(groups) > 1 else ():
-                cells = [each[key].get(name) for each in scores]
-                number = next(cell["rows"] for cell in cells if cell is not None)
-                table.add_row(f"  {name}", str(number), *("-" if cell is None else _cell(cell) for cell in cells))
-        console.print(table)
+                _add_row(table, f"  {name}", [each.get(name) for each in parts])
+        print_table(table)
     for each in summary["differences"]:
         if each["metric"] in shown:
-            first, second, (low, high) = short[each["first"]], short[each["second"]], each["interval"]
-            console.print(
-                f"{second} less {first}, {TITLES[each['metric']]}: {100 * each['difference']:+.2f} "
-                f"[{100 * low:+.2f}, {100 * high:+.2f}] points on {each['rows']} rows; only {second} right: "
-                f"{each['only_second']}, only {first}: {each['only_first']}; p = {each['p']:.2g} (McNemar, exact)"
-            )
+            say(_difference_line(each, short))
     for name, found in models.items():
         if found["skipped"]:
             causes = ", ".join(f"{cause} {count}" for cause, count in found["skipped"].items())
-            console.print(f"{short[name]}: {sum(found['skipped'].values())} rows could not be used ({causes})")
+            say(f"{short[name]}: {sum(found['skipped'].values())} rows could not be used ({causes})")
+
+
+def _add_row(table, label: str, scores: list[dict[str, Any] | None]) -> None:
+    rows = next((str(score["rows"]) for score in scores if score is not None), "0")
+    table.add_row(label, rows, *("-" if score is None else _cell(score) for score in scores))
 
 
 def _cell(score: dict[str, Any]) -> str:
     low, high = score["interval"]
-    return f"{100 * score['accuracy']:.2f}% [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * score['mean']:.2f}% [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _difference_line(each: dict[str, Any], short: dict[str, str]) -> str:
+    first, second, (low, high) = short[each["first"]], short[each["second"]], each["interval"]
+    line = (
+        f"{second} less {first}, {title(each['metric'])}: {100 * each['difference']:+.2f} "
+        f"[{100 * low:+.2f}, {100 * high:+.2f}] points on {each['rows']} rows"
+    )
+    if "p" not in each:
+        return line
+    return (
+        f"{line}; only {second} right: {each['only_second']}, only {first}: {each['only_first']}; "
+        f"p = {each['p']:.2g} (McNemar, exact)"
+    )

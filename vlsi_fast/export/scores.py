@@ -57,9 +57,9 @@ def read_scores(path: Path, students: Iterable[Path]) -> list[Score]:
 
 
 def _of_model(model: str, entry: dict[str, Any], stem: str) -> Iterator[Score]:
-    """One model of `vlsi-fast eval`: metric -> accuracy, rows, interval, and these by source and type of question."""
+    """One model of `vlsi-fast eval`: metric -> mean, rows, interval, and these by source and type of question."""
     for metric, share in entry.items():
-        if not (isinstance(share, dict) and "accuracy" in share):  # its path, rows skipped
+        if not (isinstance(share, dict) and ("mean" in share or "accuracy" in share)):  # its path, rows skipped
             continue
         sources = share.get("by_source") or {}
         data = ", ".join(sources) or stem
@@ -70,7 +70,8 @@ def _of_model(model: str, entry: dict[str, Any], stem: str) -> Iterator[Score]:
 
 
 def _score(name: str, metric: str, share: dict[str, Any], whole: bool, model: str) -> Score:
-    return Score(name, metric, share["accuracy"], share["rows"], tuple(share["interval"]), whole, model)
+    value = share.get("mean", share.get("accuracy"))  # older files have accuracies only
+    return Score(name, metric, value, share["rows"], tuple(share["interval"]), whole, model)
 
 
 def summary_scores(run: Run) -> tuple[str, list[tuple[str, float]]]:

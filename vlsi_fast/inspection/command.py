@@ -32,10 +32,11 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def show(found: dict[str, Any]) -> None:
     """Print what an inspector found as tables."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    from ..tabular import console as make_console
+
+    console = make_console()
     console.print(f"[bold]{escape(found['path'])}[/bold]: {found['kind']}")
     if found["kind"] == "run":
         rows = []
@@ -44,16 +45,16 @@ def show(found: dict[str, Any]) -> None:
             rows.append(row | {"loss": stage["last_step"].get("loss"), "seconds": stage["summary"].get("seconds")})
         found = found | {"stages": rows, "parents": list(found["stages"].values())[-1]["parents"]}
     single = {key: value for key, value in found.items() if not _is_table(value) and key not in HIDDEN}
-    _print(console, ["", ""], [[key.replace("_", " "), _text(key, value)] for key, value in single.items()], False)
+    _print(["", ""], [[key.replace("_", " "), _text(key, value)] for key, value in single.items()], False)
     if found.get("settings"):
         console.print("\n[bold]settings that differ from the defaults[/bold]")
         rows = [[name, _text(name, setting) or "none"] for name, setting in found["settings"].items()]
-        _print(console, ["", ""], rows, False)
+        _print(["", ""], rows, False)
     for key, value in found.items():
         if _is_table(value) and key not in HIDDEN:
             console.print(f"\n[bold]{key}[/bold]")
             rows = [[_text(name, cell) for name, cell in row.items()] for row in value]
-            _print(console, list(value[0]), rows, True)
+            _print(list(value[0]), rows, True)
     for each in found["problems"]:
         console.print(f"\n[bold red]problem[/bold red]: {escape(each['what'])}\n    fix: {escape(each['fix'])}")
 
@@ -62,16 +63,17 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _print(console, header: list[str], rows: list[list[str]], head: bool) -> None:
+def _print(header: list[str], rows: list[list[str]], head: bool) -> None:
     from rich.markup import escape
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    columns = [Column(name, overflow="fold") for name in header]
-    table = Table(*columns, box=None, show_header=head, padding=(0, 2, 0, 0), pad_edge=False)
+    from ..tabular import print_table
+
+    table = Table(*header, box=None, show_header=head, padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:
         if row[1] != "":
             table.add_row(*map(escape, row))
-    console.print(table)
+    print_table(table)
 
 
 def _text(key: str, value: Any) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError, RunConfig
+from ..config import RunConfig
 from ..loading import needed_depth, target_layers
+from ..named_files import read_deepspeed
 from ..shrinking.record import SHRINK_NAME
 from ..teacher import mode_under
 from .memory import Batch, Setup, Spoken, check_zero, compute_bytes
@@ -55,11 +55,7 @@ def _student_beside(config: RunConfig, path: str | None) -> RunConfig:
 def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda") -> Setup:
     """How a stage of the config runs on so many ranks."""
     training = config.stage_training(stage)
-    deepspeed: Any = training.deepspeed
-    if isinstance(deepspeed, str):
-        if not Path(deepspeed).is_file():
-            raise ConfigError(f"training.deepspeed: file {deepspeed} does not exist; configs/zero3.json is one")
-        deepspeed = json.loads(Path(deepspeed).read_text())
+    deepspeed = read_deepspeed(training.deepspeed)
     kind = ((deepspeed or {}).get("data_types") or {}).get("grad_accum_dtype")
     width, zero = compute_bytes(config), check_zero(deepspeed)
     return Setup(

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from ..config import ConfigError, RunConfig, load_config
+from ..sizes import format_count, format_size
 from .arguments import Machine
 from .build import Models, setup_of, step_of
 from .memory import RESERVE_BYTES, Batch
@@ -169,85 +170,132 @@ def make_plan(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any
 # ---- tables ----
 
 
-def gib(size: float) -> str:
-    """Bytes as GiB, or MiB below a tenth."""
-    return f"{size / 2**30:.1f}" if size >= 0.05 * 2**30 else (f"{size / 2**20:.0f}M" if size >= 2**19 else "-")
+BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+DECIMAL_BYTES = {"GB": 1e9, "MB": 1e6, "KB": 1e3}
+FLOPS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
 
 
-def _at_peak(stage: dict[str, Any], column: str) -> str:
-    """A column's share of the peak, and its own largest where that was at another moment."""
-    here, largest_ = (gib(sizes.get(column, 0)) for sizes in (stage["peak"]["bytes"], stage["largest_of_each"]))
-    return here if here == largest_ else f"{here} ({largest_})"
+def _unit(largest: float, units: dict[str, float]) -> tuple[str, float]:
+    """The first of `units` that the largest number of a table comes to, else the last."""
+    return next(((name, size) for name, size in units.items() if largest >= size), list(units.items())[-1])
 
 
-def _span(low: float, high: float, digits: int = 1) -> str:
-    return f"{low:.{digits}f} - {high:.{digits}f}"
+def _number(value: float) -> str:
+    """One digit behind the point, more where that would leave nothing; a dash for nothing."""
+    if value == 0:
+        return "-"
+    return f"{value:.1f}" if value >= 0.95 else f"{value:.1g}" if value >= 0.01 else "<0.01"
+
+
+def _span(low: float, high: float) -> str:
+    """Without spaces, so that no table breaks it."""
+    ends = [f"{value:.1f}" if value >= 0.95 else f"{value:.2g}" if value >= 0.01 else "<0.01" for value in (low, high)]
+    return "-".join(dict.fromkeys(ends))
+
+
+def _fits(found: dict[str, Any]) -> str:
+    return "fits" if found["fits"] else "TOO MUCH"
 
 
 def print_plan(plan: dict[str, Any]) -> None:
     """The tables of `vlsi-fast plan`."""
-    from rich.console import Console
-    from rich.table import Table
+    from ..tabular import console, print_table
 
-    console, machine, rows = Console(), plan["machine"], plan["rows"]
-    counts = ", ".join(f"{role} {n / 1e9:.2f}B parameters" for role, n in plan["parameters"].items())
-    console.print(
+    machine, rows, say = plan["machine"], plan["rows"], console().print
+    counts = ", ".join(f"{role} {format_count(n)} parameters" for role, n in plan["parameters"].items())
+    say(
         f"[bold]Prediction on paper, nothing measured.[/bold] {machine['nodes']} x {machine['gpus']} GPUs of "
-        f"{gib(machine['memory_bytes'])} GiB; {counts}\n"
+        f"{format_size(machine['memory_bytes'])}; {counts}\n"
         f"memory: rows of {rows['tokens']} tokens, {rows['answers']} of them answers; time: {rows['mean_tokens']} and "
         f"{rows['mean_answers']}; one image of {rows['image_tokens']} tokens a row"
     )
-    table = Table("GiB a GPU at the peak (its own largest)", *(s["stage"] for s in plan["stages"]))
+    print_table(_memory_table(plan))
+    print_table(_work_table(plan))
+    print_table(_scaling_table(plan))
+    say("step s, days: from communication wholly hidden behind computation to not at all; PCIe's copies too")
+    if plan["teacher_modes"]:
+        print_table(_modes_table(plan))
+        say("int8 and nf4: the time of their conversions is not counted")
+
+
+def _memory_table(plan: dict[str, Any]):
+    from rich.table import Table
+
+    stages = plan["stages"]
+    unit, size = _unit(max(s["peak"]["total"] for s in stages), BYTES)
+
+    def at_peak(stage: dict[str, Any], column: str) -> str:
+        """A column's share of the peak, and its own largest where that was at another moment."""
+        sizes = (stage["peak"]["bytes"], stage["largest_of_each"])
+        here, largest_ = (_number(each.get(column, 0) / size) for each in sizes)
+        return here if here == largest_ else f"{here} ({largest_})"
+
+    table = Table(f"{unit} a GPU at the peak (its own largest)", *(s["stage"] for s in stages))
     for key, label in COLUMNS.items():
-        table.add_row(label, *(_at_peak(s, key) for s in plan["stages"]))
-    limit = machine["memory_bytes"] - plan["reserve_bytes"]
-    table.add_row(f"total (of {gib(limit)} after {gib(plan['reserve_bytes'])} reserve)", *(
-        f"{gib(s['peak']['total'])} {'fits' if s['fits'] else 'TOO MUCH'}" for s in plan["stages"]
-    ))  # fmt: skip
-    table.add_row("the peak is at", *(s["peak"]["moment"] for s in plan["stages"]))
+        table.add_row(label, *(at_peak(s, key) for s in stages))
+    reserve = plan["reserve_bytes"]
+    limit = format_size(plan["machine"]["memory_bytes"] - reserve)
+    totals = (f"{_number(s['peak']['total'] / size)} {_fits(s)}" for s in stages)
+    table.add_row(f"total (of {limit} after {format_size(reserve)} reserve)", *totals)
+    table.add_row("the peak is at", *(s["peak"]["moment"] for s in stages))
     for name in ("with_checkpointing", "without_checkpointing"):
-        table.add_row(
-            f"total (activations) {name.replace('_', ' ')}",
-            *(f"{gib(s[name])} ({gib(s['activations'][name])})" for s in plan["stages"]),
-        )
-    table.add_row("micro-batch, rows", *(str(s["micro_batch"]) for s in plan["stages"]))
-    table.add_row("largest that fits", *(str(s["largest_micro_batch"]) for s in plan["stages"]))
-    console.print(table)
-    names = dict.fromkeys(name for s in plan["stages"] for name in s["flops_per_sample"])
-    table = Table("TFLOP a sample", *(s["stage"] for s in plan["stages"]))
-    for name in names:
-        table.add_row(name, *(f"{s['flops_per_sample'].get(name, 0) / 1e12:.1f}" for s in plan["stages"]))
-    table.add_row("all", *(f"{sum(s['flops_per_sample'].values()) / 1e12:.1f}" for s in plan["stages"]))
-    table.add_row("GB moved a micro-batch", *(
-        f"{sum(s['traffic_bytes_per_micro_batch'].values()) / 1e9:.0f}" for s in plan["stages"]
-    ))  # fmt: skip
-    if any(s["pcie_bytes_per_micro_batch"] for s in plan["stages"]):
-        table.add_row("GB over PCIe a micro-batch", *(
-            f"{s['pcie_bytes_per_micro_batch'] / 1e9:.0f}" for s in plan["stages"]
-        ))  # fmt: skip
-    console.print(table)
-    table = Table("stage", "nodes", "GiB a GPU", "compute s", "communication s", "share", "step s", "rows a step",
-                  f"days for {plan['samples'] / 1e6:g}M rows")  # fmt: skip
+        both = (f"{_number(s[name] / size)} ({_number(s['activations'][name] / size)})" for s in stages)
+        table.add_row(f"total (activations) {name.replace('_', ' ')}", *both)
+    table.add_row("micro-batch, rows", *(str(s["micro_batch"]) for s in stages))
+    table.add_row("largest that fits", *(str(s["largest_micro_batch"]) for s in stages))
+    return table
+
+
+def _work_table(plan: dict[str, Any]):
+    from rich.table import Table
+
+    stages = plan["stages"]
+    all_ = [sum(s["flops_per_sample"].values()) for s in stages]
+    unit, size = _unit(max(all_), FLOPS)
+    table = Table(f"{unit} a sample", *(s["stage"] for s in stages))
+    for name in dict.fromkeys(name for s in stages for name in s["flops_per_sample"]):
+        table.add_row(name, *(_number(s["flops_per_sample"].get(name, 0) / size) for s in stages))
+    table.add_row("all", *(_number(total / size) for total in all_))
+    moved = {
+        "moved": [sum(s["traffic_bytes_per_micro_batch"].values()) for s in stages],
+        "over PCIe": [s["pcie_bytes_per_micro_batch"] for s in stages],
+    }
+    for what, sizes in moved.items():
+        if what == "moved" or any(sizes):
+            unit, size = _unit(max(sizes), DECIMAL_BYTES)
+            table.add_row(f"{unit} {what} a micro-batch", *(_number(each / size) for each in sizes))
+    return table
+
+
+def _scaling_table(plan: dict[str, Any]):
+    """Narrow enough for 80 columns."""
+    from rich.table import Table
+
+    unit, size = _unit(max(at["peak_bytes"] for s in plan["stages"] for at in s["scaling"]), BYTES)
+    days = f"days for {plan['samples'] / 1e6:g}M rows"
+    table = Table("stage", "nodes", f"{unit} a GPU", "compute s", "comm. s", "share", "step s", "rows a step", days,
+                  box=None, padding=(0, 2, 0, 0), pad_edge=False)  # fmt: skip
     for s in plan["stages"]:
         for at in s["scaling"]:
             table.add_row(
-                s["stage"], str(at["nodes"]), gib(at["peak_bytes"]), f"{at['compute_seconds']:.1f}",
-                f"{at['communication_seconds']:.1f}", f"{at['communication_share']:.0%}", _span(*at["step_seconds"]),
-                str(at["rows_per_step"]), _span(*at["days"], 1 if at["days"][0] >= 1 else 2),
+                s["stage"], str(at["nodes"]), _number(at["peak_bytes"] / size), _number(at["compute_seconds"]),
+                _number(at["communication_seconds"]), f"{at['communication_share']:.0%}", _span(*at["step_seconds"]),
+                str(at["rows_per_step"]), _span(*at["days"]),
             )  # fmt: skip
-    console.print(table)
-    console.print("step and days: from communication wholly hidden behind computation to not at all; PCIe's copies too")
-    if not plan["teacher_modes"]:
-        return
+    return table
+
+
+def _modes_table(plan: dict[str, Any]):
+    from rich.table import Table
+
+    modes = plan["teacher_modes"]
+    unit, size = _unit(max(found["peak_bytes"] for found in modes.values()), BYTES)
     days = f"days of its stages for {plan['samples'] / 1e6:g}M rows"
-    table = Table("teacher.mode", "GiB a GPU, largest of its stages", "", days)
-    for mode, found in plan["teacher_modes"].items():
-        table.add_row(
-            mode + (" (this plan)" if mode == plan["teacher_mode"] else ""), gib(found["peak_bytes"]),
-            "fits" if found["fits"] else "TOO MUCH", _span(*found["days"]),
-        )  # fmt: skip
-    console.print(table)
-    console.print("int8 and nf4: the time of their conversions is not counted")
+    table = Table("teacher.mode", f"{unit} a GPU, largest of its stages", "", days)
+    for mode, found in modes.items():
+        name = mode + (" (this plan)" if mode == plan["teacher_mode"] else "")
+        table.add_row(name, _number(found["peak_bytes"] / size), _fits(found), _span(*found["days"]))
+    return table
 
 
 def main(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -18,10 +18,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import hub
 from ..backbones import family_of
 from ..config import BackboneConfig, ConfigError, LoraSettings, VerbalizerConfig
 from ..sharding import unsharded
 from ..verbalizer import Verbalizers, VerbalizerSpec
+
+REAL_CONFIGS = Path(__file__).parent / "real_configs"
+"""The facts of real checkpoints, one file each, named after it with `__` for `/`."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class ModelShape:
 def read_config(settings: BackboneConfig, role: str, path: str | None = None):
     """transformers config of a role: from `path` (a JSON file or a folder with config.json), else from its checkpoint.
 
+    A Hub name is looked for in the machine's cache, then among the shipped ones (`real_configs`), then on the Hub.
+
     Raises:
         ConfigError: no config to be found; the message names the option that takes one.
     """
@@ -97,26 +103,54 @@ def read_config(settings: BackboneConfig, role: str, path: str | None = None):
 
     source = Path(path or settings.path)
     file = source / "config.json" if source.is_dir() else source
-    if path is not None or source.is_dir():
+    if path is None and not source.is_dir():
+        file = _cached(settings.path) or shipped_config(settings.path)
+    if file is not None:
         if not file.is_file():
             raise ConfigError(f"{role}: {file} does not exist; a plan needs the model's config.json (no weights)")
-        fields = json.loads(file.read_text())
-        if "model_type" not in fields:
-            raise ConfigError(f"{role}: {file} names no model_type: is it a transformers config.json?")
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config = _config_of(file, role)
     else:
         try:
-            config = AutoConfig.from_pretrained(settings.path)
+            config = AutoConfig.from_pretrained(settings.path, **hub.options(settings.path))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{role}.path: {settings.path} is no folder, and its config.json cannot be read from the Hub. A plan "
-                f"needs that file and no weights: put it somewhere and pass --{role}-config FILE\n({error})"
+                f"{role}.path: {hub.explain(settings.path, error)}. A plan needs its config.json and no weights: put "
+                f"that file somewhere and pass --{role}-config FILE"
             ) from None
     try:
         family_of(config)
     except ValueError as error:
         raise ConfigError(f"{role}: {error}") from None
     return config
+
+
+def shipped_config(name: str) -> Path | None:
+    """The file of a checkpoint's facts that comes with the package, or None (see real_configs/README.md)."""
+    file = REAL_CONFIGS / f"{name.replace('/', '__')}.json"
+    return file if file.is_file() else None
+
+
+def _cached(name: str) -> Path | None:
+    """config.json of a Hub name in this machine's cache, without asking the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no Hub name
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _config_of(file: Path, role: str):
+    from transformers import AutoConfig
+
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{role}: {file} is not valid JSON ({error}); give a transformers config.json") from None
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise ConfigError(f"{role}: {file} names no model_type: is it a transformers config.json?")
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def build_on_meta(config) -> nn.Module:

@@ -1,6 +1,6 @@
 """Numbers of a report, out of what the stages recorded. Reads JSON only: no model, no torch.
 
-    S, L  target layers of student and teacher        a window: consecutive optimizer steps, averaged
+S, L  target layers of student and teacher        a window: consecutive optimizer steps, averaged
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, RunConfig, field_names
+from ..evaluation.metrics import title
 from ..runs import Run
 
 PROGRESS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -141,24 +142,45 @@ def cost(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def accuracies(run: Run) -> tuple[dict[str, float], dict[str, Any] | None]:
-    """Label -> exact match (0 to 1) of the demo's `summary.json`, and that file; empty where a run has none."""
+def demo_scores(run: Run) -> dict[str, Any]:
+    """What the demo's `summary.json` says: nothing but empty lists where a run has none.
+
+    Returns:
+        {"metrics": titles, "scores": {label: [{"mean", "interval" or None} for each metric]}, "questions": number or
+        None, "differences": [{"label", "metric", "difference", "interval"}], VLsI less another model on the same rows}.
+    """
     path = run.folder / "summary.json"
-    summary = json.loads(path.read_text()) if path.is_file() else None
-    found = {label: summary.get(key) for label, key in ACCURACIES.items()} if summary else {}
-    return {label: value for label, value in found.items() if value is not None}, summary
+    summary = json.loads(path.read_text()) if path.is_file() else {}
+    if "scores" not in summary:  # none, or an older file
+        old = {label: summary.get(key) for label, key in ACCURACIES.items()}
+        scores = {label: [{"mean": v, "interval": None}] for label, v in old.items() if v is not None}
+        metrics = [title("exact_match")] if scores else []
+        return {"metrics": metrics, "scores": scores, "questions": summary.get("questions"), "differences": []}
+    labels = {name: each["label"] for name, each in summary["scores"].items()}
+    scores = {labels[name]: [each[m] for m in summary["metrics"]] for name, each in summary["scores"].items()}
+    differences = [
+        {"label": labels[each["second"]], "metric": title(each["metric"]), "difference": 0.0 - each["difference"],
+         "interval": [-bound for bound in reversed(each["interval"])]}
+        for each in summary["differences"] if summary["scores"][each["second"]]["optimizer_steps"]
+    ]  # fmt: skip
+    metrics = [title(metric) for metric in summary["metrics"]]
+    return {"metrics": metrics, "scores": scores, "questions": summary["questions"], "differences": differences}
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Exact matches of a `vlsi-fast eval --json` file: {"name", "accuracy" (0 to 1), "rows", "interval" (95%)} each.
+    """Headline scores of a `vlsi-fast eval --json` file: {"name", "metric", "mean" (0 to 1), "rows", "interval" (95%)}.
 
     Raises:
         ConfigError: another kind of file.
     """
     try:
-        models = json.loads(path.read_text())["models"]
-        scores = [{"name": name, **found["exact_match"]} for name, found in models.items()]
-        return [{key: score[key] for key in ("name", "accuracy", "rows", "interval")} for score in scores]
+        tree = json.loads(path.read_text())
+        metric = tree.get("metrics", ["exact_match"])[0]  # an older file has no list of them
+        scores = [{"mean": found[metric].get("accuracy")} | found[metric] for found in tree["models"].values()]
+        return [
+            {"name": name, "metric": title(metric)} | {key: score[key] for key in ("mean", "rows", "interval")}
+            for name, score in zip(tree["models"], scores)
+        ]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path} holds no scores of vlsi-fast eval; write it with vlsi-fast eval --json") from None
 

@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Write the page and print its path. Returns the exit code."""
-    path = write_report(
-        arguments.runs, arguments.out, arguments.results, arguments.samples, arguments.max_new_tokens
-    )
+    path = write_report(arguments.runs, arguments.out, arguments.results, arguments.samples, arguments.max_new_tokens)
     print(path)
     if arguments.open:
         webbrowser.open(path.resolve().as_uri())

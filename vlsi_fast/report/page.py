@@ -15,9 +15,7 @@ from .charts import lines
 TEMPLATE = "page.html.j2"
 
 
-def build_page(
-    runs: list[Run], results: list[dict[str, Any]] = (), samples: dict[Path, Any] | None = None
-) -> str:
+def build_page(runs: list[Run], results: list[dict[str, Any]] = (), samples: dict[Path, Any] | None = None) -> str:
     """The HTML of one run, or of several compared.
 
     Args:
@@ -32,6 +30,7 @@ def build_page(
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "percent": percent, "gib": gib, "duration": duration, "tint": tint}
+    environment.filters |= {"shade": shade, "points": points}
     short = short_names(str(run.folder.resolve()) for run in runs)
     names = list(short.values())
     return environment.get_template(TEMPLATE).render(
@@ -50,14 +49,21 @@ def _config(run: Run) -> dict[str, Any]:
 
 
 def _headline(runs: list[Run], names: list[str], results) -> dict[str, Any]:
-    """Accuracies by model and run, questions, cost of the whole run."""
-    found = [collect.accuracies(run) for run in runs]
-    labels = [label for label in collect.ACCURACIES if any(label in table for table, _ in found)]
+    """Scores by model, run and metric, questions, cost of the whole run."""
+    found = [collect.demo_scores(run) for run in runs]
+    labels = list(dict.fromkeys(label for each in found for label in each["scores"]))
     costs = [collect.cost(run) for run in runs]
     return {
         "labels": labels,
-        "accuracies": [table for table, _ in found],
-        "questions": [summary["questions"] if summary else None for _, summary in found],
+        "columns": [
+            {"metric": m, "run": r, "at": i}
+            for r, each in enumerate(found)
+            for i, m in enumerate(each["metrics"] or [""])
+        ],
+        "widths": [max(1, len(each["metrics"])) for each in found],
+        "scores": [each["scores"] for each in found],
+        "differences": [each["differences"] for each in found],
+        "questions": [each["questions"] for each in found],
         "results": list(results),
         "seconds": [sum(c["seconds"] for c in cost) for cost in costs],
         "steps": [sum(c["optimizer_steps"] for c in cost) for cost in costs],
@@ -193,6 +199,16 @@ def duration(seconds: float) -> str:
     pairs = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
     first = next((i for i, (n, _) in enumerate(pairs) if n), 3)
     return " ".join(f"{n} {unit}" for n, unit in pairs[first : first + 2])
+
+
+def points(value: float) -> str:
+    """A difference of shares: 0.105 -> +10.5."""
+    return f"{100 * value:+.1f}"
+
+
+def shade(share: float) -> str:
+    """A score (0 to 1) as a background behind dark text: white to green."""
+    return f"background:hsl(150 45% {100 - 26 * max(0.0, min(1.0, share)):.0f}%)"
 
 
 def tint(share: float) -> str:

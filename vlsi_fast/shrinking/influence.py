@@ -67,7 +67,7 @@ def measure(
     values, count, tokens = layer_influence(model, rows)
     if not count:
         causes = ", ".join(f"{cause} {n}" for cause, n in skipped.items())
-        raise ConfigError(f"influence: no row can be used ({causes}); see the causes in README, Data")
+        raise ConfigError(f"influence: no row can be used ({causes}); docs/data.md tells the causes")
     return Influence(values, count, tokens, dict(skipped))
 
 

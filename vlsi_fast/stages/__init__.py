@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import STAGES, ConfigError, RunConfig, nearest
-from ..data import AnswerMismatchError, NoUsableRowError, TooManySkippedRows
+from ..data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows
 from ..disk import DiskFullError
 from ..lineage import LineageError
+from ..named_files import require_files
 from ..watch import watch
 from .base import NonFiniteLossError
 from .interact import InteractStage
@@ -15,7 +16,7 @@ from .sft import SftStage
 from .verbalize import VerbalizeStage
 
 SELF_EXPLAINING = (ConfigError, LineageError, FileNotFoundError, AnswerMismatchError, NoUsableRowError)
-SELF_EXPLAINING += (NonFiniteLossError, TooManySkippedRows, DiskFullError)
+SELF_EXPLAINING += (NonFiniteLossError, SpecialTokenError, TooManySkippedRows, DiskFullError)
 """Errors whose message is the whole story: the command line prints it without a traceback."""
 
 STAGE_CLASSES = {stage.name: stage for stage in (VerbalizeStage, InteractStage, SftStage)}
@@ -43,9 +44,12 @@ def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str
     if stage != "all" and stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, (*STAGES, 'all'))}")
     names = config.stages if stage == "all" else (stage,)
+    require_files(config, names)
     try:
         return {name: STAGE_CLASSES[name](config).run(resume) for name in names}
     except Exception as error:
+        if watch.interrupted:  # the collectives' errors are only its echo
+            raise KeyboardInterrupt from None
         if not isinstance(error, SELF_EXPLAINING):
             watch.failed(error)
         raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..config import ConfigError, RunConfig
+from ..named_files import read_deepspeed
+from ..terminal import say
 
 
 def launched() -> bool:
@@ -27,11 +28,11 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     """
     t = config.stage_training(stage)
     deepspeed = t.deepspeed
+    read_deepspeed(deepspeed)
+    _require_trackers(t.report_to)
     if deepspeed is not None and not launched():
-        print("vlsi-fast: no launcher, so training.deepspeed is not used (start with `deepspeed` or `torchrun`)")
+        say("no launcher, so training.deepspeed is not used (start with `deepspeed` or `torchrun`)")
         deepspeed = None
-    if isinstance(deepspeed, str) and not Path(deepspeed).is_file():
-        raise ConfigError(f"training.deepspeed: file {deepspeed} does not exist; configs/zero3.json is one")
     if deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("training.deepspeed is set but deepspeed is not installed: pip install deepspeed")
     schedule, schedule_kwargs = t.lr_scheduler_type, {}
@@ -73,6 +74,17 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     if not launched():
         args._n_gpu = 1  # one process, one GPU: the Trainer would wrap several in DataParallel
     return args
+
+
+def _require_trackers(names: list[str]) -> None:
+    """The Trainer would miss a tracker's package only after the models are loaded."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    missing = [name for name in names if name not in (*get_available_reporting_integrations(), "all", "none")]
+    if missing:
+        raise ConfigError(
+            f"training.report_to: the package of {', '.join(missing)} is not installed; pip install it, or remove it"
+        )
 
 
 def _loading_arguments(workers: int) -> dict[str, Any]:

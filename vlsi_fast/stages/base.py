@@ -26,6 +26,7 @@ from ..data.skipped import SkipLog
 from ..matching import draw_generator
 from ..rescaling import require_same_engine, universal_where_needed
 from ..sharding import barrier, gathered_objects, rank, world_size
+from ..terminal import say
 from ..unpickling import data_only
 from ..watch import TellPlace
 from .batches import LengthGroups, StageCollator, UncollatedRows, restore_shared
@@ -201,6 +202,8 @@ class StageTrainer(Trainer):
             self._stop_on_non_finite()
         for _, facts in self._pending:
             self.skip_log.record(facts["skipped"], len(facts["ids"]) + len(facts["skipped"]))
+        for line in self.skip_log.news() if rank() == 0 else ():
+            say(line)
         self.skip_log.check()
         self._pending.clear()
         now = time.perf_counter()
@@ -255,6 +258,13 @@ class StageTrainer(Trainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             transformers.trainer.deepspeed_load_checkpoint = strict
+            self._close_bar()
+
+    def _close_bar(self) -> None:
+        """What is said next, an error above all, begins a line of its own."""
+        for callback in self.callback_handler.callbacks:
+            if getattr(callback, "training_bar", None) is not None:
+                callback.training_bar.close()
 
     def _run_epoch(self, *args, **kwargs):
         """Resumed at its last step, a run lacks only its export: the Trainer would make one step more."""

@@ -52,6 +52,7 @@ from ..resuming import checkpoint_to_resume
 from ..sharding import barrier, gather_state, rank, unsharded, world_size
 from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode
+from ..terminal import say
 from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from ..watch import watch
@@ -218,6 +219,8 @@ class Stage:
             "padding_free": self.padding_free,
             "liger": self.liger,
         }
+        if rank() == 0 and trainer.skip_log.total():
+            say(f"stage {self.name}: {trainer.skip_log.total()}")
         watch.place = f"stage {self.name}, writing its results"
         with explained_full_disk(self.folder, f"the result of stage {self.name}", partial(result_size, module)):
             self.save(module)
@@ -262,7 +265,7 @@ class Stage:
                 "(data.padding_free auto with flash-attention): remove it, or set data.padding_free to false"
             )
         for notice in notices if rank() == 0 else ():
-            print(f"vlsi-fast: {notice}")
+            say(notice)
         return packed
 
     def _record(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def build(gradio, answer: Answerer, title: str):
         try:
             return answer(image, question, beams, probabilities)
         except ValueError as error:
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(str(error), print_exception=False) from error
 
     # uploads are deleted from Gradio's folder of temporary files within two hours, and when the app ends
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:

@@ -9,7 +9,8 @@ def add_verbalize_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `verbalize` command."""
     _add_run(parser)
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="image to show; may be repeated")
-    parser.add_argument("--question", help="what to ask (with --run demo: default an easy-VQA test question)")
+    parser.add_argument("--question", help="what to ask (with --run demo: default a drawing of its test split)")
+    parser.add_argument("--answer", help="what is right: layers that say it (by the run's own metric) are marked")
     parser.add_argument(
         "--compare",
         nargs="*",

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..speech import Speech
 from .columns import Column
+from .right import RightAnswer, is_right, probability
 from .terminal import aligned, label, rivals, visible
 
 _STYLE = """
@@ -22,16 +23,23 @@ _STYLE = """
 body { font: 16px/1.4 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 80rem; }
 h1 { font-size: 1.2rem; overflow-wrap: anywhere; }
 .images { display: flex; flex-wrap: wrap; gap: .5rem; }
-.images img { max-width: 100%; max-height: 16rem; min-width: 6rem; object-fit: contain; border: 1px solid #8886; }
+.images img { max-width: 100%; height: min(18rem, 60vh); object-fit: contain; object-position: left; }
+.images img.small { image-rendering: pixelated; }
 """
 _CARDS = """
-.vlsi { --line: #8886; --dim: #888; }
+.vlsi { --line: #8886; --dim: #6b6b6b; --good: #0b6e4f; --bad: #b3261e; --goodback: #0b6e4f14; --badback: #b3261e10; }
+@media (prefers-color-scheme: dark) {
+  .vlsi { --dim: #a0a0a0; --good: #6fd3a4; --bad: #ff9d94; --goodback: #6fd3a41f; --badback: #ff9d941a; }
+}
+.dark .vlsi { --dim: #a0a0a0; --good: #6fd3a4; --bad: #ff9d94; --goodback: #6fd3a41f; --badback: #ff9d941a; }
 .vlsi .models { display: grid; gap: 1rem; margin-top: 1rem; }
 .vlsi .model { display: grid; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .75rem; }
 .vlsi .model h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 .vlsi .model h2 small, .vlsi .layer { color: var(--dim); font-weight: normal; font-size: .8rem; }
 .vlsi .model h2 small { display: block; }
-.vlsi .answer { border-top: 1px solid var(--line); padding: .4rem 0; overflow-wrap: anywhere; }
+.vlsi .answer { border-top: 1px solid var(--line); padding: .4rem .5rem; overflow-wrap: anywhere; }
+.vlsi .right { background: var(--goodback); } .vlsi .right > p { color: var(--good); font-weight: 600; }
+.vlsi .wrong { background: var(--badback); } .vlsi .wrong > p { color: var(--bad); }
 .vlsi .answer p { margin: 0; }
 .vlsi .none { display: none; }
 .vlsi details { font-size: .85rem; }
@@ -46,17 +54,22 @@ _CARDS = """
 """
 
 
-def render(columns: Sequence[Column], images: Sequence[Image.Image], question: str, run: str, decoding: str) -> str:
-    """The page. Probabilities are shown, folded, where the speeches list alternatives.
+def render(
+    columns: Sequence[Column], images: Sequence[Image.Image], question: str, run: str, decoding: str,
+    answer: RightAnswer | None = None,
+) -> str:  # fmt: skip
+    """The page. Every answer has its probability; its tokens' are folded below it where there are alternatives.
 
     Args:
         columns: from `hear`.
         images: that were asked about; embedded, reduced to 640 pixels a side.
         question: that was asked.
-        run: name of the run, for the title.
+        run: folder of the run; the page has its name alone, as it is made to be shown to others.
         decoding: how the answers were decoded, in words.
+        answer: the right one, where known: layers that say it are green, others red.
     """
-    pictures = "".join(f'<img alt="image {i + 1}" src="{_data_uri(image)}">' for i, image in enumerate(images))
+    pictures = "".join(_picture(image, i + 1) for i, image in enumerate(images))
+    known = "" if answer is None else f'<p class="layer">right answer: {_safe(answer.text)}</p>'
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -64,9 +77,10 @@ def render(columns: Sequence[Column], images: Sequence[Image.Image], question: s
         'img-src data:">'
         f"<title>{_safe(question)} - what the layers say</title><style>{_STYLE}{_CARDS}</style></head>"
         f'<body class="vlsi"><h1>{_safe(question)}</h1><div class="images">{pictures}</div>'
-        f"{_models(columns)}"
-        f'<p class="layer">Run {_safe(run)}; {_safe(decoding)}. Each layer answers through its verbalizer and the '
-        "language head; the last one is the model itself.</p></body></html>\n"
+        f"{known}{_models(columns, answer)}"
+        f'<p class="layer">Run {_safe(short(run))}; {_safe(decoding)}. Percentages: probability of the whole answer '
+        "under the layer that gives it. Each layer answers through its verbalizer and the language head; the last "
+        "one is the model itself.</p></body></html>\n"
     )
 
 
@@ -75,23 +89,31 @@ def cards(columns: Sequence[Column]) -> str:
     return f'<style>{_CARDS}</style><div class="vlsi">{_models(columns)}</div>'
 
 
-def _models(columns: Sequence[Column]) -> str:
+def short(path: str) -> str:
+    """The end of a folder's path, which tells models apart and no machine; a Hub name as it is."""
+    return path if path.count("/") < 2 and not path.startswith(("/", ".")) else "/".join(path.split("/")[-2:])
+
+
+def _models(columns: Sequence[Column], answer: RightAnswer | None = None) -> str:
     rows = aligned(columns)
-    models = "".join(_model(column, [row[j] for row in rows]) for j, column in enumerate(columns))
+    models = "".join(_model(column, [row[j] for row in rows], answer) for j, column in enumerate(columns))
     return f'<div class="models" style="--models: {len(columns)}; --rows: {len(rows) + 1}">{models}</div>'
 
 
-def _model(column: Column, speeches: Sequence[Speech | None]) -> str:
+def _model(column: Column, speeches: Sequence[Speech | None], answer: RightAnswer | None) -> str:
     source = column.source
-    head = f"<h2>{_safe(source.name)}<small>{_safe(source.checkpoint)}</small><small>{_safe(source.note)}</small></h2>"
-    return f'<section class="model">{head}{"".join(_answer(speech) for speech in speeches)}</section>'
+    where = _safe(short(source.checkpoint))
+    head = f"<h2>{_safe(source.name)}<small>{where}</small><small>{_safe(source.note)}</small></h2>"
+    return f'<section class="model">{head}{"".join(_answer(speech, answer) for speech in speeches)}</section>'
 
 
-def _answer(speech: Speech | None) -> str:
+def _answer(speech: Speech | None, answer: RightAnswer | None) -> str:
     if speech is None:
         return '<div class="none"></div>'
+    mark = {True: " right", False: " wrong", None: ""}[is_right(speech, answer)]
     text = f"<p>{_safe(speech.text)}</p>" if speech.text else '<p class="layer">(nothing)</p>'
-    return f'<div class="answer"><div class="layer">{label(speech)}</div>{text}{_tokens(speech)}</div>'
+    head = f"{label(speech)} · {probability(speech):.0%}"
+    return f'<div class="answer{mark}"><div class="layer">{head}</div>{text}{_tokens(speech)}</div>'
 
 
 def _tokens(speech: Speech) -> str:
@@ -107,6 +129,11 @@ def _tokens(speech: Speech) -> str:
 
 def _safe(text: str) -> str:
     return html.escape(visible(str(text)))
+
+
+def _picture(image: Image.Image, number: int) -> str:
+    kind = ' class="small"' if max(image.size) < 256 else ""
+    return f'<img{kind} alt="image {number}" src="{_data_uri(image)}">'
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -9,7 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..speech import Speech
+from ..tabular import print_table as print_fitted
 from .columns import Column
+from .right import RightAnswer, is_right, probability
 
 
 def visible(text: str) -> str:
@@ -38,25 +40,33 @@ def rivals(token: str, alternatives: Sequence[tuple[str, float]]) -> list[tuple[
     return [(other, p) for other, p in alternatives if other != token and p >= 0.01][:2]
 
 
-def print_table(columns: Sequence[Column], question: str, probabilities: bool, console: Console | None = None) -> None:
-    """Models side by side, layers from shallow (top) to deep."""
+def print_table(
+    columns: Sequence[Column], question: str, probabilities: bool, answer: RightAnswer | None = None
+) -> None:
+    """Models side by side, layers from shallow (top) to deep; right answers are marked where `answer` is known."""
     table = Table(title=Text(visible(question)), show_lines=True)
     for column in columns:
         head = Text(visible(column.source.name), style="bold")
-        head.append(f"\n{visible(str(column.source.checkpoint))}", style="dim not bold")
-        table.add_column(head, overflow="fold")
+        table.add_column(head)
     for row in aligned(columns):
-        table.add_row(*(Text() if speech is None else _cell(speech, probabilities) for speech in row))
-    console = console or Console()
-    console.print(table)
+        table.add_row(*(Text() if speech is None else _cell(speech, probabilities, answer) for speech in row))
+    print_fitted(table)
+    console = Console(soft_wrap=True, highlight=False)
     for column in columns:
-        console.print(Text(f"{visible(column.source.name)}: {column.source.note}", style="dim"))
+        where = f"{visible(column.source.name)}: {visible(str(column.source.checkpoint))}, {column.source.note}"
+        console.print(Text(where, style="dim"))
+    if answer is not None:
+        console.print(Text(f"right answer: {visible(answer.text)}", style="dim"))
 
 
-def _cell(speech: Speech, probabilities: bool) -> Text:
-    cell = Text(f"{label(speech)}\n", style="")
+def _cell(speech: Speech, probabilities: bool, answer: RightAnswer | None) -> Text:
+    cell = Text(f"{label(speech)}, {probability(speech):.0%}\n", style="")
     cell.stylize("dim")
-    cell.append(visible(speech.text) or "(nothing)", style="not dim bold" if speech.text else "dim")
+    right = is_right(speech, answer)
+    mark = {True: "✓ ", False: "✗ ", None: ""}[right]
+    colour = {True: " green", False: " red", None: ""}[right]
+    text = visible(speech.text) or "(nothing)"
+    cell.append(mark + text, style=f"not dim bold{colour}" if speech.text else f"dim{colour}")
     if probabilities:
         for i, (token, p) in enumerate(zip(speech.tokens, speech.token_probabilities)):
             cell.append(f"\n{visible(token)!r} {p:.2f}", style="not dim green" if p >= 0.5 else "not dim yellow")

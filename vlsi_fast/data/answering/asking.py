@@ -16,8 +16,9 @@ from torch import nn
 
 from ...asking import Prompt, encode_prompts, generate, make_prompt
 from ...config import ConfigError
-from ..images import PILLOW_MAX_IMAGE_PIXELS, load_image
-from ..skipped import UnusableRow
+from ..encoding import check_length
+from ..images import PILLOW_MAX_IMAGE_PIXELS, check_pixels, load_image
+from ..skipped import UnusableRow, row_boundary
 from .decoding import Chooser, Decoding, numbers_of
 from .filters import repetition
 from .prompts import Question, Questions, as_written
@@ -91,12 +92,17 @@ class Answerer:
             row: dict[str, Any] = {"id": name, "question": which}
             rows.append(row)
             try:
-                question = self.questions[number]
-                row |= {"id": question.id, "images": [as_written(image) for image in question.images]}
-                row["turns"] = question.turns
-                images = [load(image) for image in question.images]
-                with self.lock:
-                    talks.append(Talk(number, question, images, self._prompt(question, images, [])))
+                with row_boundary():
+                    question = self.questions[number]
+                    row |= {"id": question.id, "images": [as_written(image) for image in question.images]}
+                    row["turns"] = question.turns
+                    check_pixels(question.images, self.max_image_pixels, PILLOW_MAX_IMAGE_PIXELS)
+                    images = [load(image) for image in question.images]
+                    with self.lock:
+                        if self.max_length is not None:
+                            asked = [turn for turns in question.turns for turn in turns]
+                            check_length(asked, self.processor, self.max_length)
+                        talks.append(Talk(number, question, images, self._prompt(question, images, [])))
             except UnusableRow as error:
                 row |= {"cause": error.cause, "detail": error.detail}
         refused: dict[int, UnusableRow] = {}

@@ -109,9 +109,7 @@ def answer(
     filters = Filters(min_tokens, max_tokens, keep_cut, max_repetition, min_agreement, keep)
     filters.check(samples, max_new_tokens)
     teacher = Teacher.of(config, model, dtype, device)
-    asked = Questions(
-        images, questions, image_root=image_root, per_image=questions_per_image, limit=limit, seed=seed
-    )
+    asked = Questions(images, questions, image_root=image_root, per_image=questions_per_image, limit=limit, seed=seed)
     settings = {
         "format": FORMAT,
         "teacher": teacher.describe(),
@@ -223,4 +221,3 @@ def _row(row: dict[str, Any], found: dict[str, Any], digest: str) -> dict[str, A
 def _line(row: dict[str, Any]) -> bytes:
     # what is no UTF-8 in a file's name becomes JSON's own escape
     return (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-
