@@ -267,7 +267,7 @@ def test_images_that_would_start_something_are_not_opened(tmp_path):
     Image.new("RGB", (8, 8)).save(picture, "EPS")
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
     for data in (picture.getvalue(), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", svg, b"%PDF-1.4"):
-        with pytest.raises(UnusableRow, match="truncated_image.*not an image file of a format that is read"):
+        with pytest.raises(UnusableRow, match="truncated_image.*not an image file that Pillow can read as PNG, JPEG"):
             load_image(ImageRef(data=data))
     os.mkfifo(tmp_path / "pipe.png")
     for path in ("pipe.png", "/dev/zero", "https://127.0.0.1:1/a.png", "file:///etc/passwd", "\\\\host\\share\\a.png"):

@@ -111,7 +111,8 @@ def _open(ref: ImageRef, max_image_pixels: int) -> Image.Image:
     except (FileNotFoundError, PermissionError) as error:
         raise UnusableRow("missing_image", f"{ref.name}: {error}") from error
     except UnidentifiedImageError as error:
-        raise UnusableRow("truncated_image", f"{ref.name}: not an image file of a format that is read") from error
+        what = f"{ref.name}: not an image file that Pillow can read as {', '.join(FORMATS)}"
+        raise UnusableRow("truncated_image", what) from error
     except MemoryError:
         raise
     except Exception as error:  # a damaged header can fail in any way inside Pillow
