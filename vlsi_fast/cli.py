@@ -288,7 +288,7 @@ def _where(config) -> str:
     """Where Ctrl-C found a run, and where it goes on from."""
     from .checkpoints import last_checkpoint
 
-    place = sys.modules["vlsi_fast.watch"].watch.place if "vlsi_fast.watch" in sys.modules else ""
+    place = sys.modules["vlsi_fast.ranks.watch"].watch.place if "vlsi_fast.ranks.watch" in sys.modules else ""
     stage = next((name for name in STAGE_CHOICES if place.startswith(f"stage {name},")), None)
     if stage is None:
         return "stopped before training"

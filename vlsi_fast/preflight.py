@@ -29,7 +29,7 @@ from .data.processors import load_processor
 from .data.skipped import UnusableRow
 from .data.sources import ConcatSource, SourceConfig, open_part
 from .loading import require_same_tokens, resolve_folder, target_layers
-from .sharding import rank
+from .ranks.sharding import rank
 from .sizes import format_count, format_size
 from .terminal import say
 

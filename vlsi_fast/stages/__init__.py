@@ -9,7 +9,7 @@ from ..data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, Too
 from ..disk import DiskFullError
 from ..lineage import LineageError
 from ..named_files import require_files
-from ..watch import watch
+from ..ranks.watch import watch
 from .base import NonFiniteLossError
 from .interact import InteractStage
 from .sft import SftStage

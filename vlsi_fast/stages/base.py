@@ -24,11 +24,11 @@ from ..config import RunConfig
 from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
 from ..matching import draw_generator
-from ..rescaling import require_same_engine, universal_where_needed
-from ..sharding import barrier, gathered_objects, rank, world_size
+from ..ranks.rescaling import require_same_engine, universal_where_needed
+from ..ranks.sharding import barrier, gathered_objects, rank, world_size
+from ..ranks.watch import TellPlace
 from ..terminal import say
 from ..unpickling import data_only
-from ..watch import TellPlace
 from .batches import LengthGroups, StageCollator, UncollatedRows, restore_shared
 from .records import non_finite, own_numbers, step_record, sums_of, tracker_scalars
 

@@ -47,15 +47,15 @@ from ..loading import (
 from ..locking import claimed
 from ..losses import OperatorOptions
 from ..preflight import require_ready
-from ..rescaling import require_same_batch, rows_per_step
+from ..ranks.rescaling import require_same_batch, rows_per_step
+from ..ranks.sharding import barrier, gather_state, rank, unsharded, world_size
+from ..ranks.watch import watch
 from ..resuming import checkpoint_to_resume
-from ..sharding import barrier, gather_state, rank, unsharded, world_size
 from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode
 from ..terminal import say
 from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
-from ..watch import watch
 from .arguments import training_arguments
 from .base import StageModule, StageTrainer
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..sharding import rank
+from ..ranks.sharding import rank
 
 if TYPE_CHECKING:
     from .base import StageModule

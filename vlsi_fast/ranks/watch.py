@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from transformers import TrainerCallback
 
+from ..terminal import say
 from .sharding import rank, world_size
-from .terminal import say
 
 KEY = "vlsi_fast/dead_rank"
 LOOK_SECONDS = 5.0
