@@ -10,9 +10,9 @@ from ..disk import DiskFullError
 from ..lineage import LineageError
 from ..named_files import require_files
 from ..ranks.watch import watch
-from .base import NonFiniteLossError
 from .interact import InteractStage
 from .sft import SftStage
+from .trainer import NonFiniteLossError
 from .verbalize import VerbalizeStage
 
 SELF_EXPLAINING = (ConfigError, LineageError, FileNotFoundError, AnswerMismatchError, NoUsableRowError)

@@ -20,8 +20,8 @@ from ..losses import AnswerLoss, LogitL2, MatchedDivergence, OperatorOptions, Pa
 from ..matching import match_layers
 from ..verbalized import VerbalizedBackbone
 from ..verbalizer import Verbalizers
-from .base import StageModule
-from .common import Stage
+from .module import StageModule
+from .stage import Stage
 
 
 class InteractModule(StageModule):

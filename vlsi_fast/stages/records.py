@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ranks.sharding import rank
-
-if TYPE_CHECKING:
-    from .base import StageModule
+from .module import StageModule
 
 COUNTS = 8
 """Numbers in front of the parts of the loss in `sums_of`."""

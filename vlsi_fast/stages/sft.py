@@ -12,8 +12,8 @@ from ..backbones import family_of
 from ..lineage import checkpoint_digest, require_predecessor, rows_used
 from ..losses import AnswerLoss, OperatorOptions
 from ..verbalized import VerbalizedBackbone
-from .base import StageModule
-from .common import Stage
+from .module import StageModule
+from .stage import Stage
 
 
 class SftModule(StageModule):

@@ -15,8 +15,8 @@ from ..config import ConfigError
 from ..losses import AnswerLoss, OperatorOptions, OwnOutputLoss
 from ..verbalized import VerbalizedBackbone
 from ..verbalizer import Verbalizers
-from .base import StageModule
-from .common import Stage
+from .module import StageModule
+from .stage import Stage
 
 
 class VerbalizeModule(StageModule):

@@ -57,7 +57,8 @@ from ..terminal import say
 from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
-from .base import StageModule, StageTrainer
+from .module import StageModule
+from .trainer import StageTrainer
 
 ADDED = ("objective", "divergence", "jsd_beta", "intermediate_schedule")
 """Options of stages that came after the first records."""
