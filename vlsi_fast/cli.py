@@ -68,7 +68,7 @@ COMMANDS = (
     ),
     Command(
         "check", "look at everything that a run needs, before it starts",
-        ".planner.arguments:add_check_arguments", ".preflight:main",
+        ".planner.arguments:add_check_arguments", ".planner.checks.command:main",
         "vlsi-fast check --config configs/demo.yaml",
         takes_overrides=True,
     ),

@@ -46,7 +46,7 @@ from ..loading import (
 )
 from ..locking import claimed
 from ..losses import OperatorOptions
-from ..preflight import require_ready
+from ..planner.checks.command import require_ready
 from ..ranks.rescaling import require_same_batch, rows_per_step
 from ..ranks.sharding import barrier, gather_state, rank, unsharded, world_size
 from ..ranks.watch import watch
