@@ -10,12 +10,13 @@ from PIL import Image
 from tiny import make_model, make_processor
 from torch.utils.data import DataLoader
 
+from vlsi_fast.config_data import DataConfig, SourceConfig
 from vlsi_fast.data.collate import Collator
 from vlsi_fast.data.dataset import AnswerMismatchError, NoUsableRowError, VlsiDataset, equivalent
 from vlsi_fast.data.encoding import encode
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.skipped import SkipLog, TooManySkippedRows, UnusableRow
-from vlsi_fast.data.sources import DataConfig, SourceConfig, build_source
+from vlsi_fast.data.sources import build_source
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from tiny import make_processor
 from torch.utils.data import BatchSampler, DataLoader
 
 import vlsi_fast.data.dataset
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.dataset import VlsiDataset
 from vlsi_fast.data.mixing import EpochOrder, quotas
-from vlsi_fast.data.sources import DataConfig, build_source
+from vlsi_fast.data.sources import build_source
 from vlsi_fast.stages.trainer import ContinuingSampler
 
 SIZES, WEIGHTS = [24, 6], [1, 1]

@@ -17,10 +17,10 @@ import vlsi_fast
 import vlsi_kernels
 from vlsi_fast.cli import build_parser
 from vlsi_fast.config import RunConfig, field_names, load_config
+from vlsi_fast.config_data import SourceConfig
 from vlsi_fast.data import answering
 from vlsi_fast.data.answering.filters import CAUSES as REJECTED
 from vlsi_fast.data.skipped import CAUSES
-from vlsi_fast.data.sources import SourceConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

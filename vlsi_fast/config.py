@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .config_data import DataConfig
 from .config_files import ConfigError, apply_override, parse_overrides, read_tree
-from .data.sources import DataConfig
 from .named_files import require_folder
 
 STAGES = ("verbalize", "interact", "sft")

@@ -26,13 +26,14 @@ from typing import Any
 
 import yaml
 
+from vlsi_fast.config_data import DataConfig, SourceConfig
 from vlsi_fast.data.encoding import check_messages
 from vlsi_fast.data.images import check_pixels, image_bytes, load_image
 from vlsi_fast.data.manifest import FORMAT, JOURNAL_NAME, MANIFEST_NAME, read_manifest, sha256
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.readers import ANSWERED_BY
 from vlsi_fast.data.skipped import SkipLog, UnusableRow, printable, row_boundary
-from vlsi_fast.data.sources import ConcatSource, DataConfig, SourceConfig, build_source
+from vlsi_fast.data.sources import ConcatSource, build_source
 
 GROUP_BYTES = 32 * 2**20
 """Bytes that are held before they are written as a row group."""

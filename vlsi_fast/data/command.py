@@ -10,10 +10,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vlsi_fast.config import ConfigError, explain, load_config, parse_overrides
+from vlsi_fast.config_data import DataConfig
+from vlsi_fast.config_mix import read_mix
 from vlsi_fast.data.answering.arguments import add_answer_arguments
-from vlsi_fast.data.mixfile import read_mix
 from vlsi_fast.data.skipped import TooManySkippedRows
-from vlsi_fast.data.sources import DataConfig, build_source
+from vlsi_fast.data.sources import build_source
 from vlsi_fast.sizes import parse_size
 
 

@@ -8,12 +8,13 @@ from functools import lru_cache, partial
 import torch
 from torch.utils.data import Dataset
 
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.encoding import IGNORED, configure_image_bounds, encode
 from vlsi_fast.data.images import check_pixels, load_image
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.shared_images import SharedImages, share_images
 from vlsi_fast.data.skipped import SpecialTokenError, UnusableRow
-from vlsi_fast.data.sources import ConcatSource, DataConfig
+from vlsi_fast.data.sources import ConcatSource
 
 ROLES = ("student", "teacher")
 MAX_TRIES = 1000

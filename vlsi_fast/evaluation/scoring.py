@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..data.sources import DataConfig
+from ..config_data import DataConfig
 from . import metrics
 from .answers import answer_rows
 

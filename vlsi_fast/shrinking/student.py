@@ -14,8 +14,8 @@ from transformers import AutoConfig
 
 from ..backbones import family_of
 from ..config import explain
+from ..config_data import DataConfig
 from ..config_files import ConfigError
-from ..data.sources import DataConfig
 from ..lineage import checkpoint_digest, code_commit, versions
 from ..loading import resolve_folder
 from ..ranks.shard_loading import empty_model, stored_names

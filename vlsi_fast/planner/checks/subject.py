@@ -10,8 +10,9 @@ from typing import Any
 
 from ... import hub
 from ...config import STAGES, RunConfig
+from ...config_data import SourceConfig
 from ...data.processors import load_processor
-from ...data.sources import ConcatSource, SourceConfig, open_part
+from ...data.sources import ConcatSource, open_part
 from ...loading import resolve_folder
 from ..build import Models, setup_of, step_of
 from ..report import rows_of
