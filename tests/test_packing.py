@@ -17,8 +17,8 @@ from vlsi_fast.data import Collator
 from vlsi_fast.data.encoding import encode
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.packing import Packer
+from vlsi_fast.hidden_states import VerbalizedBackbone
 from vlsi_fast.stages.batches import StageCollator
-from vlsi_fast.verbalized import VerbalizedBackbone
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 NAMES = sorted(FAMILIES)

@@ -13,8 +13,8 @@ from torch import nn
 
 from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.data.encoding import encode_question
+from vlsi_fast.hidden_states import VerbalizedBackbone
 from vlsi_fast.speech import Speaker, open_speaker, speak
-from vlsi_fast.verbalized import VerbalizedBackbone
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 NAMES = sorted(FAMILIES)

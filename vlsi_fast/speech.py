@@ -31,8 +31,8 @@ from .backbones import family_of
 from .data.encoding import configure_image_bounds, encode_question
 from .data.images import ImageRef, load_image
 from .data.processors import load_processor
+from .hidden_states import match_attention
 from .loading import load_backbone, resolve_folder
-from .verbalized import match_attention
 from .verbalizer import Verbalizers, VerbalizerSpec
 
 Picture = Image.Image | str | os.PathLike

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..backbones import family_of
 from ..config import ConfigError, InteractConfig, MatchingConfig
+from ..hidden_states import VerbalizedBackbone
 from ..lineage import rows_used, weights_digest
 from ..losses import AnswerLoss, LogitL2, MatchedDivergence, OperatorOptions, PairwiseKL, hidden_l2_matrix, pick
 from ..matching import match_layers
-from ..verbalized import VerbalizedBackbone
 from ..verbalizer import Verbalizers
 from .module import StageModule
 from .stage import Stage

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from ..backbones import family_of
+from ..hidden_states import VerbalizedBackbone
 from ..lineage import checkpoint_digest, require_predecessor, rows_used
 from ..losses import AnswerLoss, OperatorOptions
-from ..verbalized import VerbalizedBackbone
 from .module import StageModule
 from .stage import Stage
 

@@ -25,6 +25,7 @@ from ..data.processors import load_processor
 from ..data.sources import build_source
 from ..data.tokens import SharedTokens
 from ..disk import checkpoint_size, explained_full_disk, result_size
+from ..hidden_states import Held
 from ..lineage import (
     LineageError,
     checkpoint_digest,
@@ -54,7 +55,6 @@ from ..resuming import checkpoint_to_resume
 from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode
 from ..terminal import say
-from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
 from .module import StageModule

@@ -12,8 +12,8 @@ import dataclasses
 import torch
 
 from ..config import ConfigError
+from ..hidden_states import VerbalizedBackbone
 from ..losses import AnswerLoss, OperatorOptions, OwnOutputLoss
-from ..verbalized import VerbalizedBackbone
 from ..verbalizer import Verbalizers
 from .module import StageModule
 from .stage import Stage

@@ -1,4 +1,4 @@
-"""A backbone that speaks at its target layers: one forward, the answer positions of every target layer out.
+"""Hidden states of a backbone at its target layers and answer positions, verbalized: one forward for all of them.
 
     B, T  rows, positions        N  answer tokens of the batch        d  width        L  target layers
 
