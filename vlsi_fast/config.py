@@ -280,17 +280,82 @@ class InteractConfig(StageSection):
         return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.jsd_beta}[self.divergence]
 
     @property
+    def roles(self) -> list[str]:
+        """The models that the stage runs."""
+        return ["student", "teacher"] if self.matches_layers or self.needs_teacher_last else ["student"]
+
+    @property
     def speakers(self) -> list[str]:
         """The models that speak through trained verbalizers."""
-        if self.intermediate == "none" or self.headless:
+        if not self.has_layer_loss or self.headless:
             return []
-        return ["student"] if self.intermediate == "ce" else ["student", "teacher"]
+        return ["student", "teacher"] if self.matches_layers else ["student"]
+
+    @property
+    def has_layer_loss(self) -> bool:
+        """Whether target layers have a loss, of whatever kind."""
+        return self.intermediate != "none"
+
+    @property
+    def has_last_loss(self) -> bool:
+        """Whether the last layer has a loss, of whatever kind."""
+        return self.last != "none"
+
+    @property
+    def needs_teacher_last(self) -> bool:
+        """Whether the teacher's last layer is read."""
+        return self.last in ("kld", "l2")
+
+    @property
+    def matches_layers(self) -> bool:
+        """Whether each of the student's target layers learns from a teacher layer that is chosen for it."""
+        return self.intermediate in ("kld", "l2")
+
+    @property
+    def matches_by_kl(self) -> bool:
+        """Whether layers are chosen by the KL of what they say (headless: by the distance of hidden states)."""
+        return self.matches_layers and not self.headless
+
+    @property
+    def layers_by_forward_kl(self) -> bool:
+        """Whether the target layers' loss is the KL by which they are matched."""
+        return self.intermediate == "kld" and self.kld_is_forward
+
+    @property
+    def layers_by_other_divergence(self) -> bool:
+        """Whether pairs of layers, once matched, are compared anew for the loss."""
+        return self.intermediate == "kld" and not self.kld_is_forward
+
+    @property
+    def last_by_forward_kl(self) -> bool:
+        """Whether the last layer's loss comes from the same vocabulary pass as the KLs of all layers."""
+        return self.last == "kld" and self.kld_is_forward
+
+    @property
+    def last_by_other_divergence(self) -> bool:
+        """Whether the last layers are compared by another divergence than the forward KL."""
+        return self.last == "kld" and not self.kld_is_forward
+
+    @property
+    def kld_is_forward(self) -> bool:
+        """Whether kld stands for the forward KL, the paper's."""
+        return self.divergence == "forward_kl"
+
+    @property
+    def learns_answers(self) -> bool:
+        """Whether any layer learns the answers themselves."""
+        return "ce" in (self.intermediate, self.last)
+
+    @property
+    def trains_verbalizers(self) -> bool:
+        """Whether the student's verbalizers are trained, and so a result."""
+        return self.train_student_verbalizers or self.headless
 
     @model_validator(mode="after")
     def _check(self):
         if self.intermediate == self.last == "none":
             raise ValueError("interact.intermediate and interact.last are both none: nothing to learn; set one")
-        if self.divergence != "forward_kl" and "kld" not in (self.intermediate, self.last):
+        if not self.kld_is_forward and "kld" not in (self.intermediate, self.last):
             raise ValueError(
                 f"interact.divergence {self.divergence} is what kld stands for, and neither interact.intermediate nor "
                 "interact.last is kld; set one of them, or remove divergence"
