@@ -66,7 +66,6 @@ class SftStage(Stage):
 
     def build(self) -> SftModule:
         model = self.load_model("student", self.source)
-        self.adapter = None
         if self.settings.method == "lora":
             self.adapter = self.add_lora(model)
         else:

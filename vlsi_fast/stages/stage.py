@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from vlsi_kernels import resolve_impl
 
@@ -30,6 +30,7 @@ from ..lineage import (
     LineageError,
     checkpoint_digest,
     code_commit,
+    identity_of,
     open_stage,
     require_equal,
     versions,
@@ -59,9 +60,6 @@ from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
 from .module import StageModule
 from .trainer import StageTrainer
-
-ADDED = ("objective", "divergence", "jsd_beta", "intermediate_schedule")
-"""Options of stages that came after the first records."""
 
 
 class Role:
@@ -127,10 +125,19 @@ class Stage:
 
     def __init__(self, config: RunConfig):
         self.config, self.settings = config, getattr(config, self.name)
+        self.folder = config.stage_dir(self.name)
+        # known once inputs are checked
+        self.args: TrainingArguments | None = None
+        self.roles: dict[str, Role] = {}
+        self.tokens = SharedTokens({}, None, None)
+        """What the tokenizers of both models share."""
+        self.teacher_mode: str | None = None
+        # known once models are built
+        self.adapter: nn.Module | None = None
+        """peft's wrapper of the trained model, where LoRA is trained."""
         self.attention: dict[str, str] = {}
         self.padding_free: dict[str, bool] = {}
         self.liger: dict[str, str | None] = {}
-        self.folder = config.stage_dir(self.name)
         self._held: list[Held] = []
 
     # ---- what a subclass says ----
@@ -236,7 +243,6 @@ class Stage:
         """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""
         self.roles = {name: Role(name, self.config) for name in self.role_names()}
         processors = {name: role.processor for name, role in self.roles.items()}
-        self.tokens = SharedTokens({}, None, None)
         if len(self.roles) == 2:
             student, teacher = (processors[name].tokenizer for name in ("student", "teacher"))
             self.tokens = require_same_tokens(student, teacher, self.config.student.path, self.config.teacher.path)
@@ -270,40 +276,23 @@ class Stage:
         return packed
 
     def _record(self) -> dict[str, Any]:
-        training = self.config.stage_training(self.name).model_dump()
-        for name in ("logging_steps", "save_steps", "save_total_limit", "report_to"):
-            del training[name]  # may change between a run and its continuation
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length"):
-            del training[name]  # may change with the number of ranks; the rows of a step, so the product, may not
-        training["extra"].pop("ddp_timeout", None)
-        dump, loose = self.config.model_dump(), ("num_workers", "eval", "max_skipped_share", "padding_free")
-        data = {name: value for name, value in dump["data"].items() if name not in loose}
-        # what counts rows apart changes none of them
-        data["train"] = [{k: v for k, v in source.items() if k != "answered"} for source in data["train"]]
         facts = {name: role.facts for name, role in self.roles.items()}
-        identity = {name: dump[name] for name in ("seed", "dtype", self.name, *self.sections)}
-        identity[self.name] = {n: v for n, v in dump[self.name].items() if n != "training" and not self._added(n, v)}
-        rows = rows_per_step(self.config.stage_training(self.name), world_size())
-        identity |= {"data": data, "training": training, "rows_per_step": rows}
-        identity |= {"inputs": self.inputs(), "data_start": self.data_start()}
-        for name, fact in facts.items():
-            identity[name] = {key: value for key, value in fact.items() if key != "path"}
-            identity[name] |= {key: dump[name][key] for key in ("min_pixels", "max_pixels")}
+        identity = identity_of(
+            self.config, self.name, self.sections, facts,
+            rows_per_step=rows_per_step(self.config.stage_training(self.name), world_size()),
+            inputs=self.inputs(), data_start=self.data_start(),
+        )  # fmt: skip
         return {
             "stage": self.name,
             "state": "running",
             "facts": facts,
             "identity": identity,
             "world_size": world_size(),
-            "config": dump,
+            "config": self.config.model_dump(),
             "tokens": {"first_differing_id": self.tokens.limit, "differing": self.tokens.differing},
             "versions": versions(),
             "commit": code_commit(),
         }
-
-    def _added(self, name: str, value: Any) -> bool:
-        """Whether an option that older records do not know is at its default: a run begun before it goes on."""
-        return name in ADDED and value == type(self.settings).model_fields[name].default
 
     # ---- parts that stages share ----
 
