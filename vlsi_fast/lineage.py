@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config_files import ConfigError
+from .errors import UserError
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -25,7 +26,7 @@ ADDED = ("objective", "divergence", "jsd_beta", "intermediate_schedule")
 """Options of stages that came after the first records."""
 
 
-class LineageError(RuntimeError):
+class LineageError(UserError, RuntimeError):
     """Folders that do not belong together, or a folder that is taken. The message names both sides and the fix."""
 
 

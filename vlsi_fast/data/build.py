@@ -34,6 +34,7 @@ from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.readers import ANSWERED_BY
 from vlsi_fast.data.skipped import SkipLog, UnusableRow, printable, row_boundary
 from vlsi_fast.data.sources import ConcatSource, build_source
+from vlsi_fast.errors import UserError
 
 GROUP_BYTES = 32 * 2**20
 """Bytes that are held before they are written as a row group."""
@@ -46,7 +47,7 @@ NO_PLACEHOLDER = "<|no placeholder|>"
 """Images stand in a built row's messages; an `<image>` in its text is text, of a source with another placeholder."""
 
 
-class BuildError(ValueError):
+class BuildError(UserError, ValueError):
     """A build that cannot start. The message names the fix."""
 
 

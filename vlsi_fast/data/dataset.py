@@ -15,6 +15,7 @@ from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.shared_images import SharedImages, share_images
 from vlsi_fast.data.skipped import SpecialTokenError, UnusableRow
 from vlsi_fast.data.sources import ConcatSource
+from vlsi_fast.errors import UserError
 
 ROLES = ("student", "teacher")
 MAX_TRIES = 1000
@@ -23,12 +24,18 @@ MAX_MISMATCHES = 8
 """Rows whose answers differ between the roles, before any row's agree: then templates or tokenizers are to blame."""
 
 
-class AnswerMismatchError(ValueError):
+class AnswerMismatchError(UserError, ValueError):
     """Teacher and student would be compared on different answer tokens."""
 
+    exit_code = 1
+    of_one_rank = True
 
-class NoUsableRowError(RuntimeError):
+
+class NoUsableRowError(UserError, RuntimeError):
     """No row could be used among all those tried."""
+
+    exit_code = 1
+    of_one_rank = True
 
 
 class VlsiDataset(Dataset):

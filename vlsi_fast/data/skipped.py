@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlsi_fast.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system: appends there are not locked against other processes
@@ -70,8 +72,11 @@ class UnusableRow(ValueError):
         return type(self), (self.cause, self.detail)
 
 
-class SpecialTokenError(RuntimeError):
+class SpecialTokenError(UserError, RuntimeError):
     """A row's text holds a special token, and `data.special_tokens` is error."""
+
+    exit_code = 1
+    of_one_rank = True
 
 
 _ALLOCATOR = "DefaultCPUAllocator: "
@@ -100,8 +105,10 @@ def row_boundary() -> Iterator[None]:
         raise UnusableRow("unexpected_error", f"{type(error).__name__}: {error} ({where})") from error
 
 
-class TooManySkippedRows(RuntimeError):
+class TooManySkippedRows(UserError, RuntimeError):
     """More rows were skipped than `data.max_skipped_share` allows."""
+
+    exit_code = 1
 
 
 class SkipLog:

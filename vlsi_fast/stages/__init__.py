@@ -5,19 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import STAGES, ConfigError, RunConfig, nearest
-from ..data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows
-from ..disk import DiskFullError
-from ..lineage import LineageError
+from ..errors import SELF_EXPLAINING
 from ..named_files import require_files
 from ..ranks.watch import watch
 from .interact import InteractStage
 from .sft import SftStage
 from .trainer import NonFiniteLossError
 from .verbalize import VerbalizeStage
-
-SELF_EXPLAINING = (ConfigError, LineageError, FileNotFoundError, AnswerMismatchError, NoUsableRowError)
-SELF_EXPLAINING += (NonFiniteLossError, SpecialTokenError, TooManySkippedRows, DiskFullError)
-"""Errors whose message is the whole story: the command line prints it without a traceback."""
 
 STAGE_CLASSES = {stage.name: stage for stage in (VerbalizeStage, InteractStage, SftStage)}
 

@@ -23,6 +23,7 @@ from ..checkpoints import METRICS_NAME, describe, describe_start, files_of, keep
 from ..config import RunConfig
 from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
+from ..errors import UserError
 from ..matching import draw_generator
 from ..ranks.rescaling import require_same_engine, universal_where_needed
 from ..ranks.sharding import barrier, gathered_objects, rank, world_size
@@ -36,8 +37,10 @@ from .records import non_finite, own_numbers, step_record, sums_of, tracker_scal
 TRAINABLE_NAME = "trainable.safetensors"
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError, RuntimeError):
     """The loss became NaN or infinite. The message names the step, the layers and the rows."""
+
+    exit_code = 1
 
 
 class ContinuingSampler(torch.utils.data.Sampler):
