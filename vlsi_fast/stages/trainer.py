@@ -5,18 +5,19 @@ What differs between stages is one module, a `StageModule`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers.trainer
-from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..checkpoints import METRICS_NAME, describe, describe_start, files_of, keep_newest, write_manifest, writer_of
@@ -25,16 +26,16 @@ from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
 from ..errors import UserError
 from ..matching import draw_generator
-from ..ranks.rescaling import require_same_engine, universal_where_needed
+from ..ranks.rescaling import require_same_engine
 from ..ranks.sharding import barrier, gathered_objects, rank, world_size
 from ..ranks.watch import TellPlace
 from ..terminal import say
-from ..unpickling import data_only
-from .batches import LengthGroups, StageCollator, UncollatedRows, restore_shared
+from .batches import LengthGroups, StageCollator, UncollatedRows
+from .hooks import HookedTrainer, partial_checkpoints
 from .module import StageModule
 from .records import non_finite, own_numbers, step_record, sums_of, tracker_scalars
 
-TRAINABLE_NAME = "trainable.safetensors"
+LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 
 
 class NonFiniteLossError(UserError, RuntimeError):
@@ -80,28 +81,25 @@ class _Progress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", lr=f"{logs.get('learning_rate', 0):.2g}")
 
 
-class StageTrainer(Trainer):
+class StageTrainer(HookedTrainer):
     """Trainer of one stage. Loss and metrics are sums over answer tokens of all micro-batches and ranks."""
 
     def __init__(
         self, module: StageModule, args: TrainingArguments, config: RunConfig, stage: str, dataset, collator,
         data_start: int = 0,
     ):  # fmt: skip
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.stage_dir(stage) / "tensorboard")
         collator = StageCollator(collator, module.roles)
         grouped = config.stage_training(stage).group_by_length
         self.groups = LengthGroups(collator, module.roles) if grouped else None
         send = UncollatedRows if grouped else collator
-        super().__init__(model=module, args=args, train_dataset=dataset, data_collator=send)
-        del os.environ["TENSORBOARD_LOGGING_DIR"]
         rows = dataset.sources
         order = EpochOrder(rows.sizes, config.seed, rows.weights, config.data.stopping_strategy)
-        self.sampler = ContinuingSampler(order, start=data_start)
-        self.add_callback(_TellSampler(self.sampler))
+        sampler = ContinuingSampler(order, start=data_start)
+        with _tracked_in(config.stage_dir(stage) / "tensorboard"):
+            super().__init__(module, sampler, args=args, train_dataset=dataset, data_collator=send)
+        self.add_callback(_TellSampler(sampler))
         self.add_callback(TellPlace(stage, args.ddp_timeout))
-        self.loss_is_scaled_for_ga = True
-        self.model_accepts_loss_kwargs = True
-        self.config, self.stage, self.module = config, stage, module
+        self.config, self.stage = config, stage
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress)
@@ -117,19 +115,11 @@ class StageTrainer(Trainer):
 
     # ---- batches ----
 
-    def _get_train_sampler(self, *args, **kwargs) -> ContinuingSampler:
-        return self.sampler
-
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The Trainer's own, with the time that the batches took; not that of the ranks' exchange of counts."""
         if self.groups is not None:
             epoch_iterator = self.groups(epoch_iterator, num_batches, device)
         return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        restore_shared(inputs["batch"], inputs["facts"])
-        return inputs
 
     def _timed(self, batches):
         while True:
@@ -139,13 +129,6 @@ class StageTrainer(Trainer):
             if batch is None:
                 return
             yield batch
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Answer tokens of one optimizer step over all micro-batches and ranks."""
-        total = torch.tensor(sum(batch["facts"]["answer_tokens"] for batch in batch_samples), device=device)
-        if world_size() > 1:
-            dist.all_reduce(total)
-        return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one micro-batch, scaled so that the gradients' mean over ranks is that of all answer tokens."""
@@ -216,7 +199,7 @@ class StageTrainer(Trainer):
         """Add the step's own numbers to what the Trainer reports to the trackers."""
         super().log({**logs, **self._scalars} if "loss" in logs else logs, start_time)
 
-    # ---- checkpoints: only what is trained ----
+    # ---- the course and its checkpoints ----
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Train, from `resume_from_checkpoint` where given."""
@@ -224,17 +207,10 @@ class StageTrainer(Trainer):
         self._step_began, self._waited = time.perf_counter(), 0.0
         if resume_from_checkpoint is not None:
             require_same_engine(resume_from_checkpoint, self.is_deepspeed_enabled)
-        strict = transformers.trainer.deepspeed_load_checkpoint
-
-        def frozen_parameters_are_not_in_checkpoints(engine, path, load_module_strict=True):
-            with data_only(), universal_where_needed(engine, path):
-                return strict(engine, path, load_module_strict=False)
-
-        transformers.trainer.deepspeed_load_checkpoint = frozen_parameters_are_not_in_checkpoints
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with partial_checkpoints():
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            transformers.trainer.deepspeed_load_checkpoint = strict
             self._close_bar()
 
     def _close_bar(self) -> None:
@@ -242,13 +218,6 @@ class StageTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if getattr(callback, "training_bar", None) is not None:
                 callback.training_bar.close()
-
-    def _run_epoch(self, *args, **kwargs):
-        """Resumed at its last step, a run lacks only its export: the Trainer would make one step more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return None
-        return super()._run_epoch(*args, **kwargs)
 
     def _truncate_metrics(self, checkpoint: str | None) -> None:
         """Drop records of steps that a resumed run makes again, and count the others' into the totals."""
@@ -263,56 +232,25 @@ class StageTrainer(Trainer):
             partial.write_text("".join(line + "\n" for line in kept))
             partial.replace(self.metrics_path)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint, last its manifest, then delete older ones. Each rank hashes the files that it wrote."""
-        super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir)
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+    def on_checkpoint(self, checkpoint: Path) -> None:
+        """Write the manifest last, then delete older checkpoints. Each rank hashes the files that it wrote."""
         own = describe(checkpoint, [name for name in files_of(checkpoint) if writer_of(name) == rank()])
         parts = gathered_objects(own)
         if rank() == 0:
             files = {name: fact for part in parts for name, fact in part.items()}
             write_manifest(checkpoint, files, metrics=describe_start(self.metrics_path))
-            keep_newest(folder, self.config.stage_training(self.stage).save_total_limit)
+            keep_newest(checkpoint.parent, self.config.stage_training(self.stage).save_total_limit)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with data_only():
-            super()._load_rng_state(checkpoint)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with data_only():
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with data_only():
-            super()._load_scaler(checkpoint)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainable parameters of a checkpoint. Under DeepSpeed its own files hold them."""
-        if self.is_deepspeed_enabled or not self.args.should_save:
-            return
-        from safetensors.torch import save_file
-
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._trainable(), folder / TRAINABLE_NAME, metadata={"format": "pt"})
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        from safetensors.torch import load_file
-
-        stored, own = load_file(Path(resume_from_checkpoint) / TRAINABLE_NAME), self._trainable()
-        if stored.keys() != own.keys():
-            raise ValueError(f"{resume_from_checkpoint} holds other trainable parameters than this run has")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(stored[name])
-
-    def _trainable(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+@contextlib.contextmanager
+def _tracked_in(folder: Path) -> Iterator[None]:
+    """Tensorboard's callback, made inside, writes into `folder`: it is told by the environment alone."""
+    before = os.environ.get(LOGGING_DIR)
+    os.environ[LOGGING_DIR] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LOGGING_DIR]
+        else:
+            os.environ[LOGGING_DIR] = before
