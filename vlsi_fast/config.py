@@ -22,9 +22,11 @@ from .config_data import DataConfig
 from .config_files import ConfigError, apply_override, parse_overrides, read_tree
 from .named_files import require_folder
 
-STAGES = ("verbalize", "interact", "sft")
+StageName = Literal["verbalize", "interact", "sft"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 QUANTIZED = ("int8", "nf4")
-ARCHITECTURES = ("mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2")
+Architecture = Literal["mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2"]
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 
 NOT_EXTRA = {
@@ -89,9 +91,7 @@ class TeacherConfig(BackboneConfig):
 class VerbalizerConfig(Section):
     """The small network between a target layer and the frozen final norm and language head (table 4f)."""
 
-    architecture: Literal["mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2"] = (
-        "verb_ffn"
-    )
+    architecture: Architecture = "verb_ffn"
     """One of the eight architectures of table 4f."""
     norm: bool = False
     """RMSNorm in front of every block. The paper's parameter counts are without it; recommended for decoder."""
@@ -409,7 +409,7 @@ class RunConfig(Section):
     """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed, else torch."""
     liger: Literal["auto", True, False] = False
     """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed."""
-    stages: list[Literal["verbalize", "interact", "sft"]] = list(STAGES)
+    stages: list[StageName] = list(STAGES)
     """What --stage all runs, in this order; plan and check look at these. [verbalize, interact] where sft on few labels
     costs points; [interact, sft] where interact.intermediate is none, or verbalizers are trained already."""
     preflight: bool = True

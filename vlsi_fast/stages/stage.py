@@ -311,13 +311,6 @@ class Stage:
         role = self.roles[name]
         attention = self.attention[name] = self._attention(name)
         options = (self.config.dtype, attention, depth)
-        rows = role.config.get_text_config().vocab_size
-        tokens = max(role.processor.tokenizer.get_vocab().values()) + 1
-        if tokens > rows:
-            raise LineageError(
-                f"{name} {role.settings.path}: its tokenizer has ids up to {tokens - 1}, its head only {rows} rows; "
-                "resize the model's embeddings or use the tokenizer that belongs to it"
-            )
         if name == "student":
             model = load_backbone(folder or role.folder, *options)
         else:
