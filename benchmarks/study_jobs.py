@@ -87,8 +87,12 @@ class Study:
         return self._recorded.get(job.key)
 
     def todo(self, job: Job, *, needed: bool = False) -> list[Job]:
-        """What is to be run so that the results of all of its chain are known (`needed`: so that what it makes is here),
-        first things first."""
+        """What is to be run, first things first, so that all results of its chain are known.
+
+        Args:
+            job: a score, or a stage.
+            needed: so that what it makes is here, too.
+        """
         done = self.made(job) if needed else self.result(job) is not None
         rest = [each for parent in job.parents for each in self.todo(parent, needed=not done)]
         return rest if done else [*rest, job]
