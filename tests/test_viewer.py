@@ -152,7 +152,7 @@ def test_errors_name_the_fix(run, workspace, asked, capsys, tmp_path, monkeypatc
     assert f"--image {missing[1]}: " in told and "does not exist" in told and "give an image file" in told
     (tmp_path / "text.png").write_text("no image")
     told = refused(capsys, "--run", str(run), "--image", str(tmp_path / "text.png"), "--question", "x")
-    assert "not an image file of a format that is read (truncated_image)" in told
+    assert "text.png: not an image" in told and "(truncated_image); give an image file" in told
     monkeypatch.undo()
     assert "there are some for [1, 3]" in refused(capsys, "--run", str(run), *asked, "--layers", "2")
     assert "folder nowhere does not exist" in refused(capsys, "--run", str(run), *asked, "--compare", "nowhere")
