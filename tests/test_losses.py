@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_batch import make_batch, make_model
 
 from vlsi_fast.backbones import family_of
-from vlsi_fast.config import InteractConfig, MatchingConfig
+from vlsi_fast.config import MatchingConfig
+from vlsi_fast.config_stages import InteractConfig
 from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
 from vlsi_fast.losses import (
     AnswerLoss,

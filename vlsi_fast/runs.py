@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import STAGES, ConfigError, InteractConfig, RunConfig
+from .config import STAGES, ConfigError, RunConfig
+from .config_stages import InteractConfig
 from .lineage import FORMAT, RECORD_NAME, read_record
 
 METRICS_NAME = "metrics.jsonl"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import InteractConfig, SftConfig, VerbalizeConfig
+from ..config_stages import InteractConfig, SftConfig, VerbalizeConfig
 from .memory import (
     Batch,
     Curve,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..backbones import family_of
-from ..config import ConfigError, InteractConfig, MatchingConfig
+from ..config import ConfigError, MatchingConfig
+from ..config_stages import InteractConfig
 from ..hidden_states import VerbalizedBackbone
 from ..lineage import rows_used, weights_digest
 from ..losses import AnswerLoss, LogitL2, MatchedDivergence, OperatorOptions, PairwiseKL, hidden_l2_matrix, pick
