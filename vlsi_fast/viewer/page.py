@@ -112,7 +112,7 @@ def _answer(speech: Speech | None, answer: RightAnswer | None) -> str:
         return '<div class="none"></div>'
     mark = {True: " right", False: " wrong", None: ""}[is_right(speech, answer)]
     text = f"<p>{_safe(speech.text)}</p>" if speech.text else '<p class="layer">(nothing)</p>'
-    head = f"{label(speech)} · {probability(speech):.0%}"
+    head = f"{label(speech)} · {probability(speech):.0%} a token"
     return f'<div class="answer{mark}"><div class="layer">{head}</div>{text}{_tokens(speech)}</div>'
 
 
