@@ -36,7 +36,6 @@ def main() -> int:
     parser.add_argument("--config", default="configs/demo.yaml", help="the demo (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="of each launch (default: %(default)s)")
     parser.add_argument("--work-dir", default="runs/demo_seeds", help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--work_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older spelling
     arguments = parser.parse_args()
     summaries = []
     for seed in range(arguments.seeds):

@@ -36,11 +36,11 @@ from vlsi_fast.data.collate import Collator
 from vlsi_fast.data.dataset import VlsiDataset
 from vlsi_fast.data.processors import load_processor
 from vlsi_fast.data.sources import build_source
+from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
 from vlsi_fast.lineage import versions
 from vlsi_fast.loading import load_backbone
 from vlsi_fast.shrinking import shrink
 from vlsi_fast.stages import NonFiniteLossError
-from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "real_lm.yaml"

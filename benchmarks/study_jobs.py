@@ -215,7 +215,7 @@ class _counting:
     def __enter__(self):
         from torch.utils.flop_counter import FlopCounterMode
 
-        from vlsi_fast.stages.base import StageTrainer
+        from vlsi_fast.stages.trainer import StageTrainer
 
         self.trainer, self.step = StageTrainer, StageTrainer.training_step
         step, operations = self.step, self.operations

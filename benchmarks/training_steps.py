@@ -18,9 +18,9 @@ from shapes import Backbone, Vision
 from torch import Tensor, nn
 
 from vlsi_fast.backbones import family_of
+from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
 from vlsi_fast.losses import AnswerLoss, OperatorOptions, PairwiseKL, pick
 from vlsi_fast.matching import draw_generator, match_layers
-from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 LORA_RANK = 64

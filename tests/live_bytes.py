@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from vlsi_fast.config import RunConfig
 from vlsi_fast.stages import STAGE_CLASSES
-from vlsi_fast.stages.base import StageTrainer
+from vlsi_fast.stages.trainer import StageTrainer
 
 
 def storages() -> dict[int, int]:

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 from vlsi_fast import load_config
 from vlsi_fast.config import STAGES
-from vlsi_fast.sharding import rank
-from vlsi_fast.stages.base import StageTrainer
+from vlsi_fast.ranks.sharding import rank
+from vlsi_fast.stages.trainer import StageTrainer
 
 STEP = 1
 moved: Counter[str] = Counter()

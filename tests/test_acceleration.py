@@ -11,7 +11,7 @@ from vlsi_fast import load_config
 from vlsi_fast.acceleration import apply_liger, attention_name, use_liger
 from vlsi_fast.backbones import FAMILIES
 from vlsi_fast.config import ConfigError
-from vlsi_fast.stages import STAGE_CLASSES, common
+from vlsi_fast.stages import STAGE_CLASSES, stage
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -35,13 +35,13 @@ def test_auto_attention(monkeypatch, installed):
 
 def test_the_choice_reaches_the_model_and_the_record_and_is_no_part_of_the_run(workspace, tmp_path, monkeypatch):
     """A run may go on with another attention: on another machine `auto` may be another one."""
-    loaded, load = [], common.load_backbone
+    loaded, load = [], stage.load_backbone
 
     def recorded(folder, dtype, attention="sdpa", depth=None):
         loaded.append(attention)
         return load(folder, dtype, attention, depth)
 
-    monkeypatch.setattr(common, "load_backbone", recorded)
+    monkeypatch.setattr(stage, "load_backbone", recorded)
     config = config_of(workspace, tmp_path / "run")
     assert config.student.attn_implementation == "auto"
     record = STAGE_CLASSES["sft"](config).run()
@@ -83,7 +83,7 @@ def test_where_liger_is_used(monkeypatch):
 
 def test_liger_that_cannot_run_is_refused_before_weights_are_loaded(workspace, tmp_path, monkeypatch):
     liger_installed(monkeypatch, False)
-    monkeypatch.setattr(common, "load_backbone", None)
+    monkeypatch.setattr(stage, "load_backbone", None)
     with pytest.raises(ConfigError, match="pip install liger-kernel"):
         STAGE_CLASSES["sft"](config_of(workspace, tmp_path / "run", liger=True)).run()
     assert not (tmp_path / "run").exists()
@@ -151,8 +151,8 @@ def test_the_stage_patches_both_models_before_lora(workspace, tmp_path, monkeypa
         patched.append(model)
         return "qwen2"
 
-    monkeypatch.setattr(common, "use_liger", lambda asked, device: asked is not False)
-    monkeypatch.setattr(common, "apply_liger", recorded)
+    monkeypatch.setattr(stage, "use_liger", lambda asked, device: asked is not False)
+    monkeypatch.setattr(stage, "apply_liger", recorded)
     interact = {"intermediate": "none", "last": "kld"}
     record = STAGE_CLASSES["interact"](config_of(workspace, tmp_path / "run", interact=interact, liger="auto")).run()
     assert len(patched) == 2 and record["summary"]["liger"] == {"student": "qwen2", "teacher": "qwen2"}

@@ -19,6 +19,7 @@ import vlsi_fast.data.answering.asking as asking
 from vlsi_fast import load_config, run
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError
+from vlsi_fast.config_data import SourceConfig
 from vlsi_fast.data.answering import answer
 from vlsi_fast.data.answering.decoding import choose, numbers_of
 from vlsi_fast.data.answering.filters import Filters, normalised, repetition
@@ -26,7 +27,7 @@ from vlsi_fast.data.answering.parts import Files
 from vlsi_fast.data.answering.prompts import Questions, read_questions, turns_of
 from vlsi_fast.data.processors import load_processor
 from vlsi_fast.data.skipped import UnusableRow
-from vlsi_fast.data.sources import SourceConfig, build_source
+from vlsi_fast.data.sources import build_source
 from vlsi_fast.export.card import _data
 from vlsi_fast.lineage import LineageError, checkpoint_digest, read_record, write_record
 
@@ -242,8 +243,8 @@ def test_a_source_may_say_who_answered_it(tmp_path):
 def test_built_rows_remember_who_answered_them(tmp_path, monkeypatch):
     import datasets
 
+    from vlsi_fast.config_data import DataConfig
     from vlsi_fast.data.build import build
-    from vlsi_fast.data.sources import DataConfig
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

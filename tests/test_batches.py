@@ -12,8 +12,8 @@ from vlsi_fast import load_config, run
 from vlsi_fast.config import ConfigError
 from vlsi_fast.lineage import read_record
 from vlsi_fast.loading import load_backbone
-from vlsi_fast.stages.base import StageTrainer
 from vlsi_fast.stages.batches import LengthGroups, UncollatedRows, to_device
+from vlsi_fast.stages.trainer import StageTrainer
 
 PAIR = {"teacher": "llava_onevision", "student": "qwen3_vl"}
 

@@ -49,11 +49,7 @@ def test_options_are_spelt_with_dashes():
     assert not [name for name in found if "_" in name]
 
 
-def test_older_spellings_still_count():
-    parser = build_parser()
-    for spelling in ("--output-dir", "--output_dir"):
-        assert parser.parse_args(["demo", spelling, "here"]).output_dir == "here"
-    assert parser.parse_args(["demo"]).output_dir is None
+def test_options_of_the_config_are_spelt_either_way():
     same = ["--output-dir", "x", "--data.max-length=5"], ["--output_dir", "x", "--data.max_length=5"]
     assert parse_overrides(same[0]) == parse_overrides(same[1]) == {"output_dir": "x", "data.max_length": 5}
 

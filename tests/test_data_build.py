@@ -9,11 +9,12 @@ import yaml
 
 import vlsi_fast.data.build as building
 from vlsi_fast.cli import main
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.build import BuildError, build
 from vlsi_fast.data.images import image_bytes
 from vlsi_fast.data.manifest import shards_of, verify
 from vlsi_fast.data.skipped import TooManySkippedRows
-from vlsi_fast.data.sources import DataConfig, build_source
+from vlsi_fast.data.sources import build_source
 
 
 @pytest.fixture(autouse=True)

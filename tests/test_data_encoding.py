@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from tiny import CHAT_TEMPLATE, make_processor, make_tokenizer
 
+from vlsi_fast.config_data import DataConfig, SourceConfig
 from vlsi_fast.data.encoding import answer_spans, configure_image_bounds, encode
 from vlsi_fast.data.images import ImageRef, load_image
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.processors import load_processor
 from vlsi_fast.data.skipped import UnusableRow
-from vlsi_fast.data.sources import DataConfig, SourceConfig, build_source
+from vlsi_fast.data.sources import build_source
 
 CONFIG = DataConfig(train=[{"reader": "easy_vqa"}])
 IMAGE = {"type": "image"}

@@ -11,11 +11,13 @@ import yaml
 from pydantic import ValidationError
 
 from vlsi_fast.config import ConfigError, load_config
+from vlsi_fast.config_data import DataConfig, SourceConfig
+from vlsi_fast.config_mix import split_sample
 from vlsi_fast.data import jsonfile
 from vlsi_fast.data.images import load_image
-from vlsi_fast.data.mixfile import sampled_row, split_sample
+from vlsi_fast.data.readers import sampled_row
 from vlsi_fast.data.skipped import UnusableRow
-from vlsi_fast.data.sources import DataConfig, SourceConfig, build_source
+from vlsi_fast.data.sources import build_source
 
 IMAGE = "image"
 PAPER = {  # thousands, section 4.1(d)
@@ -223,8 +225,9 @@ def test_row_tables_are_kept_until_the_file_changes(tmp_path, monkeypatch):
 MEMORY = """
 import resource, sys
 import numpy, torch, vlsi_fast.data.mixing, vlsi_fast.data.sources as sources
+from vlsi_fast.config_data import DataConfig
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-data = sources.DataConfig(train=[{"reader": "llava", "path": path, "weight": 1} for path in sys.argv[1:]])
+data = DataConfig(train=[{"reader": "llava", "path": path, "weight": 1} for path in sys.argv[1:]])
 rows = sources.build_source(data.train)
 order = vlsi_fast.data.mixing.EpochOrder(rows.sizes, 0, rows.weights)
 texts = [rows[i].id for i in order.rows(0, 2000)]

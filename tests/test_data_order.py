@@ -11,10 +11,11 @@ from tiny import make_processor
 from torch.utils.data import BatchSampler, DataLoader
 
 import vlsi_fast.data.dataset
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.dataset import VlsiDataset
 from vlsi_fast.data.mixing import EpochOrder, quotas
-from vlsi_fast.data.sources import DataConfig, build_source
-from vlsi_fast.stages.base import ContinuingSampler
+from vlsi_fast.data.sources import build_source
+from vlsi_fast.stages.trainer import ContinuingSampler
 
 SIZES, WEIGHTS = [24, 6], [1, 1]
 
@@ -132,8 +133,9 @@ def test_the_trainer_uses_weights_and_stopping_strategy(data, workspace, tmp_pat
     import tiny_runs as runs
 
     from vlsi_fast.config import load_config
-    from vlsi_fast.stages.base import StageModule, StageTrainer
-    from vlsi_fast.stages.common import training_arguments
+    from vlsi_fast.stages.arguments import training_arguments
+    from vlsi_fast.stages.module import StageModule
+    from vlsi_fast.stages.trainer import StageTrainer
 
     tree = runs.settings(workspace, tmp_path / "run") | {
         "data": data.model_dump() | {"stopping_strategy": "first_exhausted"}

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from vlsi_fast.config_data import DataConfig, SourceConfig
 from vlsi_fast.data import dataset as dataset_module
 from vlsi_fast.data.collate import Collator
 from vlsi_fast.data.dataset import VlsiDataset, equivalent
 from vlsi_fast.data.shared_images import same_images
-from vlsi_fast.data.sources import DataConfig, SourceConfig, build_source
+from vlsi_fast.data.sources import build_source
 from vlsi_fast.stages.batches import StageCollator, restore_shared
 
 VISION = {"qwen2_vl": {"pixel_values", "image_grid_thw"}, "llava_onevision": {"pixel_values", "image_sizes"}}

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from vlsi_fast.config_data import DataConfig, SourceConfig
 from vlsi_fast.data.images import load_image
 from vlsi_fast.data.skipped import UnusableRow
-from vlsi_fast.data.sources import DataConfig, SourceConfig, build_source
+from vlsi_fast.data.sources import build_source
 
 IMAGE, TEXT = "image", "text"
 

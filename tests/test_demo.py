@@ -18,9 +18,9 @@ from vlsi_fast.config import ConfigError
 from vlsi_fast.data import load_processor
 from vlsi_fast.demo import arms, inputs, models, pictures, progress, run, tables, training
 from vlsi_fast.evaluation.answers import Answer
+from vlsi_fast.evaluation.scoring import exact_match
 from vlsi_fast.lineage import write_record
 from vlsi_fast.loading import load_backbone
-from vlsi_fast.scoring import exact_match
 
 DEMO = runs.ROOT / "configs" / "demo.yaml"
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))

@@ -16,8 +16,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from vlsi_fast.cli import main
+from vlsi_fast.config_data import DataConfig, SourceConfig
 from vlsi_fast.data.processors import load_processor
-from vlsi_fast.data.sources import DataConfig, SourceConfig, build_source
+from vlsi_fast.data.sources import build_source
 from vlsi_fast.demo.pictures import facts
 from vlsi_fast.evaluation.answers import answer_rows
 from vlsi_fast.evaluation.arguments import READERS

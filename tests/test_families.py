@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from vlsi_fast import load_config, run
 from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.config import ConfigError
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import Collator, VlsiDataset, build_source, load_processor
 from vlsi_fast.data.encoding import encode
 from vlsi_fast.data.messages import Sample
-from vlsi_fast.data.sources import DataConfig
+from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
 from vlsi_fast.lineage import LineageError, read_record
 from vlsi_fast.loading import load_backbone
-from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 NAMES = sorted(FAMILIES)

@@ -13,6 +13,7 @@ from PIL import Image
 from test_report import make_run
 
 from vlsi_fast.config import ConfigError, load_config
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import encoding, images, messages
 from vlsi_fast.data.build import build
 from vlsi_fast.data.dataset import AnswerMismatchError, VlsiDataset
@@ -20,7 +21,7 @@ from vlsi_fast.data.encoding import encode
 from vlsi_fast.data.images import ImageRef, load_image
 from vlsi_fast.data.processors import load_processor
 from vlsi_fast.data.skipped import SkipLog, UnusableRow, row_boundary
-from vlsi_fast.data.sources import DataConfig, build_source
+from vlsi_fast.data.sources import build_source
 from vlsi_fast.evaluation.answers import answer_rows
 from vlsi_fast.loading import load_backbone
 from vlsi_fast.report import page as page_of

@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText
 
 from vlsi_fast import load_config, run
 from vlsi_fast.cli import main
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.build import build
-from vlsi_fast.data.sources import DataConfig
 from vlsi_fast.inspection.folders import inspect_folder
 from vlsi_fast.verbalizer import Verbalizers
 

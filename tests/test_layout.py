@@ -134,6 +134,16 @@ def test_packages_have_their_public_names():
         vlsi_fast.load_confg  # noqa: B018
 
 
+def test_a_config_is_read_without_what_reads_the_rows():
+    code = (
+        "import sys, vlsi_fast.config\n"
+        "print([name for name in sys.modules if name.startswith(('vlsi_fast.data', 'vlsi_fast.eval', 'torch', 'PIL'))])"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
 def test_imports_are_no_heavier_than_promised():
     """The operators need only PyTorch; the version needs nothing."""
     code = (

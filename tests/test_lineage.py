@@ -29,7 +29,7 @@ from vlsi_fast.loading import (
     target_layers,
     tokenizer_digest,
 )
-from vlsi_fast.stages.common import Role
+from vlsi_fast.stages.stage import Role
 from vlsi_fast.verbalizer import Verbalizers
 
 RECORD = {

@@ -9,7 +9,9 @@ from peft import LoraConfig, get_peft_model
 from tiny_batch import make_batch, make_model
 
 from vlsi_fast.backbones import family_of
-from vlsi_fast.config import InteractConfig, MatchingConfig
+from vlsi_fast.config import MatchingConfig
+from vlsi_fast.config_stages import InteractConfig
+from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
 from vlsi_fast.losses import (
     AnswerLoss,
     LogitL2,
@@ -22,7 +24,6 @@ from vlsi_fast.losses import (
 )
 from vlsi_fast.stages.interact import InteractModule
 from vlsi_fast.stages.verbalize import VerbalizeModule
-from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 S, L, N, DS, DL, VOCAB = 2, 3, 7, 8, 12, 50

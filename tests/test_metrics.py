@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError
-from vlsi_fast.data.sources import DataConfig, SourceConfig
+from vlsi_fast.config_data import DataConfig, SourceConfig
 from vlsi_fast.evaluation.answers import Answer, answer_rows
 from vlsi_fast.evaluation.intervals import mean_difference, mean_score, paired_difference, wilson
 from vlsi_fast.evaluation.metrics import load_metrics, metrics_of_sources

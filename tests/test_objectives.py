@@ -233,10 +233,10 @@ def test_inspect_says_which_listed_stage_is_next(verbalized, tmp_path):
 
 
 def test_plan_and_check_look_at_the_listed_stages(workspace, tmp_path, capsys, monkeypatch):
-    from vlsi_fast import preflight
+    from vlsi_fast.planner.checks import machine
 
-    seen, count = [], preflight.checkpoint_bytes
-    monkeypatch.setattr(preflight, "checkpoint_bytes", lambda subject: seen.append(count(subject)) or seen[-1])
+    seen, count = [], machine.checkpoint_bytes
+    monkeypatch.setattr(machine, "checkpoint_bytes", lambda subject: seen.append(count(subject)) or seen[-1])
     tree = runs.settings(workspace, tmp_path / "run") | {"stages": ["verbalize", "interact"]}
     path = str(runs.write_config(tree, tmp_path / "config.yaml"))
     assert main(["plan", "--config", path, "--json"]) == 0

@@ -12,13 +12,13 @@ from transformers.masking_utils import flash_attention_mask
 from vlsi_fast.acceleration import use_packing
 from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.config import ConfigError
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import Collator
 from vlsi_fast.data.encoding import encode
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.packing import Packer
-from vlsi_fast.data.sources import DataConfig
+from vlsi_fast.hidden_states import VerbalizedBackbone
 from vlsi_fast.stages.batches import StageCollator
-from vlsi_fast.verbalized import VerbalizedBackbone
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 NAMES = sorted(FAMILIES)

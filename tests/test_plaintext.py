@@ -8,6 +8,7 @@ from PIL import Image
 
 from vlsi_fast.asking import encode_prompt, join_prompts, make_prompt
 from vlsi_fast.backbones import FAMILIES
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import encoding
 from vlsi_fast.data.dataset import VlsiDataset
 from vlsi_fast.data.encoding import IGNORED, answer_spans, encode, encode_question
@@ -15,7 +16,6 @@ from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.plaintext import plainly, render, special_tokens
 from vlsi_fast.data.processors import build_processor
 from vlsi_fast.data.skipped import SpecialTokenError, UnusableRow
-from vlsi_fast.data.sources import DataConfig
 
 CONFIG = DataConfig(train=[{"reader": "easy_vqa"}])
 ATTACKS = [

@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from vlsi_fast.backbones import family_of
 from vlsi_fast.config import VerbalizerConfig
+from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
 from vlsi_fast.losses import OperatorOptions, PairwiseKL
 from vlsi_fast.shrinking import shrink
-from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 from vlsi_kernels import layer_kl_matrix, teacher_targets
 

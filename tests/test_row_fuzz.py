@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.build import _convert
 from vlsi_fast.data.dataset import NoUsableRowError, VlsiDataset
 from vlsi_fast.data.encoding import IGNORED, encode
@@ -20,7 +21,7 @@ from vlsi_fast.data.images import ImageRef, load_image
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.plaintext import special_tokens
 from vlsi_fast.data.skipped import CAUSES, UnusableRow
-from vlsi_fast.data.sources import DataConfig, build_source
+from vlsi_fast.data.sources import build_source
 
 # the same examples in every run, so that a change that breaks nothing fails nothing
 quick = settings(

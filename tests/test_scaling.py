@@ -18,7 +18,7 @@ import torch
 
 from vlsi_fast import load_config, run
 from vlsi_fast.lineage import LineageError, read_record
-from vlsi_fast.rescaling import universal_where_needed
+from vlsi_fast.ranks.rescaling import universal_where_needed
 
 STAGES = ("verbalize", "interact", "sft")
 

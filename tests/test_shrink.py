@@ -25,7 +25,8 @@ from vlsi_fast.inspection.folders import inspect_folder
 from vlsi_fast.lineage import checkpoint_digest
 from vlsi_fast.loading import target_layers
 from vlsi_fast.planner.build import Models
-from vlsi_fast.preflight import Subject, check_models
+from vlsi_fast.planner.checks.models import check_models
+from vlsi_fast.planner.checks.subject import Subject
 from vlsi_fast.runs import open_run
 from vlsi_fast.shrinking import arguments, checkpoint
 from vlsi_fast.shrinking.layers import even_layers, influential_layers

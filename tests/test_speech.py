@@ -13,8 +13,8 @@ from torch import nn
 
 from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.data.encoding import encode_question
-from vlsi_fast.speech import Speaker, open_speaker, speak
-from vlsi_fast.verbalized import VerbalizedBackbone
+from vlsi_fast.hidden_states import VerbalizedBackbone
+from vlsi_fast.speech import Speaker, open_speaker
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 NAMES = sorted(FAMILIES)
@@ -85,7 +85,7 @@ def without_cache(speaker, images, speech):
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_is_the_loop_without_cache(name, architecture, images):
     speaker = speaker_of(name, architecture)
-    found = speak(speaker, images, QUESTION, max_new_tokens=NEW)
+    found = speaker.speak(images, QUESTION, max_new_tokens=NEW)
     assert [speech.layer for speech in found] == [*LAYERS, None]
     assert len({tuple(speech.token_ids) for speech in found}) > 1
     for speech in found:

@@ -10,7 +10,7 @@ import torch
 from vlsi_fast import load_config
 from vlsi_fast.data import VlsiDataset
 from vlsi_fast.stages import STAGE_CLASSES
-from vlsi_fast.stages import base as stages_base
+from vlsi_fast.stages import trainer as stages_trainer
 from vlsi_fast.stages.sft import SftModule
 
 
@@ -86,15 +86,15 @@ def test_wait_is_the_mean_over_ranks(workspace, tmp_path, monkeypatch):
             steps.append(float(total[-5]))
             total[-5] += 0.25
 
-    start_records = stages_base.StageTrainer._finish_step
+    start_records = stages_trainer.StageTrainer._finish_step
 
     def two_ranks(self):
         with monkeypatch.context() as patch:
-            patch.setattr(stages_base, "world_size", lambda: 2)
+            patch.setattr(stages_trainer, "world_size", lambda: 2)
             patch.setattr(torch.distributed, "all_reduce", reduce_with_another_rank)
             start_records(self)
 
-    monkeypatch.setattr(stages_base.StageTrainer, "_finish_step", two_ranks)
+    monkeypatch.setattr(stages_trainer.StageTrainer, "_finish_step", two_ranks)
     start(workspace, tmp_path / "run")
     found = [r["data_wait_share"] * r["step_seconds"] for r in runs.metrics(tmp_path / "run", "sft")]
     assert found == pytest.approx([(own + 0.25) / 2 for own in steps])

@@ -17,7 +17,7 @@ from vlsi_fast.config import ConfigError
 from vlsi_fast.data import TooManySkippedRows
 from vlsi_fast.lineage import LineageError, read_record
 from vlsi_fast.loading import load_backbone
-from vlsi_fast.stages.base import NonFiniteLossError
+from vlsi_fast.stages.trainer import NonFiniteLossError
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_stages_continue_in_one_data_order(finished):
     output, _ = finished
     starts = [read_record(output / stage)["identity"]["data_start"] for stage in ("verbalize", "interact", "sft")]
     assert starts == [0, 12, 24]
-    from vlsi_fast.stages.base import ContinuingSampler
+    from vlsi_fast.stages.trainer import ContinuingSampler
 
     first = list(ContinuingSampler(48, seed=0, start=0))
     assert sorted(first) == list(range(48))

@@ -12,7 +12,7 @@ from vlsi_fast.backbones import family_of
 from vlsi_fast.config import ConfigError
 from vlsi_fast.lineage import LineageError
 from vlsi_fast.loading import load_backbone
-from vlsi_fast.stages.base import StageTrainer
+from vlsi_fast.stages.trainer import StageTrainer
 
 STAGES = ("verbalize", "interact")
 MODES = ("zero3", "replicated", "offload")
@@ -167,7 +167,7 @@ def layer_calls(monkeypatch):
             layer.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls.get(i, 0) + 1))
         return held
 
-    monkeypatch.setattr("vlsi_fast.stages.common.load_teacher", counted)
+    monkeypatch.setattr("vlsi_fast.stages.stage.load_teacher", counted)
     return calls
 
 
@@ -223,7 +223,7 @@ def test_only_the_teacher_has_a_mode(workspace, tmp_path):
 
 def test_what_a_quantized_teacher_made_belongs_to_it(workspace, in_one_process, tmp_path, monkeypatch):
     """Verbalizers of a whole-precision teacher are refused for an int8 one; the check comes before any loading."""
-    monkeypatch.setattr("vlsi_fast.stages.common.resolve_mode", lambda mode, device: mode)
+    monkeypatch.setattr("vlsi_fast.stages.stage.resolve_mode", lambda mode, device: mode)
     folders = {role: in_one_process / "replicated" / "verbalize" / role for role in ("teacher", "student")}
     sections = {role: {"verbalizers": str(folder)} for role, folder in folders.items()}
     sections["teacher"]["mode"] = "int8"

@@ -42,7 +42,7 @@ def ran(folder):
     """(mode, stage) -> the held teacher and the stage's module, of runs in bfloat16."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlsi_fast.stages.common.resolve_mode", lambda mode, device: mode)
+        patch.setattr("vlsi_fast.stages.stage.resolve_mode", lambda mode, device: mode)
         for mode in ("replicated", *CLASSES):
             tree = runs.settings(folder, folder / mode, max_steps=2) | {"dtype": "bfloat16"}
             tree["teacher"]["mode"] = mode
@@ -53,7 +53,7 @@ def ran(folder):
                     found[key] = teacher.load_teacher(*arguments)
                     return found[key]
 
-                patch.setattr("vlsi_fast.stages.common.load_teacher", kept)
+                patch.setattr("vlsi_fast.stages.stage.load_teacher", kept)
                 run(config, stage)
     return found
 

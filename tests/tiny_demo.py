@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import load_processor
-from vlsi_fast.data.sources import DataConfig
 from vlsi_fast.demo import inputs, pictures
 from vlsi_fast.demo.models import MODELS, make_model
 from vlsi_fast.evaluation.answers import Answer, answer_rows

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlsi_fast.data.mixfile import split_sample
-from vlsi_fast.data.sources import DataConfig, SourceConfig
+from vlsi_fast.config_data import DataConfig, SourceConfig
+from vlsi_fast.config_mix import split_sample
 
 MIX = Path(__file__).resolve().parent.parent / "configs" / "data" / "vlsi_mix.yaml"
 

@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from vlsi_fast.watch import TellPlace, watch
+from vlsi_fast.ranks.watch import TellPlace, watch
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")

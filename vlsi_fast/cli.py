@@ -16,11 +16,9 @@ import textwrap
 from dataclasses import dataclass
 
 from . import __version__
-from .config_files import ConfigError
+from .errors import SELF_EXPLAINING, UserError
 from .terminal import hush, say
 
-OF_ONE_RANK = ("AnswerMismatchError", "NoUsableRowError", "SpecialTokenError", "DiskFullError", "UnsafeFileError")
-"""Errors that one rank alone may meet, and then says."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 DESCRIPTION = """Distil a large vision-language model into a small one with VLsI.
@@ -68,7 +66,7 @@ COMMANDS = (
     ),
     Command(
         "check", "look at everything that a run needs, before it starts",
-        ".planner.arguments:add_check_arguments", ".preflight:main",
+        ".planner.arguments:add_check_arguments", ".planner.checks.command:main",
         "vlsi-fast check --config configs/demo.yaml",
         takes_overrides=True,
     ),
@@ -195,8 +193,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     try:
         return _named(command.main)(arguments, overrides)
-    except (ConfigError, FileNotFoundError) as error:
-        return report(error, 2)
+    except SELF_EXPLAINING as error:
+        return report(error, exit_code(error))
     except KeyboardInterrupt:
         say("stopped")
         return INTERRUPTED
@@ -215,10 +213,14 @@ def _named(path: str):
     return getattr(importlib.import_module(module, __package__), name)
 
 
-def report(error: Exception, code: int) -> int:
+def exit_code(error: Exception) -> int:
+    """Of a command that ends with one of `SELF_EXPLAINING`."""
+    return error.exit_code if isinstance(error, UserError) else 2
+
+
+def report(error: BaseException, code: int) -> int:
     """Errors whose message is the whole story: no traceback, and once a machine."""
-    # What every rank finds is said once a machine; what one rank's rows did, by that rank.
-    if os.environ.get("LOCAL_RANK", "0") == "0" or type(error).__name__ in OF_ONE_RANK:
+    if os.environ.get("LOCAL_RANK", "0") == "0" or (isinstance(error, UserError) and error.of_one_rank):
         say(str(error))
     return code
 
@@ -273,10 +275,12 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     try:
         config = load_config(arguments.config, overrides)
-    except (ConfigError, FileNotFoundError) as error:
-        return report(error, 2)
+    except SELF_EXPLAINING as error:
+        return report(error, exit_code(error))
     try:
         return _train(config, arguments)
+    except SELF_EXPLAINING as error:
+        return report(error, exit_code(error))
     except KeyboardInterrupt:
         report(KeyboardInterrupt(_where(config)), INTERRUPTED)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -288,7 +292,7 @@ def _where(config) -> str:
     """Where Ctrl-C found a run, and where it goes on from."""
     from .checkpoints import last_checkpoint
 
-    place = sys.modules["vlsi_fast.watch"].watch.place if "vlsi_fast.watch" in sys.modules else ""
+    place = sys.modules["vlsi_fast.ranks.watch"].watch.place if "vlsi_fast.ranks.watch" in sys.modules else ""
     stage = next((name for name in STAGE_CHOICES if place.startswith(f"stage {name},")), None)
     if stage is None:
         return "stopped before training"
@@ -300,19 +304,9 @@ def _where(config) -> str:
 def _train(config, arguments: argparse.Namespace) -> int:
     import torch
 
-    from .data import AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows
-    from .disk import DiskFullError
-    from .lineage import LineageError
-    from .stages import NonFiniteLossError, run
+    from .stages import run
 
-    try:
-        run(config, arguments.stage, arguments.resume)
-    except (ConfigError, LineageError, FileNotFoundError) as error:
-        return report(error, 2)
-    except (AnswerMismatchError, NoUsableRowError, SpecialTokenError, TooManySkippedRows) as error:
-        return report(error, 1)
-    except (NonFiniteLossError, DiskFullError) as error:
-        return report(error, 1)
+    run(config, arguments.stage, arguments.resume)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -16,15 +16,18 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from .config_data import DataConfig
 from .config_files import ConfigError, apply_override, parse_overrides, read_tree
-from .data.sources import DataConfig
+from .config_stages import InteractConfig, Section, SftConfig, VerbalizeConfig
 from .named_files import require_folder
 
-STAGES = ("verbalize", "interact", "sft")
+StageName = Literal["verbalize", "interact", "sft"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 QUANTIZED = ("int8", "nf4")
-ARCHITECTURES = ("mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2")
+Architecture = Literal["mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2"]
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 
 NOT_EXTRA = {
@@ -34,14 +37,9 @@ NOT_EXTRA = {
     *("load_best_model_at_end", "greater_is_better", "save_only_model", "save_safetensors", "label_smoothing_factor"),
     *("label_names", "per_device_eval_batch_size", "batch_eval_metrics", "group_by_length", "resume_from_checkpoint"),
     *("average_tokens_across_devices", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile"),
+    "enable_jit_checkpoint",  # max_hours, save_minutes and SIGTERM do what it does
 }
 """Fields of TrainingArguments that the stages set themselves or that have no meaning for them."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, the string under a field is its documentation."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
 class BackboneConfig(Section):
@@ -89,9 +87,7 @@ class TeacherConfig(BackboneConfig):
 class VerbalizerConfig(Section):
     """The small network between a target layer and the frozen final norm and language head (table 4f)."""
 
-    architecture: Literal["mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2", "decoder", "decoder_x2"] = (
-        "verb_ffn"
-    )
+    architecture: Architecture = "verb_ffn"
     """One of the eight architectures of table 4f."""
     norm: bool = False
     """RMSNorm in front of every block. The paper's parameter counts are without it; recommended for decoder."""
@@ -180,6 +176,8 @@ class TrainingConfig(Section):
     """Optimizer steps between reports to report_to; metrics.jsonl has every step."""
     save_steps: int = Field(500, ge=1)
     """Optimizer steps between checkpoints for --resume."""
+    save_minutes: float | None = Field(30, gt=0)
+    """Minutes after which a checkpoint is saved at the end of the step, whatever save_steps says; null: never."""
     save_total_limit: int | None = Field(2, ge=1)
     """Checkpoints kept; null: all."""
     report_to: list[str] = ["tensorboard"]
@@ -218,119 +216,6 @@ class TrainingConfig(Section):
         return self
 
 
-class StageSection(Section):
-    """What all three stages have."""
-
-    training: dict[str, Any] = {}
-    """Fields of `training` that this stage overrides."""
-
-
-class VerbalizeConfig(StageSection):
-    """Stage 1: teach each target layer to speak through the frozen head (section 3.1)."""
-
-    training: dict[str, Any] = {"max_grad_norm": 0.0}
-    """Fields of `training` that this stage overrides. No clipping by default: a global norm would couple the layers."""
-    models: list[Literal["student", "teacher"]] = ["student", "teacher"]
-    """Whose verbalizers to train: both at once, or one here and the other in a run of its own (see .verbalizers)."""
-    objective: Literal["answers", "own_output", "both"] = "answers"
-    """What a layer learns to say: answers, the labels (autoregressive loss, the paper's); own_output, what the model's
-    own last layer says at the answer positions (KL(last layer || verbalized layer), in nats a token); both: their sum.
-    All but answers run the model to its last layer."""
-
-    @property
-    def needs_last(self) -> bool:
-        """Whether the models' own last layers are read."""
-        return self.objective != "answers"
-
-    @model_validator(mode="after")
-    def _some_model(self):
-        if not self.models or len(set(self.models)) != len(self.models):
-            raise ValueError(f"verbalize.models must name student, teacher or both, once each; got {self.models}")
-        return self
-
-
-class InteractConfig(StageSection):
-    """Stage 2: match layers and distil (section 3.2); the two operations are table 4d's."""
-
-    intermediate: Literal["kld", "ce", "l2", "none"] = "kld"
-    """Loss of the target layers: KL or L2 (logits) to the matched teacher layer, or CE on the answers."""
-    last: Literal["kld", "ce", "l2", "none"] = "kld"
-    """Loss of the last layer: KL or L2 (logits) to the teacher's last layer, or CE on the answers."""
-    intermediate_weight: float = Field(1.0, gt=0)
-    """Factor of the target layers' losses beside the last layer's (the paper: 1)."""
-    intermediate_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of intermediate_weight over the stage's optimizer steps: as it is, or down to 0 like a learning rate
-    (whole at the first step, 0 after the last), by a line or half a cosine. metrics.jsonl has each step's."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """What kld stands for, p the teacher's and q the student's distribution: forward_kl, KL(p || q), the paper's;
-    reverse_kl, KL(q || p); jsd, beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. Layers are
-    matched by the forward KL all the same; each further pair of layers then costs a pass over the vocabulary."""
-    jsd_beta: float = Field(0.5, gt=0, lt=1)
-    """beta of divergence jsd, the teacher's share of m (as TRL's GKD has it)."""
-    headless: bool = False
-    """Appendix D's ablation: no head; verb-FFN outputs matched by L2, the student's widened to the teacher's width."""
-    temperature: float = Field(1.0, gt=0)
-    """Temperature of both distributions in kld; the loss is multiplied by its square."""
-    train_student_verbalizers: bool = False
-    """Train the student's verbalizers along with LoRA (the paper keeps them frozen)."""
-
-    @property
-    def beta(self) -> float:
-        """`divergence` as `vlsi_kernels.linear_divergence` counts it: 0 forward KL, 1 reverse KL."""
-        return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.jsd_beta}[self.divergence]
-
-    @property
-    def speakers(self) -> list[str]:
-        """The models that speak through trained verbalizers."""
-        if self.intermediate == "none" or self.headless:
-            return []
-        return ["student"] if self.intermediate == "ce" else ["student", "teacher"]
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.intermediate == self.last == "none":
-            raise ValueError("interact.intermediate and interact.last are both none: nothing to learn; set one")
-        if self.divergence != "forward_kl" and "kld" not in (self.intermediate, self.last):
-            raise ValueError(
-                f"interact.divergence {self.divergence} is what kld stands for, and neither interact.intermediate nor "
-                "interact.last is kld; set one of them, or remove divergence"
-            )
-        if self.jsd_beta != 0.5 and self.divergence != "jsd":
-            raise ValueError("interact.jsd_beta belongs to interact.divergence jsd; set that, or remove jsd_beta")
-        if self.intermediate_schedule != "constant" and "none" in (self.intermediate, self.last):
-            raise ValueError(
-                f"interact.intermediate_schedule {self.intermediate_schedule} hands over from the target layers to the "
-                "last one: it needs both interact.intermediate and interact.last; set both, or remove it"
-            )
-        if self.intermediate == "none" and self.intermediate_weight != 1:
-            raise ValueError("interact.intermediate_weight weighs nothing with interact.intermediate none; remove it")
-        if self.headless and self.intermediate != "l2":
-            raise ValueError("interact.headless matches verb-FFN outputs by L2: set interact.intermediate to l2")
-        if self.train_student_verbalizers and (self.headless or self.intermediate == "none"):
-            raise ValueError(
-                "interact.train_student_verbalizers needs verbalizers in the loss: not with headless (which always "
-                "trains the student's) nor with intermediate none; remove it"
-            )
-        return self
-
-
-class SftConfig(StageSection):
-    """Stage 3: autoregressive loss on the student alone (section 3.3)."""
-
-    start_from: Literal["interact", "base"] = "interact"
-    """The distilled student of stage 2, or student.path as it is (a control, or to train a model from scratch)."""
-    method: Literal["full", "lora"] = "full"
-    """All of the language model (embeddings, attention, FFN, head), or LoRA on it."""
-    train_vision: bool = False
-    """Train the vision tower as well (only with method full)."""
-
-    @model_validator(mode="after")
-    def _vision_needs_full(self):
-        if self.train_vision and self.method != "full":
-            raise ValueError("sft.train_vision needs sft.method full")
-        return self
-
-
 class RunConfig(Section):
     """A whole run."""
 
@@ -344,9 +229,12 @@ class RunConfig(Section):
     """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed, else torch."""
     liger: Literal["auto", True, False] = False
     """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed."""
-    stages: list[Literal["verbalize", "interact", "sft"]] = list(STAGES)
+    stages: list[StageName] = list(STAGES)
     """What --stage all runs, in this order; plan and check look at these. [verbalize, interact] where sft on few labels
     costs points; [interact, sft] where interact.intermediate is none, or verbalizers are trained already."""
+    max_hours: float | None = Field(None, gt=0)
+    """Hours after which the run saves a checkpoint at the end of the step and ends with exit code 75, for --resume;
+    null: no limit. SIGTERM does the same at once."""
     preflight: bool = True
     """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more)."""
     teacher: TeacherConfig

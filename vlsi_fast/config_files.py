@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
+from .errors import UserError
 from .sizes import format_size
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be run. The message names the field and the fix."""
 
 

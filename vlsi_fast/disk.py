@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .checkpoints import checkpoint_bytes, drop_newer, last_checkpoint
+from .errors import UserError
 from .sizes import format_size
 
 WORDS = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
@@ -19,8 +20,11 @@ TORCH_WRITER = "inline_container.cc"
 """In the message of torch's archive writer, which says "unexpected pos" of any failed write."""
 
 
-class DiskFullError(RuntimeError):
+class DiskFullError(UserError, RuntimeError):
     """A checkpoint or result did not fit on the disk. The message says what is free and what is needed."""
+
+    exit_code = 1
+    of_one_rank = True
 
 
 @contextlib.contextmanager

@@ -11,16 +11,22 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config_files import ConfigError
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 RECORD_NAME = "vlsi_stage.json"
 FORMAT = 2
 """Of records; since 2 every checkpoint has a manifest."""
+ADDED = ("objective", "divergence", "jsd_beta", "intermediate_schedule")
+"""Options of stages that came after the first records."""
 
 
-class LineageError(RuntimeError):
+class LineageError(UserError, RuntimeError):
     """Folders that do not belong together, or a folder that is taken. The message names both sides and the fix."""
 
 
@@ -105,6 +111,47 @@ def write_record(folder: str | Path, record: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"format": FORMAT, **record}, indent=2) + "\n")
     partial.replace(path)
+
+
+def identity_of(
+    config: RunConfig, stage: str, sections: tuple[str, ...], facts: dict[str, dict[str, Any]], *,
+    rows_per_step: int, inputs: dict[str, str], data_start: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What makes a stage this one and no other: where any of it differs, a folder holds another run.
+
+    Args:
+        config: of the run.
+        stage: its name.
+        sections: of the config, besides data, seed and the stage's own, whose change makes another run.
+        facts: role -> what the stage found of that model.
+        rows_per_step: rows of an optimizer step over all ranks.
+        inputs: digests of what earlier stages made and this one starts from.
+        data_start: rows of the run's data order that earlier stages have used.
+    """
+    dump, training = config.model_dump(), config.stage_training(stage).model_dump()
+    for name in ("logging_steps", "save_steps", "save_minutes", "save_total_limit", "report_to"):
+        del training[name]  # may change between a run and its continuation
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length"):
+        del training[name]  # may change with the number of ranks; the rows of a step, so the product, may not
+    training["extra"].pop("ddp_timeout", None)
+    loose = ("num_workers", "eval", "max_skipped_share", "padding_free")
+    data = {name: value for name, value in dump["data"].items() if name not in loose}
+    # what counts rows apart changes none of them
+    data["train"] = [{k: v for k, v in source.items() if k != "answered"} for source in data["train"]]
+    # a run that was begun before an option was there goes on with the option's default
+    fields = type(getattr(config, stage)).model_fields
+    own = {
+        name: value
+        for name, value in dump[stage].items()
+        if name != "training" and not (name in ADDED and value == fields[name].default)
+    }
+    identity = {name: dump[name] for name in ("seed", "dtype", *sections)} | {stage: own}
+    identity |= {"data": data, "training": training, "rows_per_step": rows_per_step}
+    identity |= {"inputs": inputs, "data_start": data_start}
+    for role, fact in facts.items():
+        identity[role] = {name: value for name, value in fact.items() if name != "path"}
+        identity[role] |= {name: dump[role][name] for name in ("min_pixels", "max_pixels")}
+    return identity
 
 
 def open_stage(folder: Path, record: dict[str, Any], resume: bool) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from . import hub
 from .backbones import default_layers, family_of
 from .config import BackboneConfig, ConfigError, RunConfig
 from .data.tokens import SharedTokens, shared_tokens
-from .shard_loading import load_sharded
+from .ranks.shard_loading import load_sharded
 from .shrinking.record import auto_layers
 from .terminal import hush_bars
 
@@ -95,7 +95,7 @@ def load_backbone(
     zero: dict | None = None,
     **options,
 ) -> nn.Module:
-    """A stock model in eval mode with frozen weights (under ZeRO-3 sharded while loading, see `shard_loading`).
+    """A stock model in eval mode with frozen weights (under ZeRO-3 sharded while loading, see `ranks.shard_loading`).
 
     Random numbers drawn on the way are given back: under ZeRO-3 LLaVA-OneVision draws some that are overwritten, and
     what is initialised after it (verbalizers, LoRA) would not start as in a run without ZeRO-3.

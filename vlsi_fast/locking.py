@@ -21,10 +21,10 @@ except ImportError:  # not a POSIX system: nothing is locked there
     fcntl = None
 
 from .lineage import LineageError
-from .sharding import gathered_objects, rank
+from .ranks.sharding import gathered_objects, rank
 
 WAIT_SECONDS = 15.0
-"""For a job that was just killed to end: its last rank may need as long (`watch.GRACE_SECONDS`)."""
+"""For a job that was just killed to end: its last rank may need as long (`ranks.watch.GRACE_SECONDS`)."""
 _held: set[str] = set()  # by this process, which the system's lock does not keep from itself
 
 

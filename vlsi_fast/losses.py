@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vlsi_kernels import layer_kl_matrix, linear_cross_entropy, linear_divergence, teacher_targets
 
-from .sharding import gathered
+from .ranks.sharding import gathered
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from .config_files import ConfigError
 
 if TYPE_CHECKING:
     from .config import RunConfig
-    from .data.sources import SourceConfig
+    from .config_data import SourceConfig
 
 
 def require_files(config: RunConfig, stages: Iterable[str]) -> None:
@@ -65,11 +65,8 @@ def read_deepspeed(value: str | dict | None) -> dict[str, Any] | None:
 
 def _missing(source: SourceConfig):
     """Paths of a source that are not there."""
-    if source.path is not None:
-        from .data.tables import paths_of
-
-        for path in paths_of(source):
-            if not Path(path).exists() and not glob.glob(path, recursive=True):
-                yield Path(path).absolute()
+    for path in source.paths:
+        if not Path(path).exists() and not glob.glob(path, recursive=True):
+            yield Path(path).absolute()
     if source.image_root is not None and not Path(source.image_root).is_dir():
         yield Path(source.image_root).absolute()

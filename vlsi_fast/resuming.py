@@ -7,7 +7,7 @@ from typing import Any
 
 from .checkpoints import MANIFEST_NAME, checkpoints, damage, metrics_damage
 from .lineage import LineageError
-from .sharding import gathered_objects, rank, world_size
+from .ranks.sharding import gathered_objects, rank, world_size
 
 SHOWN = 4
 """Damaged files that a message names, of each checkpoint."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import STAGES, ConfigError, RunConfig
+from .config_stages import InteractConfig
 from .lineage import FORMAT, RECORD_NAME, read_record
 
 METRICS_NAME = "metrics.jsonl"
@@ -76,9 +77,9 @@ class Run:
         names = [name for name in STAGES if name in self.records and STAGES.index(name) <= STAGES.index(stage)]
         if stage == "sft" and self.records["sft"]["config"]["sft"]["start_from"] == "base":
             return ["sft"]
-        settings = self.records.get("interact", {}).get("config", {}).get("interact", {})
-        speaks = settings.get("intermediate", "kld") != "none" and not settings.get("headless")
-        return [name for name in names if name != "verbalize" or speaks]
+        recorded = self.records.get("interact", {}).get("config", {}).get("interact", {})
+        settings = InteractConfig.model_construct(**recorded)  # one of an older version may lack some
+        return [name for name in names if name != "verbalize" or settings.speakers]
 
     def base(self, role: str) -> str:
         """Path or Hub name of the student or teacher that the run started from.

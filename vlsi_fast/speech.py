@@ -31,8 +31,8 @@ from .backbones import family_of
 from .data.encoding import configure_image_bounds, encode_question
 from .data.images import ImageRef, load_image
 from .data.processors import load_processor
+from .hidden_states import match_attention
 from .loading import load_backbone, resolve_folder
-from .verbalized import match_attention
 from .verbalizer import Verbalizers, VerbalizerSpec
 
 Picture = Image.Image | str | os.PathLike
@@ -114,6 +114,11 @@ class Speaker:
         Raises:
             ValueError: a layer has no verbalizer; a number below 1; a question that holds image tokens.
             UnusableRow: an image that is missing, damaged or too large (it is a ValueError).
+
+        Example:
+            >>> speaker = open_speaker("runs/demo/sft/student", "runs/demo/verbalize/student")
+            >>> for speech in speaker.speak(["cat.png"], "what is this?", num_beams=5, top=3):
+            ...     print(speech.layer or "last", speech.text, speech.token_probabilities)
         """
         layers = [*self.layers, None] if layers is None else list(layers)
         unknown = [k for k in layers if k is not None and k not in self.layers]
@@ -260,17 +265,6 @@ class Speaker:
                 f"verbalizers of a {there[0]} of width {there[1]} at layers {list(spec.layers)} do not fit a {here[0]} "
                 f"of width {here[1]} with {text.num_hidden_layers} layers; use those trained on it or on its base model"
             )
-
-
-def speak(model: nn.Module | Speaker, images: Sequence[Picture], question: str, **options) -> list[Speech]:
-    """`Speaker.speak` of a speaker.
-
-    Example:
-        >>> speaker = open_speaker("runs/demo/sft/student", "runs/demo/verbalize/student")
-        >>> for speech in speak(speaker, ["cat.png"], "what is this?", num_beams=5, top=3):
-        ...     print(speech.layer or "last", speech.text, speech.token_probabilities)
-    """
-    return model.speak(images, question, **options)
 
 
 def open_speaker(

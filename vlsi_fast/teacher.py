@@ -27,10 +27,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .backbones import family_of
 from .config import QUANTIZED, ConfigError
+from .hidden_states import Held
 from .loading import load_backbone
-from .shard_loading import empty_model
-from .sharding import gathered, unsharded
-from .verbalized import Held
+from .ranks.shard_loading import empty_model
+from .ranks.sharding import gathered, unsharded
 
 OTHERS = "zero3 (sharded over the ranks), replicated, or offload (CPU memory)"
 

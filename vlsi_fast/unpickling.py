@@ -28,6 +28,8 @@ STORED_CLASSES = (
 class UnsafeFileError(LineageError):
     """A checkpoint's file holds something other than data, or cannot be read. The message names it."""
 
+    of_one_rank = True
+
 
 @contextlib.contextmanager
 def data_only() -> Iterator[None]:

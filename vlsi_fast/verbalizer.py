@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from vlsi_kernels import verb_ffn
 
 from .backbones import family_of
+from .ranks.sharding import gather_state, gathered, load_state, rank, sharded_init
 from .runs import VERBALIZER_CONFIG as CONFIG_NAME
 from .runs import VERBALIZER_WEIGHTS as WEIGHTS_NAME
-from .sharding import gather_state, gathered, load_state, rank, sharded_init
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ STEPS = {
     "config": ((0, 0), "config", "config.py", PLAIN),
     "stage": ((1, 0), "stage", "stages/", PLAIN),
     "batch": ((2, 0), "batch", "data/", PLAIN),
-    "student": ((1, 1), "student backbone,\ntarget layers", "verbalized.py", STUDENT),
+    "student": ((1, 1), "student backbone,\ntarget layers", "hidden_states.py", STUDENT),
     "teacher": ((3, 1), "teacher backbone,\ntarget layers", "teacher.py", TEACHER),
     "student_positions": ((1, 2), "answer positions\n$\\to$ verbalizer", "verbalizer.py", STUDENT),
     "teacher_positions": ((3, 2), "answer positions\n$\\to$ verbalizer", "verbalizer.py", TEACHER),

@@ -1,6 +1,6 @@
 """Data: sources of rows, their encoding for student and teacher, batches, and the log of rows that cannot be used.
 
-Reading order: sources.py, mixfile.py (config), readers.py, messages.py, images.py (rows), tables.py, jsonfile.py (rows
+Reading order: sources.py, readers.py, messages.py, images.py (rows), tables.py, jsonfile.py (rows
 by number), mixing.py (their order); plaintext.py, encoding.py, dataset.py, collate.py, packing.py (model inputs);
 skipped.py (rows that cannot be used); processors.py (loading processors); tokens.py (what two tokenizers share);
 build.py, manifest.py, command.py (`vlsi-fast data`); answering/ (a teacher's answers to pictures without labels).
@@ -11,11 +11,9 @@ import importlib
 _HOME = {
     "AnswerMismatchError": "dataset",
     "Collator": "collate",
-    "DataConfig": "sources",
     "NoUsableRowError": "dataset",
     "Sample": "messages",
     "SkipLog": "skipped",
-    "SourceConfig": "sources",
     "SpecialTokenError": "skipped",
     "TooManySkippedRows": "skipped",
     "UnusableRow": "skipped",
@@ -31,7 +29,7 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
-    # A config is read with `sources` alone; torch and transformers take seconds to import.
+    # torch and transformers take seconds to import
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

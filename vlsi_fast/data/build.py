@@ -26,13 +26,15 @@ from typing import Any
 
 import yaml
 
+from vlsi_fast.config_data import DataConfig, SourceConfig
 from vlsi_fast.data.encoding import check_messages
 from vlsi_fast.data.images import check_pixels, image_bytes, load_image
 from vlsi_fast.data.manifest import FORMAT, JOURNAL_NAME, MANIFEST_NAME, read_manifest, sha256
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.readers import ANSWERED_BY
 from vlsi_fast.data.skipped import SkipLog, UnusableRow, printable, row_boundary
-from vlsi_fast.data.sources import ConcatSource, DataConfig, SourceConfig, build_source
+from vlsi_fast.data.sources import ConcatSource, build_source
+from vlsi_fast.errors import UserError
 
 GROUP_BYTES = 32 * 2**20
 """Bytes that are held before they are written as a row group."""
@@ -45,7 +47,7 @@ NO_PLACEHOLDER = "<|no placeholder|>"
 """Images stand in a built row's messages; an `<image>` in its text is text, of a source with another placeholder."""
 
 
-class BuildError(ValueError):
+class BuildError(UserError, ValueError):
     """A build that cannot start. The message names the fix."""
 
 
@@ -85,7 +87,7 @@ def build(data: DataConfig, out: Path, shard_bytes: int = 10**9, workers: int = 
             while at < len(part):
                 path = out / folder / f"train-{journal.shards_done(folder):05d}.parquet"
                 shard = _write_shard(path, convert(first + at, first + len(part)), at, shard_bytes)
-                log.record(shard.pop("skipped"), shard["next"] - at)
+                log.record(shard.pop("skipped"))
                 log.check()
                 journal.add(shard)
                 at = shard["next"]

@@ -28,7 +28,7 @@ class Collator:
 
     def __init__(self, processors: dict, always_image: bool = False, packers: dict[str, Packer] | None = None):
         self._packers = packers or {}
-        self._blank = {role: _blank_image(p) for role, p in processors.items()} if always_image else {}
+        self._blank = {role: blank_image(p) for role, p in processors.items()} if always_image else {}
         self._pad_ids = {}
         self._vision_names = {}
         for role, processor in processors.items():
@@ -103,7 +103,7 @@ class Collator:
         return batch
 
 
-def _blank_image(processor) -> dict[str, torch.Tensor]:
+def blank_image(processor) -> dict[str, torch.Tensor]:
     """A processor's tensors for one small white image and nothing else."""
     turns = [{"role": "user", "content": [{"type": "image"}]}]
     text = processor.apply_chat_template(turns, tokenize=False)

@@ -10,10 +10,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vlsi_fast.config import ConfigError, explain, load_config, parse_overrides
+from vlsi_fast.config_data import DataConfig
+from vlsi_fast.config_mix import read_mix
 from vlsi_fast.data.answering.arguments import add_answer_arguments
-from vlsi_fast.data.mixfile import read_mix
-from vlsi_fast.data.skipped import TooManySkippedRows
-from vlsi_fast.data.sources import DataConfig, build_source
+from vlsi_fast.data.sources import build_source
 from vlsi_fast.sizes import parse_size
 
 
@@ -51,9 +51,6 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
             return answer(arguments, overrides)
         return {"build": _build, "stats": _stats}[arguments.data_command](arguments, overrides)
-    except TooManySkippedRows as error:
-        print(f"vlsi-fast: {error}", file=sys.stderr)
-        return 1
     except (ValueError, FileNotFoundError, ImportError) as error:  # of readers and configs: all say what to do
         print(f"vlsi-fast: {error}", file=sys.stderr)
         return 2

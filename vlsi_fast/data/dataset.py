@@ -8,12 +8,14 @@ from functools import lru_cache, partial
 import torch
 from torch.utils.data import Dataset
 
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.encoding import IGNORED, configure_image_bounds, encode
 from vlsi_fast.data.images import check_pixels, load_image
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.shared_images import SharedImages, share_images
 from vlsi_fast.data.skipped import SpecialTokenError, UnusableRow
-from vlsi_fast.data.sources import ConcatSource, DataConfig
+from vlsi_fast.data.sources import ConcatSource
+from vlsi_fast.errors import UserError
 
 ROLES = ("student", "teacher")
 MAX_TRIES = 1000
@@ -22,12 +24,18 @@ MAX_MISMATCHES = 8
 """Rows whose answers differ between the roles, before any row's agree: then templates or tokenizers are to blame."""
 
 
-class AnswerMismatchError(ValueError):
+class AnswerMismatchError(UserError, ValueError):
     """Teacher and student would be compared on different answer tokens."""
 
+    exit_code = 1
+    of_one_rank = True
 
-class NoUsableRowError(RuntimeError):
+
+class NoUsableRowError(UserError, RuntimeError):
     """No row could be used among all those tried."""
+
+    exit_code = 1
+    of_one_rank = True
 
 
 class VlsiDataset(Dataset):

@@ -18,11 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 from PIL import Image
 
+from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.images import ImageRef
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.plaintext import Rendered, apply_template, plainly, render
 from vlsi_fast.data.skipped import UnusableRow, row_boundary
-from vlsi_fast.data.sources import DataConfig
 
 IGNORED = -100
 """Label of a token that no loss is taken of."""

@@ -16,10 +16,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vlsi_fast.config_data import PILLOW_MAX_IMAGE_PIXELS
 from vlsi_fast.data.skipped import UnusableRow, row_boundary
-
-PILLOW_MAX_IMAGE_PIXELS = 178956970
-"""Pixels above which Pillow itself refuses to open an image (twice its warning limit)."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF", "ICO", "TGA", "PCX")
 """Formats that are opened, by Pillow's names; JPEG covers MPO."""

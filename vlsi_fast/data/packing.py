@@ -29,7 +29,7 @@ class Packer:
     """
 
     def __init__(self, config):
-        from vlsi_fast.shard_loading import empty_model
+        from vlsi_fast.ranks.shard_loading import empty_model
 
         backbone = family_of(config).backbone(empty_model(config))
         self._stock = None

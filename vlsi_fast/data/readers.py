@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlsi_fast.config_mix import split_sample
 from vlsi_fast.data.messages import Sample, from_llava, from_messages, from_question
-from vlsi_fast.data.mixfile import sampled_row, split_sample
 from vlsi_fast.data.skipped import printable
-from vlsi_fast.data.tables import HfTable, JsonTable, import_package, paths_of
+from vlsi_fast.data.tables import HfTable, JsonTable, import_package
 
 if TYPE_CHECKING:
-    from vlsi_fast.data.sources import SourceConfig
+    from vlsi_fast.config_data import SourceConfig
 
 
 ANSWERED_BY = "answered_by"
@@ -131,7 +131,7 @@ class QaReader(Reader):
     def __init__(self, config: SourceConfig, field: str):
         self._columns = {"question": config.question_column, "answer": config.answer_column}
         self._columns["options"] = config.options_column
-        is_json = Path(paths_of(config)[0]).suffix in (".json", ".jsonl")
+        is_json = Path(config.paths[0]).suffix in (".json", ".jsonl")
         self._table = table = (JsonTable if is_json else HfTable)(config, field)
         super().__init__(config, table.name, table.image_root, len(table), field)
         self._images: str | None = config.images_column
@@ -177,6 +177,20 @@ def _images_column(config: SourceConfig, table: HfTable, field: str) -> str | No
     if config.images_column != "images":
         return table.require(config.images_column, "images_column", field)
     return next((name for name in ("images", "image") if name in table.columns), None)
+
+
+def sampled_row(k: int, rows: int, sample: int) -> int:
+    """Row number, among `rows`, of the k-th of `sample` rows.
+
+    The file is cut into `sample` stretches of equal length and one row is taken from each, at a place that looks random
+    but depends on nothing but these three numbers: every stage, rank and version takes the same rows, in the file's
+    order, from all parts of the file, and no list of them is kept.
+    """
+    low, high = k * rows // sample, (k + 1) * rows // sample
+    x = (k + 1) * 0x9E3779B97F4A7C15 % 2**64  # splitmix64: neighbouring k give unrelated numbers
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return low + (x ^ x >> 31) % (high - low)
 
 
 READERS: dict[str, type[Reader]] = {

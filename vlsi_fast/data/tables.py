@@ -16,17 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlsi_fast.data.jsonfile import JsonFile
 from vlsi_fast.data.manifest import require_whole
-from vlsi_fast.data.mixfile import split_sample
 from vlsi_fast.data.skipped import UnusableRow
 
 if TYPE_CHECKING:
-    from vlsi_fast.data.sources import SourceConfig
-
-
-def paths_of(config: SourceConfig) -> list[str]:
-    """The paths of a source, without `#N`."""
-    paths = config.path if isinstance(config.path, list) else [config.path]
-    return [split_sample(path)[0] for path in paths]
+    from vlsi_fast.config_data import SourceConfig
 
 
 class JsonTable:
@@ -38,7 +31,7 @@ class JsonTable:
     """
 
     def __init__(self, config: SourceConfig, field: str):
-        paths = [Path(path) for path in paths_of(config)]
+        paths = [Path(path) for path in config.paths]
         for path in paths:
             if not path.is_file():
                 raise FileNotFoundError(f"{field}.path: {path.absolute()} does not exist or is not a file")
@@ -113,7 +106,7 @@ class HfTable:
     """
 
     def __init__(self, config: SourceConfig, field: str):
-        paths = paths_of(config)
+        paths = config.paths
         files = sorted({file for path in paths for file in glob.glob(path, recursive=True)})
         path = Path(paths[0])
         if not files:

@@ -60,7 +60,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m vlsi_fast.demo.example", description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/demo.yaml", help="the demo (default: %(default)s)")
     parser.add_argument("--work-dir", default="runs/example", help="folder of the run (default: %(default)s)")
-    parser.add_argument("--work_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older spelling
     arguments = parser.parse_args()
     work = Path(arguments.work_dir)
     places = {"output_dir": str(work), "data.root": str(work / "data"), "student.path": str(work / "start" / "student")}

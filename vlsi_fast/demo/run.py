@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML file of the demo; the other arms' files are in the folder of its name (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--output-dir", help="folder of the run (default: the config's, runs/demo)")
-    parser.add_argument("--output_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older spelling
     parser.add_argument("--ranks", type=int, default=2, help="ZeRO-3 ranks on CPU; on GPUs at most their number")
     parser.add_argument("--seed", type=int, help="another seed than the config's")
     parser.add_argument("--quick", action="store_true", help="only VLsI and sft alone")

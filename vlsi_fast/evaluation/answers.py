@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from ..asking import encode_prompt, generate, join_prompts, make_prompt
+from ..config_data import DataConfig
 from ..data.dataset import special_token_message
 from ..data.encoding import check_characters, check_length, check_special, configure_image_bounds
 from ..data.images import check_pixels, load_image
 from ..data.processors import load_processor
 from ..data.skipped import SpecialTokenError, UnusableRow, row_boundary
-from ..data.sources import ConcatSource, DataConfig, build_source
+from ..data.sources import ConcatSource, build_source
 from ..loading import load_backbone
 from .metrics import Metric, metrics_of_sources, question_type
 

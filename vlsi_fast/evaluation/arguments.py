@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 READERS = ("qa", "llava", "messages", "hf", "easy_vqa")
-"""As in `data.sources`, which a test compares."""
+"""As in `data.readers`, which a test compares."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..config import ConfigError, RunConfig, explain, load_config
+from ..config_data import DataConfig
 from ..config_files import apply_override, parse_overrides
-from ..data.sources import DataConfig
 from ..runs import open_run
 
 DEFAULT_BATCH = 8

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config_data import METRIC_NAMES, check_metric_name
 from ..config_files import ConfigError
 
 RELAXED_TOLERANCE = 0.05
@@ -42,7 +43,7 @@ def relaxed_match(prediction: str, answer: str) -> bool:
     return abs(found - true) / abs(true) <= RELAXED_TOLERANCE
 
 
-METRICS: dict[str, Callable[[str, str], bool]] = {"exact_match": exact_match, "relaxed_accuracy": relaxed_match}
+METRICS: dict[str, Callable[[str, str], bool]] = dict(zip(METRIC_NAMES, (exact_match, relaxed_match)))
 """The built-in ones, by the names that a source's `metric` may have; a source that names none has all of them."""
 MIXED = "headline"
 """Name of the scores of all rows by their own sources' first metrics, where these are not the same."""
@@ -53,7 +54,6 @@ TITLES = {
 }
 RESERVED = {MIXED, "id", "source", "type", "question", "answer", "prediction", "model", "path", "skipped"}
 """What else stands beside scores in files."""
-_OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,6 @@ class Metric:
                 "it must return a number of 0 to 1, or True or False"
             )
         return value if isinstance(value, bool) else number
-
-
-def check_metric_name(name: str) -> None:
-    """Raise ValueError where a name is neither a built-in metric nor written as `package.module:function`."""
-    if name not in METRICS and not _OWN.fullmatch(name):
-        raise ValueError(
-            f"{name!r} is no metric; use {' or '.join(METRICS)}, or a function of your own, package.module:function"
-        )
 
 
 def load_metrics(names: Sequence[str], field: str = "metric") -> list[Metric]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data.encoding import configure_image_bounds
 from ..data.processors import load_processor
+from ..errors import UserError
 from ..lineage import LineageError, checkpoint_digest
 from ..loading import load_backbone, resolve_folder, tokenizer_digest
 from ..runs import Run
@@ -25,8 +26,10 @@ CAST_TOLERANCE = 0.1
 """The same, of a cast: rounding to bfloat16 errs by 2^-9 a weight and step. Small random models showed 0.02."""
 
 
-class ExportError(RuntimeError):
+class ExportError(UserError, RuntimeError):
     """What was written is not what was to be exported."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..lineage import LineageError, code_commit, versions
+from ..lineage import code_commit, versions
 from ..runs import Run, open_run
 from ..sizes import format_count, format_size
 
@@ -40,12 +39,8 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
             scores=[score for path in arguments.results for score in read_scores(path, places)],
         )
         notices = _export(run, stage, source, choices, arguments)
-    except (ConfigError, LineageError, FileNotFoundError) as error:
-        print(f"vlsi-fast: {error}", file=sys.stderr)
-        return 2
     except ExportError as error:
-        print(f"vlsi-fast: {error}; nothing was left in {arguments.out}", file=sys.stderr)
-        return 1
+        raise ExportError(f"{error}; nothing was left in {arguments.out}") from error
     for notice in notices:
         print(f"notice: {notice}")
     print(f"Fill in what {arguments.out}/README.md leaves open, then: hf upload NAME/{choices.title} {arguments.out}")

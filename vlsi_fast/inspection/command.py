@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from ..sizes import format_count, format_size
@@ -15,14 +14,9 @@ STAGE_COLUMNS = ("state", "steps", "of", "ranks", "bytes")
 
 def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Inspect. Returns the exit code: 0 all well, 1 something is missing or damaged, 2 no such folder."""
-    from ..config import ConfigError
     from .folders import inspect_folder
 
-    try:
-        found = inspect_folder(arguments.path)
-    except (FileNotFoundError, ConfigError) as error:
-        print(f"vlsi-fast: {error}", file=sys.stderr)
-        return 2
+    found = inspect_folder(arguments.path)
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:

@@ -76,15 +76,8 @@ def step_of(models: Models, stage: str, setup: Setup, batch: Callable[[ModelShap
     make = {"verbalize": _verbalize_roles, "interact": _interact_roles, "sft": _sft_roles}[stage]
     roles = {role: _placed(spoken, role, setup) for role, spoken in make(models).items()}
     vocab = min(models.shapes[role].vocab for role in roles)
-    extra: dict[str, Any] = {}
-    if stage == "verbalize":
-        extra = {"objective": config.verbalize.objective}
-    if stage == "interact":
-        s = config.interact
-        extra = {"intermediate": s.intermediate, "last": s.last, "headless": s.headless}
-        extra |= {"divergence": s.divergence, "matched": config.matching.k}
     batches = {role: batch(spoken.shape) for role, spoken in roles.items()}
-    return Step(stage, roles, batches, setup, vocab, **extra)
+    return Step(stage, roles, batches, setup, vocab, getattr(config, stage), config.matching.k)
 
 
 def _placed(spoken: Spoken, role: str, setup: Setup) -> Spoken:
@@ -124,15 +117,12 @@ def _verbalize_roles(models: Models) -> dict[str, Spoken]:
 
 def _interact_roles(models: Models) -> dict[str, Spoken]:
     s = models.config.interact
-    speaks = s.intermediate != "none"
-    trained = s.train_student_verbalizers or s.headless
-    kept = max(models.layers["student"]) if s.last == "none" else None
-    roles = {"student": _spoken(models, "student", "lora", speaks, trained, headless=s.headless, trained_layers=kept)}
-    if {s.intermediate, s.last} & {"kld", "l2"}:
-        roles["teacher"] = _spoken(
-            models, "teacher", "frozen", speaks and s.intermediate != "ce", False, headless=s.headless,
-            needs_last=s.last in ("kld", "l2"),
-        )  # fmt: skip
+    kept = None if s.has_last_loss else max(models.layers["student"])
+    student = {"headless": s.headless, "trained_layers": kept}
+    roles = {"student": _spoken(models, "student", "lora", s.has_layer_loss, s.trains_verbalizers, **student)}
+    if "teacher" in s.roles:
+        teacher = {"headless": s.headless, "needs_last": s.needs_teacher_last}
+        roles["teacher"] = _spoken(models, "teacher", "frozen", s.matches_layers, False, **teacher)
     return roles
 
 

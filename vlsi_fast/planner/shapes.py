@@ -21,7 +21,7 @@ from torch import nn
 from .. import hub
 from ..backbones import family_of
 from ..config import BackboneConfig, ConfigError, LoraSettings, VerbalizerConfig
-from ..sharding import unsharded
+from ..ranks.sharding import unsharded
 from ..verbalizer import Verbalizers, VerbalizerSpec
 
 REAL_CONFIGS = Path(__file__).parent / "real_configs"

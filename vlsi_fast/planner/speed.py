@@ -70,24 +70,24 @@ def _heads(step: Step) -> float:
     """Vocabulary passes, DESIGN's count."""
     v, total = step.vocab, 0.0
     if step.stage == "verbalize":
-        own = step.objective != "answers"
+        own = step.settings.needs_last
         return sum(4.0 * (s.layers + own) * step.batches[r].answers * v * s.shape.width for r, s in step.roles.items())
     student = step.roles["student"]
     n, d = step.batches["student"].answers, student.shape.width
     if step.stage == "sft":
         return 4.0 * n * v * d * (2 if student.mode == "full" else 1)
-    layers = student.layers if step.intermediate in ("kld", "l2") and not step.headless else 0
-    forward = step.divergence == "forward_kl"
-    last = step.last == "kld" and forward
-    if "teacher" in step.roles and layers + last:
+    settings = step.settings
+    layers = student.layers * settings.matches_by_kl
+    last = settings.last_by_forward_kl
+    if layers + last:
         teacher = step.roles["teacher"]
         read = (teacher.layers if layers else 0) + last
-        products = 4.0 if forward else 2.0
+        products = 4.0 if settings.kld_is_forward else 2.0
         total += 2.0 * n * v * (teacher.shape.width + d) * read + n * v * d * (products * layers + 4.0 * last)
     if step.pairs:
         both = step.roles["teacher"].shape.width + d
-        total += 2.0 * n * v * step.pairs * (both * (2 if step.divergence == "jsd" else 1) + 2 * d)
-    answers = (student.layers if step.intermediate == "ce" else 0) + (step.last == "ce")
+        total += 2.0 * n * v * step.pairs * (both * (2 if settings.divergence == "jsd" else 1) + 2 * d)
+    answers = student.layers * (settings.intermediate == "ce") + (settings.last == "ce")
     return total + 4.0 * n * v * d * answers
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..config_stages import InteractConfig, SftConfig, VerbalizeConfig
 from .memory import (
     Batch,
     Curve,
@@ -36,20 +37,21 @@ class Step:
     batches: dict[str, Batch]
     setup: Setup
     vocab: int
-    intermediate: str = "none"  # interact's operations
-    last: str = "none"
-    headless: bool = False
-    divergence: str = "forward_kl"
-    matched: int = 1  # teacher layers of a student layer (matching.k)
-    objective: str = "answers"  # verbalize's
+    settings: VerbalizeConfig | InteractConfig | SftConfig
+    """The stage's own section of the config."""
+    matched: int = 1
+    """Teacher layers of a student layer (matching.k)."""
+
+    @property
+    def headless(self) -> bool:
+        """Whether verbalizers' outputs are compared as they are, without norm and head."""
+        return self.stage == "interact" and self.settings.headless
 
     @property
     def pairs(self) -> int:
-        """Pairs that `linear_divergence` reads, matched and last layers; 0 where kld is the forward KL."""
-        if self.divergence == "forward_kl":
-            return 0
-        layers = self.roles["student"].layers * self.matched if self.intermediate == "kld" else 0
-        return layers + (self.last == "kld")
+        """Pairs that `linear_divergence` reads in interact, matched and last layers; 0 where kld is the forward KL."""
+        layers = self.roles["student"].layers * self.matched * self.settings.layers_by_other_divergence
+        return layers + self.settings.last_by_other_divergence
 
 
 def walk(step: Step) -> Curve:
@@ -222,9 +224,9 @@ def _divergence(curve: Curve, step: Step) -> None:
     student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
     e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
     heads = e * sum(spoken.shape.head for spoken in step.roles.values() if spoken.is_gathered(setup))
-    layers = step.roles["student"].layers if step.intermediate == "kld" else 0
-    calls = [layers] * step.matched if layers else []
-    for rows in [*calls, 1] if step.last == "kld" else calls:
+    settings = step.settings
+    calls = [step.roles["student"].layers] * step.matched if settings.layers_by_other_divergence else []
+    for rows in [*calls, 1] if settings.last_by_other_divergence else calls:
         chosen = e * rows * n * teacher.width  # the matched layers, copied
         curve.hold("activations", e * rows * n * d)
         scratch = divergence_scratch(rows * n, d, teacher.width, step.vocab, setup)
@@ -236,7 +238,7 @@ def _own_output(curve: Curve, step: Step, role: str) -> None:
     spoken, batch, setup = step.roles[role], step.batches[role], step.setup
     e, n, d = setup.compute_bytes, batch.answers, spoken.shape.width
     head = e * spoken.shape.head if spoken.is_gathered(setup) else 0
-    columns = 2 if step.objective == "both" else 1
+    columns = 1 + (step.settings.objective == "both")
     curve.hold("targets", 4 * columns * n * (d + 1))
     scratch = statistics_scratch(n, d, d, step.vocab, 2, setup)
     curve.moment(f"{role} last layer's statistics", workspace=scratch, gathered=head)
@@ -264,7 +266,7 @@ def _pair_block(students: int, teachers: int, n: int, d: int, setup: Setup) -> i
 def _own_output_backward(curve: Curve, step: Step, role: str) -> None:
     """Differences of the expectations, their sum and the gradient; then the expectations are free."""
     spoken, batch, d = step.roles[role], step.batches[role], step.roles[role].shape.width
-    rows, columns = spoken.layers * batch.answers, 2 if step.objective == "both" else 1
+    rows, columns = spoken.layers * batch.answers, 1 + (step.settings.objective == "both")
     curve.moment(f"{role} KL backward", workspace=rows * d * (2 * 4 + step.setup.compute_bytes))
     curve.hold("targets", -4 * (rows * d + columns * batch.answers * (d + 1)))
 
@@ -324,18 +326,18 @@ def _verbalize(curve: Curve, step: Step) -> None:
     for role, spoken in step.roles.items():
         _frozen_forward(curve, step, role)
         _speak(curve, step, role, grad=True)
-        if step.objective == "answers":
-            _answer_loss(curve, step, role, spoken.layers, trained_head=False)
-        else:
+        if step.settings.needs_last:
             _own_output(curve, step, role)
+        else:
+            _answer_loss(curve, step, role, spoken.layers, trained_head=False)
     for role in reversed(step.roles):
-        if step.objective != "answers":
+        if step.settings.needs_last:
             _own_output_backward(curve, step, role)
         _verbalizers_backward(curve, step, role)
 
 
 def _interact(curve: Curve, step: Step) -> None:
-    student, taught = step.roles["student"], "teacher" in step.roles
+    student, taught, settings = step.roles["student"], "teacher" in step.roles, step.settings
     each = _trained_forward(curve, step, "student")
     if student.verbalizer:
         _speak(curve, step, "student", grad=True)
@@ -345,23 +347,23 @@ def _interact(curve: Curve, step: Step) -> None:
         if step.roles["teacher"].verbalizer:
             _speak(curve, step, "teacher", grad=False)
     n, width = step.batches["student"].answers, student.shape.width
-    students = student.layers if step.intermediate in ("kld", "l2") and not step.headless else 0
-    forward = step.divergence == "forward_kl"
-    last = step.last == "kld" and forward
-    if taught and (students or last):
+    students = student.layers * settings.matches_by_kl
+    last = settings.last_by_forward_kl
+    if students or last:
         teachers = step.roles["teacher"].layers if students else 0
-        _kl(curve, step, students + last, teachers + last, grad=forward)
+        _kl(curve, step, students + last, teachers + last, grad=settings.kld_is_forward)
     if step.pairs:
         _divergence(curve, step)
-    if step.headless:  # the differences of all pairs, kept by square()
+    if settings.headless:  # the differences of all pairs, kept by square()
         teacher = step.roles["teacher"]
         curve.hold("activations", 4 * student.layers * teacher.layers * n * teacher.shape.width)
         curve.moment("hidden L2")
-    if "l2" in (step.intermediate, step.last) and not step.headless:
+    if "l2" in (settings.intermediate, settings.last) and not settings.headless:
         other = step.roles["teacher"].shape.width
         curve.hold("workspace", 4 * (width**2 + width * other + other**2))  # Gram matrices
-    if "ce" in (step.intermediate, step.last):
-        _answer_loss(curve, step, "student", student.layers if step.intermediate == "ce" else 1, trained_head=False)
+    if settings.learns_answers:
+        rows = student.layers if settings.intermediate == "ce" else 1
+        _answer_loss(curve, step, "student", rows, trained_head=False)
     if taught:
         curve.hold("activations", before - curve.held["activations"])  # the teacher's part and the losses' are free
     curve.hold("targets", -curve.held["targets"])

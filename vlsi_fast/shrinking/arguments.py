@@ -7,7 +7,7 @@ from pathlib import Path
 
 METHODS = ("even", "influence")
 READERS = ("qa", "llava", "messages", "hf", "easy_vqa")
-"""As in `data.sources`, which a test compares."""
+"""As in `data.readers`, which a test compares."""
 DEFAULT_ROWS = 128
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..backbones import family_of
 from ..config_files import ConfigError
-from ..shard_loading import stored_names
+from ..ranks.shard_loading import stored_names
 from ..weights import INDEX_NAME, read_weights
 
 BLOCK_BYTES = 2**24
@@ -89,7 +89,7 @@ def layer_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, int |
 
     Args:
         folder: checkpoint.
-        model: its `shard_loading.empty_model`.
+        model: its `ranks.shard_loading.empty_model`.
 
     Raises:
         ConfigError: the checkpoint is damaged, or quantised.

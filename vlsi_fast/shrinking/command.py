@@ -7,8 +7,8 @@ import json
 import sys
 
 from ..config import load_config
+from ..config_data import DataConfig
 from ..config_files import ConfigError
-from ..data.sources import DataConfig
 from ..sizes import format_count, format_size
 from .arguments import DEFAULT_ROWS
 

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import family_of
+from ..config_data import DataConfig
 from ..config_files import ConfigError
 from ..data.encoding import configure_image_bounds, encode
 from ..data.images import load_image
 from ..data.processors import load_processor
 from ..data.skipped import UnusableRow
-from ..data.sources import DataConfig, build_source
+from ..data.sources import build_source
 from ..loading import load_backbone
 
 

@@ -14,11 +14,11 @@ from transformers import AutoConfig
 
 from ..backbones import family_of
 from ..config import explain
+from ..config_data import DataConfig
 from ..config_files import ConfigError
-from ..data.sources import DataConfig
 from ..lineage import checkpoint_digest, code_commit, versions
 from ..loading import resolve_folder
-from ..shard_loading import empty_model, stored_names
+from ..ranks.shard_loading import empty_model, stored_names
 from ..sizes import format_size
 from ..weights import read_weights
 from .arguments import DEFAULT_ROWS, METHODS

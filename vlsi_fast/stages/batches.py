@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils.operations import recursively_apply
 
-from ..verbalized import answer_positions
+from ..hidden_states import answer_positions
 
 
 class StageCollator:

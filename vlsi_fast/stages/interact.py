@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ..backbones import family_of
-from ..config import ConfigError, InteractConfig, MatchingConfig
+from ..config import ConfigError, MatchingConfig
+from ..config_stages import InteractConfig
+from ..hidden_states import VerbalizedBackbone
 from ..lineage import rows_used, weights_digest
 from ..losses import AnswerLoss, LogitL2, MatchedDivergence, OperatorOptions, PairwiseKL, hidden_l2_matrix, pick
 from ..matching import match_layers
-from ..verbalized import VerbalizedBackbone
 from ..verbalizer import Verbalizers
-from .base import StageModule
-from .common import Stage
+from .module import StageModule
+from .stage import Stage
 
 
 class InteractModule(StageModule):
@@ -40,25 +41,24 @@ class InteractModule(StageModule):
         self.settings, self.matching = settings, matching
         self.roles = ("student",) if teacher is None else ("student", "teacher")
         self.part_names = [f"student_layer_{k}" for k in student.target_layers]
-        self.part_names += ["last"] if settings.last != "none" else []
-        if settings.intermediate in ("kld", "l2"):
+        self.part_names += ["last"] if settings.has_last_loss else []
+        if settings.matches_layers:
             self.matrix_shape = (len(student.target_layers), len(teacher.target_layers))
             self.layer_names = (student.target_layers, teacher.target_layers)
-        operations = {settings.intermediate, settings.last}
-        if "ce" in operations:
+        if settings.learns_answers:
             self.answer_loss = AnswerLoss(student.head_weight, options)
         if teacher is not None:
             heads = (student.head_weight, teacher.head_weight, options)
             self.pairwise_kl = PairwiseKL(*heads)
             self.logit_l2 = LogitL2(*heads)
         self.divergence = None  # of pairs already matched; None: the forward KL, which the matrix holds
-        if settings.divergence != "forward_kl":
+        if not settings.kld_is_forward:
             self.divergence = MatchedDivergence(*heads, settings.beta)
 
     def schedule(self, progress: float) -> dict[str, float]:
         """See `StageModule`: the factor of the target layers' losses."""
         settings = self.settings
-        if settings.intermediate == "none":
+        if not settings.has_layer_loss:
             return {}
         course = {"constant": 1.0, "linear": 1.0 - progress, "cosine": (1.0 + math.cos(math.pi * progress)) / 2}
         return {"intermediate_weight": settings.intermediate_weight * course[settings.intermediate_schedule]}
@@ -91,14 +91,12 @@ class InteractModule(StageModule):
     def _divergences(self, s_layers, s_last, t_layers, t_last) -> tuple[Tensor | None, Tensor | None]:
         """[S, L] matrix that drives the matching, and [1] KL of the last layers (where the forward KL is the loss): one
         vocabulary pass for both."""
-        by_kl = self.matrix_shape is not None and not self.settings.headless
-        last = self.settings.last == "kld" and self.divergence is None
-        if not by_kl:
+        last = self.settings.last_by_forward_kl
+        if not self.settings.matches_by_kl:
             matrix = hidden_l2_matrix(s_layers, t_layers) if self.settings.headless else None
             return matrix, self._kl(s_last[None], t_last[None])[0] if last else None
         if not last:
-            is_loss = self.settings.intermediate == "kld" and self.divergence is None
-            with torch.set_grad_enabled(torch.is_grad_enabled() and is_loss):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.settings.layers_by_forward_kl):
                 return self._kl(s_layers, t_layers), None  # for l2 and other divergences it only drives the matching
         both = self._kl(torch.cat([s_layers, s_last[None]]), torch.cat([t_layers, t_last[None]]))
         return both[:-1, :-1], both[-1, -1:]
@@ -109,10 +107,10 @@ class InteractModule(StageModule):
     def _intermediate(self, matrix: Tensor, matches: Tensor, s_layers: Tensor, t_layers: Tensor) -> Tensor:
         if self.settings.headless:
             return pick(matrix, matches)
-        if self.settings.intermediate == "kld" and self.divergence is None:
+        if self.settings.layers_by_forward_kl:
             return pick(matrix, matches) * self.settings.temperature**2
         chosen = matches if matches.dim() == 2 else matches[:, None]
-        compare = self._diverge if self.settings.intermediate == "kld" else self.logit_l2
+        compare = self._diverge if self.settings.layers_by_other_divergence else self.logit_l2
         return torch.stack([compare(s_layers, t_layers[column]) for column in chosen.T]).mean(0)
 
     def _diverge(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -120,14 +118,13 @@ class InteractModule(StageModule):
         return self.divergence(student, teacher, temperature) * temperature**2
 
     def _last(self, last_kl, s_last, t_last, labels) -> list[Tensor]:
-        operation = self.settings.last
-        if operation == "kld" and self.divergence is not None:
-            return [self._diverge(s_last[None], t_last[None])]
-        if operation == "kld":
+        if self.settings.last_by_forward_kl:
             return [last_kl * self.settings.temperature**2]
-        if operation == "ce":
+        if self.settings.last_by_other_divergence:
+            return [self._diverge(s_last[None], t_last[None])]
+        if self.settings.last == "ce":
             return [self.answer_loss(s_last[None], labels)]
-        if operation == "l2":
+        if self.settings.last == "l2":
             return [self.logit_l2(s_last[None], t_last[None])]
         return []
 
@@ -147,11 +144,10 @@ class InteractStage(Stage):
     sections = ("verbalizer", "matching", "lora")
 
     def role_names(self) -> list[str]:
-        taught = {self.settings.intermediate, self.settings.last} & {"kld", "l2"}
-        return ["student", "teacher"] if taught else ["student"]
+        return self.settings.roles
 
     def check_predecessors(self) -> None:
-        if len(self.roles) == 2 and self.settings.intermediate in ("kld", "l2"):
+        if self.settings.matches_layers:
             students, teachers = (len(self.roles[n].layers) for n in ("student", "teacher"))
             if students > teachers:
                 raise ConfigError(
@@ -174,7 +170,7 @@ class InteractStage(Stage):
     def build(self) -> InteractModule:
         model = self.load_model("student")
         self.adapter = self.add_lora(model)
-        if self.settings.last == "none":  # nothing above the deepest target layer would get a gradient
+        if not self.settings.has_last_loss:  # nothing above the deepest target layer would get a gradient
             deepest = max(self.roles["student"].layers)
             family_of(model.config).decoder_layers(model)[deepest:].requires_grad_(False)
         self.enable_checkpointing(model)
@@ -182,7 +178,7 @@ class InteractStage(Stage):
         teacher = None
         if "teacher" in self.roles:
             role = self.roles["teacher"]
-            needs_last = self.settings.last in ("kld", "l2")
+            needs_last = self.settings.needs_teacher_last
             model = self.load_model("teacher", depth=None if needs_last else role.depth)
             teacher = VerbalizedBackbone(model, role.layers, self._verbalizers("teacher"), False, needs_last)
         return InteractModule(student, teacher, self.settings, self.config.matching, self.head_options)
@@ -201,5 +197,5 @@ class InteractStage(Stage):
 
     def save(self, module: InteractModule) -> None:
         self.save_student(module.student.model, self.roles["student"].folder, self.adapter)
-        if self.settings.train_student_verbalizers or self.settings.headless:
+        if self.settings.trains_verbalizers:
             module.student.verbalizers.save_pretrained(self.folder / "verbalizers")

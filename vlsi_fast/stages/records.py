@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..sharding import rank
-
-if TYPE_CHECKING:
-    from .base import StageModule
+from ..ranks.sharding import rank
+from .module import StageModule
 
 COUNTS = 8
 """Numbers in front of the parts of the loss in `sums_of`."""
@@ -34,7 +32,7 @@ def own_numbers(waited: float, ranks: int, device: torch.device) -> Tensor:
     """What follows the sums, [1 + 2 ranks] float64 to add over ranks: seconds waited for data, each rank's peaks."""
     peaks = torch.zeros(2, ranks, dtype=torch.float64)
     peaks[:, rank()] = torch.tensor([peak_memory_bytes(device), peak_rss_bytes()], dtype=torch.float64)
-    return torch.cat([torch.tensor([waited], dtype=torch.float64), peaks.flatten()]).to(device)
+    return torch.cat([torch.tensor([waited], dtype=torch.float64), peaks.flatten()])
 
 
 def step_record(

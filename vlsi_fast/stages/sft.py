@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from ..backbones import family_of
+from ..hidden_states import VerbalizedBackbone
 from ..lineage import checkpoint_digest, require_predecessor, rows_used
 from ..losses import AnswerLoss, OperatorOptions
-from ..verbalized import VerbalizedBackbone
-from .base import StageModule
-from .common import Stage
+from .module import StageModule
+from .stage import Stage
 
 
 class SftModule(StageModule):
@@ -66,7 +66,6 @@ class SftStage(Stage):
 
     def build(self) -> SftModule:
         model = self.load_model("student", self.source)
-        self.adapter = None
         if self.settings.method == "lora":
             self.adapter = self.add_lora(model)
         else:

@@ -12,11 +12,11 @@ import dataclasses
 import torch
 
 from ..config import ConfigError
+from ..hidden_states import VerbalizedBackbone
 from ..losses import AnswerLoss, OperatorOptions, OwnOutputLoss
-from ..verbalized import VerbalizedBackbone
 from ..verbalizer import Verbalizers
-from .base import StageModule
-from .common import Stage
+from .module import StageModule
+from .stage import Stage
 
 
 class VerbalizeModule(StageModule):

@@ -14,7 +14,8 @@ import threading
 from pathlib import Path
 
 from ..cli import report
-from ..data.images import PILLOW_MAX_IMAGE_PIXELS, ImageRef, load_image
+from ..config_data import PILLOW_MAX_IMAGE_PIXELS
+from ..data.images import ImageRef, load_image
 from ..runs import Run
 from .columns import Column, Source, open_source, sources_of
 from .command import find_run

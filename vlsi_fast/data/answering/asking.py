@@ -16,8 +16,9 @@ from torch import nn
 
 from ...asking import Prompt, encode_prompts, generate, make_prompt
 from ...config import ConfigError
+from ...config_data import PILLOW_MAX_IMAGE_PIXELS
 from ..encoding import check_length
-from ..images import PILLOW_MAX_IMAGE_PIXELS, check_pixels, load_image
+from ..images import check_pixels, load_image
 from ..skipped import UnusableRow, row_boundary
 from .decoding import Chooser, Decoding, numbers_of
 from .filters import repetition

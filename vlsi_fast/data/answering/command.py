@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from typing import Any
 
 from ...config import ConfigError, load_config
-from ...lineage import LineageError
 from .arguments import OPTIONS
 
 
@@ -21,12 +19,7 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"{overrides[0]} overrides an option of --config, which is not given; remove it")
     config = load_config(arguments.config, overrides) if arguments.config else None
     options = {name: getattr(arguments, name) for name in OPTIONS}
-    try:
-        manifest = answer(config, arguments.images, arguments.questions, arguments.out, **options)
-    except LineageError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"vlsi-fast: {error}", file=sys.stderr)
-        return 2
+    manifest = answer(config, arguments.images, arguments.questions, arguments.out, **options)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(manifest, indent=1) if arguments.json else summary(manifest, arguments.out))
     return 0 if manifest["kept"] else 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ... import sharding
+from ...ranks import sharding
 
 WAIT = timedelta(days=30)
 """Ranks finish at different times; one that dies is noticed by the launcher, which ends the others."""

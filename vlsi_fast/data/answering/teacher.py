@@ -12,12 +12,12 @@ from torch import nn
 
 from ...acceleration import attention_name
 from ...config import QUANTIZED, ConfigError, RunConfig, load_config
+from ...config_data import DataConfig
 from ...lineage import checkpoint_digest
 from ...loading import load_backbone, resolve_folder
 from ...teacher import quantization, resolve_mode
 from ..encoding import configure_image_bounds
 from ..processors import load_processor
-from ..sources import DataConfig
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .data.sources import DataConfig
-from .evaluation import metrics
-from .evaluation.answers import answer_rows
+from ..config_data import DataConfig
+from . import metrics
+from .answers import answer_rows
 
 
 def exact_match(checkpoint: str | Path, data: DataConfig, **options: Any) -> dict:

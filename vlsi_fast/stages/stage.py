@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from vlsi_kernels import resolve_impl
 
@@ -25,10 +25,13 @@ from ..data.processors import load_processor
 from ..data.sources import build_source
 from ..data.tokens import SharedTokens
 from ..disk import checkpoint_size, explained_full_disk, result_size
+from ..errors import StoppedEarly
+from ..hidden_states import Held
 from ..lineage import (
     LineageError,
     checkpoint_digest,
     code_commit,
+    identity_of,
     open_stage,
     require_equal,
     versions,
@@ -46,21 +49,18 @@ from ..loading import (
 )
 from ..locking import claimed
 from ..losses import OperatorOptions
-from ..preflight import require_ready
-from ..rescaling import require_same_batch, rows_per_step
+from ..planner.checks.command import require_ready
+from ..ranks.rescaling import require_same_batch, rows_per_step
+from ..ranks.sharding import barrier, gather_state, rank, unsharded, world_size
+from ..ranks.watch import watch
 from ..resuming import checkpoint_to_resume
-from ..sharding import barrier, gather_state, rank, unsharded, world_size
 from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode
 from ..terminal import say
-from ..verbalized import Held
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
-from ..watch import watch
 from .arguments import training_arguments
-from .base import StageModule, StageTrainer
-
-ADDED = ("objective", "divergence", "jsd_beta", "intermediate_schedule")
-"""Options of stages that came after the first records."""
+from .module import StageModule
+from .trainer import StageTrainer
 
 
 class Role:
@@ -124,12 +124,22 @@ class Stage:
     sections: tuple[str, ...] = ()
     """Sections of the config, besides data, seed and the stage's own, whose change makes another run."""
 
-    def __init__(self, config: RunConfig):
-        self.config, self.settings = config, getattr(config, self.name)
+    def __init__(self, config: RunConfig, deadline: float | None = None):
+        """`deadline`: `time.monotonic()` after which the stage saves a checkpoint and ends."""
+        self.config, self.settings, self.deadline = config, getattr(config, self.name), deadline
+        self.folder = config.stage_dir(self.name)
+        # known once inputs are checked
+        self.args: TrainingArguments | None = None
+        self.roles: dict[str, Role] = {}
+        self.tokens = SharedTokens({}, None, None)
+        """What the tokenizers of both models share."""
+        self.teacher_mode: str | None = None
+        # known once models are built
+        self.adapter: nn.Module | None = None
+        """peft's wrapper of the trained model, where LoRA is trained."""
         self.attention: dict[str, str] = {}
         self.padding_free: dict[str, bool] = {}
         self.liger: dict[str, str | None] = {}
-        self.folder = config.stage_dir(self.name)
         self._held: list[Held] = []
 
     # ---- what a subclass says ----
@@ -168,6 +178,7 @@ class Stage:
         Raises:
             ConfigError, LineageError, FileNotFoundError: before any weight is loaded.
             NonFiniteLossError, TooManySkippedRows, DiskFullError: while training.
+            StoppedEarly: not all steps were made; a checkpoint is saved.
         """
         self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
         watch.place = f"stage {self.name}, before its first step"
@@ -202,9 +213,17 @@ class Stage:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = record["identity"]["data_start"]
-        trainer = StageTrainer(module, self.args, self.config, self.name, dataset, collator, start)
+        trainer = StageTrainer(module, self.args, self.config, self.name, dataset, collator, start, self.deadline)
         with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
             result = trainer.train(resume_from_checkpoint=checkpoint)
+        made, wanted = result.global_step, trainer.state.max_steps
+        if made < wanted:
+            why = trainer.leaving.reason or "the Trainer ended"
+            _release(trainer, self._held)
+            raise StoppedEarly(
+                f"stopped in stage {self.name} after optimizer step {made} of {wanted}, since {why}; continue from the "
+                "last checkpoint with --resume"
+            )
         record["summary"] = {
             "seconds": trainer.totals["step_seconds"],
             "data_wait_share": trainer.wait_seconds / max(trainer.totals["step_seconds"], 1e-9),
@@ -235,7 +254,6 @@ class Stage:
         """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""
         self.roles = {name: Role(name, self.config) for name in self.role_names()}
         processors = {name: role.processor for name, role in self.roles.items()}
-        self.tokens = SharedTokens({}, None, None)
         if len(self.roles) == 2:
             student, teacher = (processors[name].tokenizer for name in ("student", "teacher"))
             self.tokens = require_same_tokens(student, teacher, self.config.student.path, self.config.teacher.path)
@@ -269,40 +287,23 @@ class Stage:
         return packed
 
     def _record(self) -> dict[str, Any]:
-        training = self.config.stage_training(self.name).model_dump()
-        for name in ("logging_steps", "save_steps", "save_total_limit", "report_to"):
-            del training[name]  # may change between a run and its continuation
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length"):
-            del training[name]  # may change with the number of ranks; the rows of a step, so the product, may not
-        training["extra"].pop("ddp_timeout", None)
-        dump, loose = self.config.model_dump(), ("num_workers", "eval", "max_skipped_share", "padding_free")
-        data = {name: value for name, value in dump["data"].items() if name not in loose}
-        # what counts rows apart changes none of them
-        data["train"] = [{k: v for k, v in source.items() if k != "answered"} for source in data["train"]]
         facts = {name: role.facts for name, role in self.roles.items()}
-        identity = {name: dump[name] for name in ("seed", "dtype", self.name, *self.sections)}
-        identity[self.name] = {n: v for n, v in dump[self.name].items() if n != "training" and not self._added(n, v)}
-        rows = rows_per_step(self.config.stage_training(self.name), world_size())
-        identity |= {"data": data, "training": training, "rows_per_step": rows}
-        identity |= {"inputs": self.inputs(), "data_start": self.data_start()}
-        for name, fact in facts.items():
-            identity[name] = {key: value for key, value in fact.items() if key != "path"}
-            identity[name] |= {key: dump[name][key] for key in ("min_pixels", "max_pixels")}
+        identity = identity_of(
+            self.config, self.name, self.sections, facts,
+            rows_per_step=rows_per_step(self.config.stage_training(self.name), world_size()),
+            inputs=self.inputs(), data_start=self.data_start(),
+        )  # fmt: skip
         return {
             "stage": self.name,
             "state": "running",
             "facts": facts,
             "identity": identity,
             "world_size": world_size(),
-            "config": dump,
+            "config": self.config.model_dump(),
             "tokens": {"first_differing_id": self.tokens.limit, "differing": self.tokens.differing},
             "versions": versions(),
             "commit": code_commit(),
         }
-
-    def _added(self, name: str, value: Any) -> bool:
-        """Whether an option that older records do not know is at its default: a run begun before it goes on."""
-        return name in ADDED and value == type(self.settings).model_fields[name].default
 
     # ---- parts that stages share ----
 
@@ -321,13 +322,6 @@ class Stage:
         role = self.roles[name]
         attention = self.attention[name] = self._attention(name)
         options = (self.config.dtype, attention, depth)
-        rows = role.config.get_text_config().vocab_size
-        tokens = max(role.processor.tokenizer.get_vocab().values()) + 1
-        if tokens > rows:
-            raise LineageError(
-                f"{name} {role.settings.path}: its tokenizer has ids up to {tokens - 1}, its head only {rows} rows; "
-                "resize the model's embeddings or use the tokenizer that belongs to it"
-            )
         if name == "student":
             model = load_backbone(folder or role.folder, *options)
         else:

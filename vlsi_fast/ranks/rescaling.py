@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from .checkpoints import MANIFEST_NAME, damage, describe, files_of, read_manifest, write_manifest
-from .lineage import LineageError, read_record
+from ..checkpoints import MANIFEST_NAME, damage, describe, files_of, read_manifest, write_manifest
+from ..lineage import LineageError, read_record
+from ..unpickling import data_only
 from .sharding import gathered_objects, rank, world_size
-from .unpickling import data_only
 
 UNIVERSAL_MARK = "latest_universal"
 """DeepSpeed's file beside a conversion that is complete; it holds the conversion's name."""
@@ -129,8 +129,8 @@ def _converted(checkpoint: Path, source: Path) -> str | None:
     manifest = read_manifest(target)
     if manifest and manifest.get("source") == _fingerprint(checkpoint) and mark.is_file() and not damage(target):
         return None
-    command = [sys.executable, "-m", "vlsi_fast.rescaling", str(checkpoint)]
-    package = str(Path(__file__).resolve().parent.parent)
+    command = [sys.executable, "-m", "vlsi_fast.ranks.rescaling", str(checkpoint)]
+    package = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([package, *sys.path])}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode == 2:
@@ -164,9 +164,9 @@ def _fingerprint(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
-if __name__ == "__main__":  # python -m vlsi_fast.rescaling <stage>/checkpoint-N
+if __name__ == "__main__":  # python -m vlsi_fast.ranks.rescaling <stage>/checkpoint-N
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m vlsi_fast.rescaling <output_dir>/<stage>/checkpoint-N")
+        sys.exit("usage: python -m vlsi_fast.ranks.rescaling <output_dir>/<stage>/checkpoint-N")
     try:
         convert(Path(sys.argv[1]))
     except LineageError as refused:

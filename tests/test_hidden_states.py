@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_batch import ROWS, make_batch, make_model
 
 from vlsi_fast.backbones import family_of
-from vlsi_fast.verbalized import VerbalizedBackbone, answer_positions
+from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 DEPTH = 4

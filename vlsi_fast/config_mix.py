@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vlsi_fast.config_files import ConfigError, read_yaml
+from .config_files import ConfigError, read_yaml
 
 _SAMPLE = re.compile(r"(.+)#(\d+)", re.DOTALL)
 
@@ -20,20 +20,6 @@ def split_sample(path: str) -> tuple[str, int | None]:
     """`"rows.json#500"` -> `("rows.json", 500)`; without `#N` at its end, `(path, None)`."""
     found = _SAMPLE.fullmatch(path)
     return (found[1], int(found[2])) if found else (path, None)
-
-
-def sampled_row(k: int, rows: int, sample: int) -> int:
-    """Row number, among `rows`, of the k-th of `sample` rows.
-
-    The file is cut into `sample` stretches of equal length and one row is taken from each, at a place that looks random
-    but depends on nothing but these three numbers: every stage, rank and version takes the same rows, in the file's
-    order, from all parts of the file, and no list of them is kept.
-    """
-    low, high = k * rows // sample, (k + 1) * rows // sample
-    x = (k + 1) * 0x9E3779B97F4A7C15 % 2**64  # splitmix64: neighbouring k give unrelated numbers
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-    return low + (x ^ x >> 31) % (high - low)
 
 
 def expand(sources: Any, root: str | None) -> Any:

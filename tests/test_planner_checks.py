@@ -11,9 +11,10 @@ import tiny_runs as runs
 import torch
 from PIL import Image
 
-from vlsi_fast import preflight
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError, load_config
+from vlsi_fast.planner.checks import command, data, machine
+from vlsi_fast.planner.checks.subject import FAILURE, NOTICE, PASS, UNCHECKED, Subject
 from vlsi_fast.stages import run
 
 Usage = namedtuple("Usage", "total used free")
@@ -25,11 +26,11 @@ def config_of(workspace, tmp_path, changes=None):
 
 
 def results_of(config, rows=8, **options):
-    return {result.name: result for result in preflight.look(preflight.Subject(config, rows=rows, **options))}
+    return {result.name: result for result in command.look(Subject(config, rows=rows, **options))}
 
 
 def only_failure(results, *names):
-    found = {name for name, result in results.items() if result.status == preflight.FAILURE}
+    found = {name for name, result in results.items() if result.status == FAILURE}
     assert found == set(names), {n: (r.status, r.detail) for n, r in results.items()}
     for name in names:
         assert results[name].fix
@@ -52,13 +53,13 @@ def edit(file, change):
 
 def test_a_good_run_passes(workspace, tmp_path):
     results = results_of(config_of(workspace, tmp_path))
-    only_failure_free = {n: r for n, r in results.items() if r.status not in (preflight.PASS, preflight.NOTICE)}
+    only_failure_free = {n: r for n, r in results.items() if r.status not in (PASS, NOTICE)}
     assert set(only_failure_free) <= {"GPU memory"}, only_failure_free
     if not torch.cuda.is_available():
-        assert results["GPU memory"].status == preflight.UNCHECKED and "no GPU" in results["GPU memory"].detail
+        assert results["GPU memory"].status == UNCHECKED and "no GPU" in results["GPU memory"].detail
     assert "8 rows" in results["answer alignment"].detail
     assert "8 of 8 sampled rows" in results["data"].detail
-    assert tuple(results) == tuple(preflight.CHECKS)
+    assert tuple(results) == tuple(command.CHECKS)
 
 
 def test_other_tokenizer(workspace, tmp_path, models):
@@ -70,8 +71,8 @@ def test_other_tokenizer(workspace, tmp_path, models):
     edit(tmp_path / "teacher" / "tokenizer.json", swap)
     results = results_of(config_of(workspace, tmp_path, models))
     assert "2 tokens different ids" in results["tokenizers"].detail
-    assert results["tokenizers"].status == preflight.FAILURE
-    assert results["data"].status == results["disk space"].status == preflight.PASS  # not hidden by it
+    assert results["tokenizers"].status == FAILURE
+    assert results["data"].status == results["disk space"].status == PASS  # not hidden by it
 
 
 def test_padded_heads_are_cut_with_a_notice(workspace, tmp_path, models):
@@ -80,7 +81,7 @@ def test_padded_heads_are_cut_with_a_notice(workspace, tmp_path, models):
 
     edit(tmp_path / "teacher" / "config.json", pad)
     result = results_of(config_of(workspace, tmp_path, models))["head rows"]
-    assert result.status == preflight.NOTICE and "both are cut to" in result.detail
+    assert result.status == NOTICE and "both are cut to" in result.detail
 
 
 def test_tokenizer_beyond_the_head(workspace, tmp_path, models):
@@ -117,7 +118,7 @@ def test_missing_dataset(workspace, tmp_path):
     results = results_of(config_of(workspace, tmp_path, {"data.train": missing}))
     failure = only_failure(results, "data")
     assert "none.jsonl" in failure.detail and "data.train[0]" in failure.fix
-    assert results["answer alignment"].status == preflight.UNCHECKED
+    assert results["answer alignment"].status == UNCHECKED
 
 
 def test_unreadable_images(workspace, tmp_path):
@@ -130,7 +131,7 @@ def test_unreadable_images(workspace, tmp_path):
     failure = only_failure(results, "data")
     assert "3 of 8 sampled rows cannot be used (truncated_image 3)" in failure.detail
     allowed = results_of(config_of(workspace, tmp_path, {"data.train": source, "data.max_skipped_share": 0.5}))
-    assert allowed["data"].status == preflight.NOTICE and "5 of 8" in allowed["data"].detail
+    assert allowed["data"].status == NOTICE and "5 of 8" in allowed["data"].detail
 
 
 def test_one_bad_row_of_many_is_a_notice(workspace, tmp_path):
@@ -139,13 +140,13 @@ def test_one_bad_row_of_many_is_a_notice(workspace, tmp_path):
     (tmp_path / "data" / "images" / "0.png").unlink()
     source = [{"reader": "messages", "path": str(path)}]
     result = results_of(config_of(workspace, tmp_path, {"data.train": source}))["data"]
-    assert result.status == preflight.NOTICE and "missing_image" in result.detail
+    assert result.status == NOTICE and "missing_image" in result.detail
 
 
 def test_surprise_is_the_binomial_tail():
-    assert not preflight._surprising(1, 8, 0.01)  # 1 - 0.99^8 = 0.077
-    assert preflight._surprising(2, 8, 0.01)  # 0.0027
-    assert preflight._surprising(1, 8, 0.0) and not preflight._surprising(8, 8, 1.0)
+    assert not data._surprising(1, 8, 0.01)  # 1 - 0.99^8 = 0.077
+    assert data._surprising(2, 8, 0.01)  # 0.0027
+    assert data._surprising(1, 8, 0.0) and not data._surprising(8, 8, 1.0)
 
 
 def test_full_disk(workspace, tmp_path, monkeypatch):
@@ -161,7 +162,7 @@ def test_disk_need_is_what_the_stages_write(workspace, tmp_path):
     files = [f for f in (tmp_path / "run").rglob("*.safetensors")]
     files += list((tmp_path / "run").rglob("optimizer.pt"))
     written = sum(f.stat().st_size for f in files)
-    need = preflight.checkpoint_bytes(preflight.Subject(config))
+    need = machine.checkpoint_bytes(Subject(config))
     assert written < need < 1.6 * written
 
 
@@ -170,12 +171,12 @@ def test_small_gpu(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties(2**30))
-    subject = preflight.Subject(config_of(workspace, tmp_path))
-    (result,) = preflight.look(subject, ("GPU memory",))
-    assert result.status == preflight.FAILURE and "stage verbalize needs" in result.detail and "plan" in result.fix
+    subject = Subject(config_of(workspace, tmp_path))
+    (result,) = command.look(subject, ("GPU memory",))
+    assert result.status == FAILURE and "stage verbalize needs" in result.detail and "plan" in result.fix
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties(80 * 2**30))
-    (result,) = preflight.look(subject, ("GPU memory",))
-    assert result.status == preflight.PASS
+    (result,) = command.look(subject, ("GPU memory",))
+    assert result.status == PASS
 
 
 def test_self_check_sees_a_wrong_operator(workspace, tmp_path, monkeypatch):
@@ -190,13 +191,13 @@ def test_missing_teacher_leaves_the_student_checked(workspace, tmp_path):
     results = results_of(config_of(workspace, tmp_path, {"teacher.path": str(tmp_path / "none")}))
     failure = only_failure(results, "models")
     assert "teacher" in failure.detail and str(tmp_path / "none") in failure.detail
-    assert results["data"].status == preflight.PASS and results["tokenizers"].status == preflight.UNCHECKED
+    assert results["data"].status == PASS and results["tokenizers"].status == UNCHECKED
 
 
 def test_a_run_stops_before_it_starts(workspace, tmp_path, monkeypatch):
     config = config_of(workspace, tmp_path, {"training.max_steps": 1, "sft.start_from": "base"})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
-    with pytest.raises(preflight.PreflightError, match="cannot start(.|\n)*disk space(.|\n)*fix:"):
+    with pytest.raises(command.PreflightError, match="cannot start(.|\n)*disk space(.|\n)*fix:"):
         run(config, "sft")
     assert not (tmp_path / "run" / "sft" / "vlsi_stage.json").exists()
     config = config_of(workspace, tmp_path, {"training.max_steps": 1, "preflight": False, "sft.start_from": "base"})
@@ -224,7 +225,7 @@ def nothing_is_loaded(monkeypatch):
     def loaded(*arguments, **options):
         raise AssertionError("a model's files were opened")
 
-    monkeypatch.setattr("vlsi_fast.stages.common.load_model_config", loaded)
+    monkeypatch.setattr("vlsi_fast.stages.stage.load_model_config", loaded)
 
 
 @pytest.mark.parametrize(
@@ -269,10 +270,10 @@ def test_a_student_larger_than_its_teacher(workspace, tmp_path, capsys):
     swapped |= {"student.layers": [1], "teacher.layers": [1]}
     config = config_of(workspace, tmp_path, swapped | {"training.max_steps": 1})
     result = results_of(config)["model sizes"]
-    assert result.status == preflight.NOTICE and "are student.path and teacher.path swapped?" in result.detail
+    assert result.status == NOTICE and "are student.path and teacher.path swapped?" in result.detail
     run(config, "verbalize")
     assert capsys.readouterr().err.count("teacher.path swapped?") == 1
-    assert results_of(config_of(workspace, tmp_path))["model sizes"].status == preflight.PASS
+    assert results_of(config_of(workspace, tmp_path))["model sizes"].status == PASS
 
 
 def test_help_needs_no_torch():

@@ -1,4 +1,4 @@
-"""A backbone that speaks at its target layers: one forward, the answer positions of every target layer out.
+"""Hidden states of a backbone at its target layers and answer positions, verbalized: one forward for all of them.
 
     B, T  rows, positions        N  answer tokens of the batch        d  width        L  target layers
 
@@ -45,7 +45,7 @@ class Held:
     final_norm: nn.Module
     """The final norm, plain and on the device."""
     head_weight: Tensor
-    """[V, d], on the device or a shard (see `sharding.gathered`)."""
+    """[V, d], on the device or a shard (see `ranks.sharding.gathered`)."""
     release: Callable[[], None] = lambda: None
     """Gives back what the placement holds besides the weights."""
 
@@ -82,7 +82,7 @@ class VerbalizedBackbone(nn.Module):
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """[V, d] weight of the language head; a shard under ZeRO-3 (see `sharding.gathered`)."""
+        """[V, d] weight of the language head; a shard under ZeRO-3 (see `ranks.sharding.gathered`)."""
         return self.held.head_weight if self.held is not None else self.family.head(self.model).weight
 
     def train(self, mode: bool = True) -> VerbalizedBackbone:

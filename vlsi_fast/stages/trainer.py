@@ -1,69 +1,48 @@
 """The training loop that all three stages share: `transformers.Trainer` with VLsI's batches, counts and records.
 
-What differs between stages is one module, a `StageModule`: its forward takes a batch and returns the loss.
+What differs between stages is one module, a `StageModule`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers.trainer
-from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..checkpoints import METRICS_NAME, describe, describe_start, files_of, keep_newest, write_manifest, writer_of
 from ..config import RunConfig
 from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
+from ..errors import UserError
 from ..matching import draw_generator
-from ..rescaling import require_same_engine, universal_where_needed
-from ..sharding import barrier, gathered_objects, rank, world_size
+from ..ranks.rescaling import require_same_engine
+from ..ranks.sharding import barrier, gathered_objects, rank, world_size
+from ..ranks.watch import TellPlace
 from ..terminal import say
-from ..unpickling import data_only
-from ..watch import TellPlace
-from .batches import LengthGroups, StageCollator, UncollatedRows, restore_shared
+from .batches import LengthGroups, StageCollator, UncollatedRows
+from .hooks import HookedTrainer, partial_checkpoints
+from .leaving import WISHES, Leaving
+from .module import StageModule
 from .records import non_finite, own_numbers, step_record, sums_of, tracker_scalars
 
-TRAINABLE_NAME = "trainable.safetensors"
+LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError, RuntimeError):
     """The loss became NaN or infinite. The message names the step, the layers and the rows."""
 
-
-class StageModule(nn.Module):
-    """What a stage trains.
-
-    `forward(student=None, teacher=None, generator=None, **schedule)` takes for each role `{"inputs": processor tensors,
-    "index": [N] answer positions, "labels": [N]}`, with what `schedule` gave, and returns
-
-        loss      scalar, sum over `parts`, each a mean over the N answer tokens of the micro-batch
-        parts     [P] float32, detached, in the order of `part_names`
-        kl        [S, L] float32, detached (interact only)
-        matches   [S, L] float32 counts of chosen pairs (interact only)
-    """
-
-    part_names: list[str]
-    """Names of the parts of the loss, as logged."""
-    roles: tuple[str, ...]
-    """Which of student and teacher the stage runs."""
-    matrix_shape: tuple[int, int] | None = None
-    """[S, L] where the stage matches layers."""
-    layer_names: tuple[list[int], list[int]] = ([], [])
-    """Target layers of student and teacher, for logs."""
-
-    def schedule(self, progress: float) -> dict[str, float]:
-        """Numbers that `forward` takes and metrics.jsonl tells; `progress` is the share of the stage's optimizer steps
-        that are done, 0 at the first. A function of where the run is, so a resumed run has the same."""
-        return {}
+    exit_code = 1
 
 
 class ContinuingSampler(torch.utils.data.Sampler):
@@ -103,28 +82,27 @@ class _Progress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", lr=f"{logs.get('learning_rate', 0):.2g}")
 
 
-class StageTrainer(Trainer):
+class StageTrainer(HookedTrainer):
     """Trainer of one stage. Loss and metrics are sums over answer tokens of all micro-batches and ranks."""
 
     def __init__(
         self, module: StageModule, args: TrainingArguments, config: RunConfig, stage: str, dataset, collator,
-        data_start: int = 0,
+        data_start: int = 0, deadline: float | None = None,
     ):  # fmt: skip
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.stage_dir(stage) / "tensorboard")
         collator = StageCollator(collator, module.roles)
         grouped = config.stage_training(stage).group_by_length
         self.groups = LengthGroups(collator, module.roles) if grouped else None
         send = UncollatedRows if grouped else collator
-        super().__init__(model=module, args=args, train_dataset=dataset, data_collator=send)
-        del os.environ["TENSORBOARD_LOGGING_DIR"]
         rows = dataset.sources
         order = EpochOrder(rows.sizes, config.seed, rows.weights, config.data.stopping_strategy)
-        self.sampler = ContinuingSampler(order, start=data_start)
-        self.add_callback(_TellSampler(self.sampler))
+        sampler = ContinuingSampler(order, start=data_start)
+        with _tracked_in(config.stage_dir(stage) / "tensorboard"):
+            super().__init__(module, sampler, args=args, train_dataset=dataset, data_collator=send)
+        self.add_callback(_TellSampler(sampler))
         self.add_callback(TellPlace(stage, args.ddp_timeout))
-        self.loss_is_scaled_for_ga = True
-        self.model_accepts_loss_kwargs = True
-        self.config, self.stage, self.module = config, stage, module
+        self.leaving = Leaving(deadline, config.stage_training(stage).save_minutes)
+        self.add_callback(self.leaving)
+        self.config, self.stage = config, stage
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress)
@@ -135,24 +113,17 @@ class StageTrainer(Trainer):
         self._pending: list[tuple[Tensor, dict[str, Any]]] = []
         self._scalars: dict[str, float] = {}
         self._step_began, self._waited = time.perf_counter(), 0.0
-        self.totals = {"answer_tokens": 0, "rows": 0, "answered_rows": 0, "answered_tokens": 0, "step_seconds": 0.0}
+        self.totals = {"answer_tokens": 0, "rows": 0, "skipped_rows": 0, "answered_rows": 0, "answered_tokens": 0,
+                       "step_seconds": 0.0}  # fmt: skip
         self.wait_seconds = 0.0
 
     # ---- batches ----
-
-    def _get_train_sampler(self, *args, **kwargs) -> ContinuingSampler:
-        return self.sampler
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The Trainer's own, with the time that the batches took; not that of the ranks' exchange of counts."""
         if self.groups is not None:
             epoch_iterator = self.groups(epoch_iterator, num_batches, device)
         return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        restore_shared(inputs["batch"], inputs["facts"])
-        return inputs
 
     def _timed(self, batches):
         while True:
@@ -162,13 +133,6 @@ class StageTrainer(Trainer):
             if batch is None:
                 return
             yield batch
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Answer tokens of one optimizer step over all micro-batches and ranks."""
-        total = torch.tensor(sum(batch["facts"]["answer_tokens"] for batch in batch_samples), device=device)
-        if world_size() > 1:
-            dist.all_reduce(total)
-        return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one micro-batch, scaled so that the gradients' mean over ranks is that of all answer tokens."""
@@ -192,19 +156,20 @@ class StageTrainer(Trainer):
 
     def _finish_step(self) -> None:
         """Once an optimizer step, before its last backward: reduce the sums, stop on bad numbers, write the record."""
-        own = own_numbers(self._waited, world_size(), self.args.device)
+        own = torch.cat([own_numbers(self._waited, world_size(), self.args.device), self.leaving.wishes()])
         self._waited = 0.0
-        total = torch.cat([sum(sums for sums, _ in self._pending), own])
+        total = torch.cat([sum(sums for sums, _ in self._pending), own.to(self.args.device)])
         if world_size() > 1:
             dist.all_reduce(total)
         values = total.tolist()
+        self.leaving.agreed(values[-WISHES:])
+        del values[-WISHES:]
         if not all(map(math.isfinite, values)):
             self._stop_on_non_finite()
         for _, facts in self._pending:
-            self.skip_log.record(facts["skipped"], len(facts["ids"]) + len(facts["skipped"]))
+            self.skip_log.record(facts["skipped"])
         for line in self.skip_log.news() if rank() == 0 else ():
             say(line)
-        self.skip_log.check()
         self._pending.clear()
         now = time.perf_counter()
         record = step_record(
@@ -214,6 +179,7 @@ class StageTrainer(Trainer):
         record |= self._schedule()
         self._step_began = now
         self._add_to_totals(record)
+        self.skip_log.check(self.totals["skipped_rows"], self.totals["skipped_rows"] + self.totals["rows"])
         self._scalars = tracker_scalars(record)
         if rank() == 0:
             with self.metrics_path.open("a") as stream:
@@ -239,7 +205,7 @@ class StageTrainer(Trainer):
         """Add the step's own numbers to what the Trainer reports to the trackers."""
         super().log({**logs, **self._scalars} if "loss" in logs else logs, start_time)
 
-    # ---- checkpoints: only what is trained ----
+    # ---- the course and its checkpoints ----
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Train, from `resume_from_checkpoint` where given."""
@@ -247,17 +213,10 @@ class StageTrainer(Trainer):
         self._step_began, self._waited = time.perf_counter(), 0.0
         if resume_from_checkpoint is not None:
             require_same_engine(resume_from_checkpoint, self.is_deepspeed_enabled)
-        strict = transformers.trainer.deepspeed_load_checkpoint
-
-        def frozen_parameters_are_not_in_checkpoints(engine, path, load_module_strict=True):
-            with data_only(), universal_where_needed(engine, path):
-                return strict(engine, path, load_module_strict=False)
-
-        transformers.trainer.deepspeed_load_checkpoint = frozen_parameters_are_not_in_checkpoints
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with partial_checkpoints():
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            transformers.trainer.deepspeed_load_checkpoint = strict
             self._close_bar()
 
     def _close_bar(self) -> None:
@@ -265,13 +224,6 @@ class StageTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if getattr(callback, "training_bar", None) is not None:
                 callback.training_bar.close()
-
-    def _run_epoch(self, *args, **kwargs):
-        """Resumed at its last step, a run lacks only its export: the Trainer would make one step more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return None
-        return super()._run_epoch(*args, **kwargs)
 
     def _truncate_metrics(self, checkpoint: str | None) -> None:
         """Drop records of steps that a resumed run makes again, and count the others' into the totals."""
@@ -286,56 +238,25 @@ class StageTrainer(Trainer):
             partial.write_text("".join(line + "\n" for line in kept))
             partial.replace(self.metrics_path)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint, last its manifest, then delete older ones. Each rank hashes the files that it wrote."""
-        super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir)
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+    def on_checkpoint(self, checkpoint: Path) -> None:
+        """Write the manifest last, then delete older checkpoints. Each rank hashes the files that it wrote."""
         own = describe(checkpoint, [name for name in files_of(checkpoint) if writer_of(name) == rank()])
         parts = gathered_objects(own)
         if rank() == 0:
             files = {name: fact for part in parts for name, fact in part.items()}
             write_manifest(checkpoint, files, metrics=describe_start(self.metrics_path))
-            keep_newest(folder, self.config.stage_training(self.stage).save_total_limit)
+            keep_newest(checkpoint.parent, self.config.stage_training(self.stage).save_total_limit)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with data_only():
-            super()._load_rng_state(checkpoint)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with data_only():
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with data_only():
-            super()._load_scaler(checkpoint)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainable parameters of a checkpoint. Under DeepSpeed its own files hold them."""
-        if self.is_deepspeed_enabled or not self.args.should_save:
-            return
-        from safetensors.torch import save_file
-
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._trainable(), folder / TRAINABLE_NAME, metadata={"format": "pt"})
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        from safetensors.torch import load_file
-
-        stored, own = load_file(Path(resume_from_checkpoint) / TRAINABLE_NAME), self._trainable()
-        if stored.keys() != own.keys():
-            raise ValueError(f"{resume_from_checkpoint} holds other trainable parameters than this run has")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(stored[name])
-
-    def _trainable(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+@contextlib.contextmanager
+def _tracked_in(folder: Path) -> Iterator[None]:
+    """Tensorboard's callback, made inside, writes into `folder`: it is told by the environment alone."""
+    before = os.environ.get(LOGGING_DIR)
+    os.environ[LOGGING_DIR] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LOGGING_DIR]
+        else:
+            os.environ[LOGGING_DIR] = before

@@ -1,0 +1,108 @@
+"""Checks of both models, their tokenizers and their processors, from configs alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...config import ConfigError
+from ...data.collate import blank_image
+from ...data.messages import Sample
+from ...loading import require_same_tokens, target_layers
+from ...sizes import format_count
+from .data import aligned
+from .subject import Failed, Notice, Subject, Unchecked
+
+
+def check_models(subject: Subject) -> str:
+    """Both models and their processors can be read, and the target layers exist."""
+    said = []
+    for role in ("student", "teacher"):
+        for kind, read in (("config", subject.model_config), ("processor", subject.processor)):
+            try:
+                read(role)
+            except Unchecked as error:
+                cause = error.__cause__
+                raise Failed(f"{role} {kind}: {cause}", f"correct {role}.path, or fetch the model first") from cause
+        try:
+            settings = getattr(subject.config, role)
+            folder = Path(settings.path) if list(Path(settings.path).glob("*.safetensors")) else None
+            layers = target_layers(settings, subject.model_config(role), role, subject.config, folder)
+        except ConfigError as error:
+            raise Failed(str(error), f"change {role}.layers") from error
+        said.append(f"{role}: {subject.model_config(role).model_type}, {len(layers)} target layers")
+    return "; ".join(said)
+
+
+def check_sizes(subject: Subject) -> str:
+    """The teacher is not the smaller of the two, as it is where their paths are swapped."""
+    if set(subject.roles) != {"student", "teacher"}:
+        raise Unchecked("the stage has one model")
+    sizes = {role: sum(shape.parameters) for role, shape in subject.planned_models().shapes.items()}
+    said = ", ".join(f"{role} {format_count(size)} parameters" for role, size in sizes.items())
+    if sizes["student"] > sizes["teacher"]:
+        raise Notice(f"{said}: the student is the larger one; are student.path and teacher.path swapped?")
+    return said
+
+
+def check_tokens(subject: Subject) -> str:
+    """Every token has the same id in both tokenizers, but for special tokens that no answer holds."""
+    student, teacher = (subject.processor(role).tokenizer for role in ("student", "teacher"))
+    try:
+        found = require_same_tokens(student, teacher, subject.config.student.path, subject.config.teacher.path)
+    except ConfigError as error:
+        raise Failed(str(error), "choose a teacher and a student of one family") from error
+    if found.limit is not None:
+        raise Notice(f"{len(found.differing)} special tokens differ: heads are compared below row {found.limit}")
+    return f"{len(student.get_vocab())} tokens"
+
+
+def check_heads(subject: Subject) -> str:
+    """Heads have a row for each token; further rows are padding and are cut."""
+    rows = {}
+    for role in subject.roles:
+        rows[role] = subject.model_config(role).get_text_config().vocab_size
+        tokens = max(subject.processor(role).tokenizer.get_vocab().values()) + 1
+        if tokens > rows[role]:
+            raise Failed(
+                f"the {role}'s tokenizer has ids up to {tokens - 1}, its head only {rows[role]} rows",
+                "resize its embeddings, or use the tokenizer that belongs to it",
+            )
+    if len(set(rows.values())) > 1:
+        raise Notice(f"student {rows['student']} rows, teacher {rows['teacher']}: both are cut to {min(rows.values())}")
+    return f"{min(rows.values())} rows"
+
+
+def check_templates(subject: Subject) -> str:
+    """Both chat templates give the same answer tokens, on a conversation of two turns."""
+    turns = [("user", "What is it?"), ("assistant", "A red circle."), ("user", "Sure?"), ("assistant", "Yes, sure.")]
+    messages = [{"role": who, "content": [{"type": "text", "text": text}]} for who, text in turns]
+    sample = Sample(id="preflight conversation", messages=messages, images=[])
+    return f"{aligned(subject, sample)[1]} answer tokens in two turns"
+
+
+def check_images(subject: Subject) -> str:
+    """Processor and model agree on the image token and on how many an image becomes."""
+    said = []
+    for role in subject.roles:
+        processor, config = subject.processor(role), subject.model_config(role)
+        expected = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        found = getattr(processor, "image_token_id", None)
+        if found is None:
+            found = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", None))
+        if expected is not None and found != expected:
+            raise Failed(
+                f"{role}: the processor's image token has id {found}, the model expects {expected}",
+                f"use the processor that belongs to {getattr(subject.config, role).path}",
+            )
+        count = int((blank_image(processor)["input_ids"] == found).sum())
+        if count < 1:
+            raise Failed(f"{role}: an image became no image token", "set the chat template of the model's own release")
+        theirs = getattr(config.vision_config, "patch_size", None)
+        ours = getattr(processor.image_processor, "patch_size", theirs)
+        if ours != theirs:
+            raise Failed(
+                f"{role}: the processor cuts patches of {ours} pixels, the model takes {theirs}",
+                f"use the processor that belongs to {getattr(subject.config, role).path}",
+            )
+        said.append(f"{role}: id {found}")
+    return "; ".join(said)
