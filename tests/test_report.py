@@ -12,6 +12,7 @@ import chromium
 import numpy as np
 import pytest
 import tiny_runs as runs
+from PIL import Image
 
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError, RunConfig, load_config
@@ -79,6 +80,29 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(run, tmp_path_factory):
     return write_report([run.folder], tmp_path_factory.mktemp("page") / "page.html", samples=0)
+
+
+@pytest.fixture(scope="module")
+def full_page(run, tmp_path_factory):
+    """With answers of layers, long ones and one that has no blank, and scores of `vlsi-fast eval`."""
+
+    def column(model, layers):
+        texts = ["a red circle", "so " * 900, "x" * 3000, ""]
+        cells = [
+            {"layer": k, "text": texts[i % 4], "right": i % 2 == 0, "share": i % 3 / 2} for i, k in enumerate(layers)
+        ]
+        return {"model": model, "cells": [*cells, {"layer": "answer", "text": "red", "right": True, "share": 1.0}]}
+
+    columns = [column("base", STUDENTS), column("distilled", STUDENTS), column("teacher", TEACHERS)]
+    dot = samples._thumbnail(Image.new("RGB", (8, 8)))
+    row = {"images": [{"src": dot, "small": True}] * 3, "question": "y" * 900, "answer": "no " * 900, "shade": "F1"}
+    outcomes = [{"right": {"base": i < 1, "distilled": i < 2, "teacher": True}, "count": 100 * i} for i in range(3)]
+    said = {"rows": [row | {"columns": columns}] * 3, "outcomes": outcomes, "reason": ""}
+    results = [{"name": "z" * 90 + str(i), "path": None, "file": "f", "metric": "exact match", "mean": i / 3, "rows": 9,
+                "interval": [i / 4, 1.0]} for i in range(4)]  # fmt: skip
+    path = tmp_path_factory.mktemp("full") / "page.html"
+    path.write_text(page_of.build_page([run], results, {run.folder: said}), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +358,7 @@ return { frames, images, overflow: document.documentElement.scrollWidth - window
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [500, 1100])
+@pytest.mark.parametrize("width", [390, 1100])
 def test_slider_moves_in_a_browser(run, page, tmp_path, width):
     found, console = chromium.run(page, READ, tmp_path, width)
     windows = collect.kl_windows(run.metrics("interact"))
@@ -372,15 +396,18 @@ for (const e of document.querySelectorAll("body *")) {
   if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 3) faint.push(e.outerHTML.slice(0, 100));
 }
 const dark = light(rgb("#fff", getComputedStyle(document.body).backgroundColor)) < 0.1;
-return { wide: wide.map(s => s.innerText.slice(0, 60)), out: out.map(e => e.outerHTML.slice(0, 100)), faint, dark };
+const overflow = document.documentElement.scrollWidth - innerWidth;
+const shown = [wide.map(s => s.innerText.slice(0, 60)), out.map(e => e.outerHTML.slice(0, 100))];
+return { overflow, width: innerWidth, wide: shown[0], out: shown[1], faint, dark };
 """
 
 
 @needs_browser
-@pytest.mark.parametrize("width,dark", [(500, True), (800, False), (1400, True), (1400, False)])
-def test_nothing_is_cut_and_all_is_readable(page, tmp_path, width, dark):
-    """By day and by night; tables of settings may be wider than a narrow window, and scroll."""
-    found, console = chromium.run(page, LAYOUT, tmp_path, width, dark)
+@pytest.mark.parametrize("width,dark", [(390, False), (390, True), (800, False), (1400, True), (1400, False)])
+def test_nothing_is_cut_and_all_is_readable(full_page, tmp_path, width, dark):
+    """By day and by night, on a phone too; tables of settings may be wider than a narrow window, and scroll."""
+    found, console = chromium.run(full_page, LAYOUT, tmp_path, width, dark)
+    assert found["width"] == width and found["overflow"] <= 0
     assert console == [] and found["dark"] == dark and found["out"] == [] and found["faint"] == []
     assert [text for text in found["wide"] if "output_dir" not in text and "torch" not in text] == []
 
