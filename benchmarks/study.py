@@ -7,7 +7,8 @@
 
 Every row is tuned in the same way on the validation split with seed 0 (`study_rows.py`); its best setting is then run
 with seeds 1, 2, .. and scored on the test split. Both go to `benchmarks/results/study_<table>.json` (and `.png`),
-beside the paper's numbers where it has any. `--until 17:30` starts nothing after that time (UTC) and reports what there
+beside the paper's numbers where it has any. What each finished job found goes to `study_jobs.jsonl` there: a study goes
+on from it on another machine. `--until 17:30` starts nothing after that time (UTC) and reports what there
 is.
 """
 
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     missing = [name for name in models_of(rows) if not (options.work_dir / "models" / name).is_dir()]
     if missing:
         parser.error(f"{options.work_dir} has no {', '.join(missing)}; add --prepare")
-    study = Study(options.work_dir, parse_overrides(rest))
+    study = Study(options.work_dir, parse_overrides(rest), options.out / "study_jobs.jsonl")
     runner = Runner(study, options.jobs, _deadline(options.until))
     chosen = [row for row in rows if re.search(options.only or "", row.name)]
     warm(study, chosen)
@@ -91,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     runner.fresh(chosen, range(1, options.seeds + 1), options.split)
     result = collect(runner, options.table, rows, range(1, options.seeds + 1), options.split)
     options.out.mkdir(parents=True, exist_ok=True)
+    study.record()
     name = f"study_{options.table}"
     print_table(result)
     result["png"] = plot(result, options.out / f"{name}.png")

@@ -33,6 +33,8 @@ from vlsi_fast.lineage import weights_digest
 
 MAX_ANSWER = 96
 """Tokens after which an answer is cut; the longest right one has fewer."""
+KEPT = ("stage", "steps", "flops", "exact", "f1", "rows", "cpu_seconds")
+"""Of a job's result, in the file of records."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,47 @@ class Job:
 class Study:
     """Where the work is, and what all of its jobs have in common."""
 
-    def __init__(self, work: Path, overrides: dict[str, Any] | None = None):
-        """`overrides`: of the config, for every job."""
-        self.work, self.overrides = work, overrides or {}
+    def __init__(self, work: Path, overrides: dict[str, Any] | None = None, records: Path | None = None):
+        """
+        Args:
+            work: the study's folder.
+            overrides: of the config, for every job.
+            records: file of results of jobs that were done elsewhere, perhaps (`record` writes it).
+        """
+        self.work, self.overrides, self.records = work, overrides or {}, records
         self.config = load_config(CONFIG, self.overrides)
         self._digests: dict[str, str] = {}
+        lines = records.read_text().splitlines() if records and records.is_file() else []
+        self._recorded = {result.pop("key"): result for result in map(json.loads, lines)}
+
+    def made(self, job: Job) -> bool:
+        """Whether the job is done here, with what it made."""
+        return (self.work / "jobs" / job.key / "job.json").is_file()
 
     def result(self, job: Job) -> dict[str, Any] | None:
-        """What a finished job found, or None."""
-        file = self.work / "jobs" / job.key / "job.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        """What a finished job found, here or as recorded, or None."""
+        if self.made(job):
+            return json.loads((self.work / "jobs" / job.key / "job.json").read_text())
+        return self._recorded.get(job.key)
+
+    def todo(self, job: Job, *, needed: bool = False) -> list[Job]:
+        """What is to be run, first things first, so that all results of its chain are known.
+
+        Args:
+            job: a score, or a stage.
+            needed: so that what it makes is here, too.
+        """
+        done = self.made(job) if needed else self.result(job) is not None
+        rest = [each for parent in job.parents for each in self.todo(parent, needed=not done)]
+        return rest if done else [*rest, job]
+
+    def record(self) -> None:
+        """Write the results of all jobs done here and recorded before, a line each; what jobs made stays here."""
+        for file in (self.work / "jobs").glob("*/job.json"):
+            result = json.loads(file.read_text())
+            self._recorded[file.parent.name] = {name: result[name] for name in KEPT if name in result}
+        lines = [json.dumps({"key": key} | self._recorded[key]) + "\n" for key in sorted(self._recorded)]
+        self.records.write_text("".join(lines))
 
     def job(self, row: Row, setting: Setting, seed: int, split: str, after: Setting | None = None) -> Job:
         """The score of a row on a split; its chain holds the stages.
@@ -216,7 +249,7 @@ def run_jobs(
         The jobs that failed. Those that rest on them are left out.
     """
     context = multiprocessing.get_context("fork")
-    todo = list({job.key: job for each in wanted for job in each.chain() if study.result(job) is None}.values())
+    todo = list({job.key: job for each in wanted for job in study.todo(each)}.values())
     total, done, running, failed = len(todo), 0, {}, []
     while todo or running:
         for job in list(todo):
@@ -225,7 +258,7 @@ def run_jobs(
             if any(parent in failed for parent in job.parents):
                 failed.append(job)
                 todo.remove(job)
-            elif all(study.result(parent) is not None for parent in job.parents):
+            elif all(study.made(parent) for parent in job.parents):
                 process = context.Process(target=_child, args=(study, job))
                 process.start()
                 running[process] = (job, time.perf_counter())
@@ -237,7 +270,7 @@ def run_jobs(
             job, began = running.pop(process)
             process.join()
             done += 1
-            if study.result(job) is None:
+            if not study.made(job):
                 failed.append(job)
                 tell(f"{job.key} failed (see {study.work / 'jobs' / (job.key + '.log')})")
             else:

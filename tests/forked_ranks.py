@@ -17,8 +17,8 @@ import time
 import traceback
 from pathlib import Path
 
-LONGEST_DELAY = 0.3
-"""Seconds between a checkpoint's first file and the kill: about as long as saving a tiny one takes two busy ranks."""
+MOST_FILES, LONGEST_DELAY = 8, 0.02
+"""A kill comes when a new checkpoint has at most so many files (a tiny one of two ranks has about 20), and seconds."""
 
 
 class ForkedRanks:
@@ -33,8 +33,8 @@ class ForkedRanks:
         self.said = folder / "ranks.said"
 
     def run(self, config: Path, stage: str, ranks: int = 2, kill: tuple[str, int] | None = None) -> dict:
-        """Run a stage, or all, with `resume`. With `kill`, a stage and a seed: kill -9 all ranks at a random moment
-        after the stage has begun to save a checkpoint.
+        """Run a stage, or all, with `resume`. With `kill`, a stage and a seed: kill -9 all ranks when the stage has
+        written a random number of a checkpoint's files, and a random moment later.
 
         Returns:
             codes: how each rank ended, as `os.waitpid` gives it; said: what they printed; hit: whether a checkpoint was
@@ -79,7 +79,8 @@ def _do(job: dict) -> dict:
     stage, seed = job["kill"] or ("", 0)
     folder = Path(json.loads(Path(job["config"]).read_text())["output_dir"]) / stage
     left = set(folder.glob("checkpoint-*")) if stage else set()  # perhaps half of one, which the run deletes
-    delay = random.Random(seed).uniform(0.0, LONGEST_DELAY)
+    chance = random.Random(seed)
+    enough, delay = chance.randrange(MOST_FILES + 1), chance.uniform(0.0, LONGEST_DELAY)
     pids = [os.fork() or _one_rank(job, rank, port) for rank in range(job["ranks"])]
     codes, hit, terminated = {}, None, False
     while len(codes) < len(pids):
@@ -93,10 +94,11 @@ def _do(job: dict) -> dict:
                     terminated = True
         now = set(folder.glob("checkpoint-*")) if stage else set()
         left &= now
-        if now - left and hit is None:
+        new = now - left
+        if new and hit is None and sum(path.is_file() for one in new for path in one.rglob("*")) >= enough:
             time.sleep(delay)
             _end(set(pids) - codes.keys(), signal.SIGKILL)
-            hit = not all((checkpoint / "manifest.json").exists() for checkpoint in now - left)
+            hit = not all((checkpoint / "manifest.json").exists() for checkpoint in new)
         time.sleep(0.002)
     return {"codes": [codes[pid] for pid in pids], "hit": hit}
 

@@ -16,7 +16,7 @@ from vlsi_fast import load_config
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError
 from vlsi_fast.data import load_processor
-from vlsi_fast.demo import arms, inputs, models, pictures, progress, tables, training
+from vlsi_fast.demo import arms, inputs, models, pictures, progress, run, tables, training
 from vlsi_fast.evaluation.answers import Answer
 from vlsi_fast.lineage import write_record
 from vlsi_fast.loading import load_backbone
@@ -250,6 +250,13 @@ def test_the_time_left_is_by_shares(monkeypatch, capsys):
 # ---- what is told ----
 
 
+def test_it_says_first_what_will_happen(tmp_path):
+    chosen = arms.chosen(quick=True, control=True)
+    told = run.introduction(load_config(DEMO, {"output_dir": str(tmp_path)}), chosen, 290)
+    assert "300 pictures have descriptions" in told and "3 ways (sft alone, best steps, " in told
+    assert "about 5 minutes" in told and str(tmp_path / "report.html") in told
+
+
 def invented(name, right):
     scores = [{"exact_facts": float(i < right), "facts_f1": 0.5 + 0.5 * (i < right)} for i in range(10)]
     return [Answer(id=str(i), source="t", type="other", question="?", answer="a", prediction=name, scores=s)
@@ -329,7 +336,7 @@ def test_gains_over_seeds_and_the_bar(summary):
 
 
 @pytest.mark.slow
-def test_the_demo_end_to_end(tmp_path, monkeypatch, capsys):
+def test_the_demo_end_to_end(tmp_path, monkeypatch, capfd):
     """Every arm for two steps a stage, on two ranks; the report names every arm, and all models speak."""
     monkeypatch.setattr(inputs, "LABELLED", 24)
     monkeypatch.setattr(inputs, "UNLABELLED", 8)
@@ -357,4 +364,5 @@ def test_the_demo_end_to_end(tmp_path, monkeypatch, capsys):
         assert (label in page) == (label not in {arm.label for arm in arms.FURTHER})
     for name in ("base", "distilled", "teacher"):
         assert f'data-model="{name}"' in page
-    assert "student after VLsI" in capsys.readouterr().out
+    told = capfd.readouterr()
+    assert "student after VLsI" in told.out and "Loading weights" not in told.out + told.err

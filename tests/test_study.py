@@ -1,6 +1,7 @@
 """The studies: statistics against known values, tuning, jobs that resume, curves."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -143,9 +144,20 @@ def test_study_end_to_end_tunes_resumes_and_pairs(work, tmp_path, short, capsys)
 
     killed = next(file for file in work.glob("jobs/sft-*/job.json"))
     killed.rename(killed.with_name("job.json.partial"))  # as a kill in the middle of writing leaves it
+    recorded = (tmp_path / "study_jobs.jsonl").rename(tmp_path / "kept.jsonl").read_text()
     third = start()
     assert started[2] == {killed.parent.name}
     assert [row.get("exact") for row in third["rows"]] == [row.get("exact") for row in first["rows"]]
+
+    # on another machine, from the recorded results alone: only what a lost score rests on is made again
+    shutil.rmtree(work / "jobs")
+    lost = next(line for line in recorded.splitlines(keepends=True) if '"score-' in line and '"exact": ' in line)
+    (tmp_path / "study_jobs.jsonl").write_text(recorded.replace(lost, ""))
+    fourth = start()
+    assert json.loads(lost)["key"] in started[3] and 1 <= len(started[3]) <= 3
+    assert [row.get("exact") for row in fourth["rows"]] == [row.get("exact") for row in first["rows"]]
+    names = [json.loads(line)["key"] for line in (tmp_path / "study_jobs.jsonl").read_text().splitlines()]
+    assert names == [json.loads(line)["key"] for line in recorded.splitlines()]
 
 
 def test_equal_operations_are_worked_out(work, short):

@@ -159,6 +159,7 @@ def test_ctrl_c_under_deepspeed(workspace, tmp_path):
     # DeepSpeed's launcher kills the ranks at once: on a busy machine before one has said its sentence
     assert process.returncode != 0 and text.count("vlsi-fast: stopped in stage verbalize") <= 1, text
     assert "Loading weights" not in text and "FutureWarning" not in text
-    assert "Traceback" not in text.split("vlsi-fast: stopped")[0]
+    # the launcher, interrupted itself, may print a traceback of its own frames
+    assert "vlsi_fast/stages" not in text and "vlsi_fast/cli" not in text, text
 
 

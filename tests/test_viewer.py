@@ -143,6 +143,14 @@ def refused(capsys, *words) -> str:
     return capsys.readouterr().err
 
 
+def test_a_long_answer_is_as_sure_as_its_tokens():
+    from vlsi_fast.viewer.right import probability
+
+    said = lambda *tokens: SimpleNamespace(token_probabilities=list(tokens))  # noqa: E731
+    assert probability(said(0.9)) == pytest.approx(0.9) and probability(said(*[0.9] * 60)) == pytest.approx(0.9)
+    assert probability(said(0.25, 1.0)) == pytest.approx(0.5) and probability(said()) == probability(said(0.0, 1)) == 0
+
+
 def test_errors_name_the_fix(run, workspace, asked, capsys, tmp_path, monkeypatch):
     assert "holds no run" in refused(capsys, "--run", str(tmp_path), *asked)
     assert "--question is missing" in refused(capsys, "--run", str(run))
@@ -152,7 +160,7 @@ def test_errors_name_the_fix(run, workspace, asked, capsys, tmp_path, monkeypatc
     assert f"--image {missing[1]}: " in told and "does not exist" in told and "give an image file" in told
     (tmp_path / "text.png").write_text("no image")
     told = refused(capsys, "--run", str(run), "--image", str(tmp_path / "text.png"), "--question", "x")
-    assert "not an image file of a format that is read (truncated_image)" in told
+    assert "text.png: not an image" in told and "(truncated_image); give an image file" in told
     monkeypatch.undo()
     assert "there are some for [1, 3]" in refused(capsys, "--run", str(run), *asked, "--layers", "2")
     assert "folder nowhere does not exist" in refused(capsys, "--run", str(run), *asked, "--compare", "nowhere")

@@ -26,6 +26,11 @@ def hush() -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets its own level when it is imported
 
 
+def is_hushed() -> bool:
+    """Whether `hush` was called in this process."""
+    return _hushed
+
+
 def hush_bars() -> None:
     """Where `hush` was called: no bars for loading and writing weights; those of downloads stay.
 

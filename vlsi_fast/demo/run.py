@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from .. import terminal
 from ..config import RunConfig, load_config
 from . import inputs
 from .arms import VLSI, Arm, arm_changes, arm_config, arm_file, chosen
@@ -75,6 +76,7 @@ def main(arguments: argparse.Namespace, overrides: list[str] = ()) -> int:
     parts = {PREPARING: SECONDS[PREPARING], ASKING: SECONDS[ASKING]}
     parts |= {_title(arm): arm.seconds for arm in arms} | {SCORING: SECONDS[SCORING], REPORT: SECONDS[REPORT]}
     with Progress(parts) as progress:
+        progress.say(introduction(config, arms, sum(parts.values())))
         report, summary = _course(arguments, config, configs, progress)
     summary["seconds"] = time.perf_counter() - began
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -82,6 +84,23 @@ def main(arguments: argparse.Namespace, overrides: list[str] = ()) -> int:
 
     print_tables(summary, output, report)
     return 0
+
+
+def introduction(config: RunConfig, arms: list[Arm], seconds: float) -> str:
+    """What will happen, how long it takes and where the results appear.
+
+    Args:
+        config: the demo's, as it is run.
+        arms: in the order of their runs.
+        seconds: about what all takes on two cores.
+    """
+    ways = ", ".join(arm.label.removeprefix("student after ") for arm in arms)
+    return (
+        f"A small vision-language model learns from a larger one to describe drawings: {inputs.LABELLED} pictures have"
+        f" descriptions. It is trained in {len(arms)} ways ({ways}), and all are scored on the same unseen pictures.\n"
+        f"This takes about {max(1, round(seconds / 60))} minutes on two CPU cores. Results: a table here, the page"
+        f" {Path(config.output_dir) / 'report.html'}, and summary.json beside it.\n"
+    )
 
 
 def _title(arm: Arm) -> str:
@@ -125,7 +144,8 @@ def _course(
 
 def _ask(config: RunConfig, paths: dict[str, Any], progress: Progress, more: list = ()) -> dict[str, list]:
     """Answers of several checkpoints to `data.eval`, two processes at a time; `more` are calls with the config."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_use_half_the_cores) as pool:
+    options = {"mp_context": get_context("spawn"), "initializer": _begin, "initargs": (terminal.is_hushed(),)}
+    with ProcessPoolExecutor(2, **options) as pool:
         others = [pool.submit(call, config) for call in more]
         jobs = {name: pool.submit(_answers, str(path), config) for name, path in paths.items()}
         for number, job in enumerate([*jobs.values(), *others], 1):
@@ -134,8 +154,11 @@ def _ask(config: RunConfig, paths: dict[str, Any], progress: Progress, more: lis
         return {name: job.result() for name, job in jobs.items()}
 
 
-def _use_half_the_cores() -> None:
+def _begin(hushed: bool) -> None:
+    """In a process of the pool, before anything heavy is imported: half of the cores, as quiet as the demo itself."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 2) // 2))
+    if hushed:
+        terminal.hush()
 
 
 def _answers(path: str, config: RunConfig) -> list:

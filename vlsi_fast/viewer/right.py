@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,5 +34,9 @@ def is_right(speech: Speech, answer: RightAnswer | None) -> bool | None:
 
 
 def probability(speech: Speech) -> float:
-    """Of the whole answer, under the layer's own distribution: the product of its tokens' (0 to 1)."""
-    return math.prod(speech.token_probabilities)
+    """Of a token of the answer, under the layer's own distribution: the geometric mean (0 to 1; 0 for no token).
+
+    The probability of a whole answer, the product, is near 0 for every long one.
+    """
+    tokens = speech.token_probabilities
+    return statistics.geometric_mean(tokens) if tokens and min(tokens) > 0 else 0.0

@@ -60,7 +60,7 @@ def print_table(
 
 
 def _cell(speech: Speech, probabilities: bool, answer: RightAnswer | None) -> Text:
-    cell = Text(f"{label(speech)}, {probability(speech):.0%}\n", style="")
+    cell = Text(f"{label(speech)}, {probability(speech):.0%} a token\n", style="")
     cell.stylize("dim")
     right = is_right(speech, answer)
     mark = {True: "✓ ", False: "✗ ", None: ""}[right]
