@@ -1,7 +1,8 @@
 """Makes report.png, the head of a run's report. After a change of the page: python docs/figures/report.py [RUN]
 
-RUN is a folder that `vlsi-fast demo` wrote. Without it: the shipped example, whose pictures are drawn and whose models
-are scored here (minutes). Needs Chromium (`apt-get install chromium`).
+RUN is a folder that `vlsi-fast demo` wrote; the committed picture is of `vlsi-fast demo --all-arms`. Without it: the
+shipped example, whose pictures are drawn and whose models are scored here (minutes). Needs Chromium
+(`apt-get install chromium`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vlsi_fast.demo.models import MODELS
 from vlsi_fast.report.command import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WIDTH, HEIGHT = 1200, 1480
+WIDTH, HEIGHT = 1200, 1940
 """Of the picture, pixels."""
 
 
