@@ -336,6 +336,10 @@ def test_words_of_rows_are_words_on_the_report(tmp_path, monkeypatch):
     run = open_run(tmp_path / "run")
     outcomes = [{"right": {evil: True}, "count": 3}]
     found = {"name": evil, "path": None, "file": "f", "metric": evil, "mean": 0.5, "rows": 2, "interval": [0.1, 0.9]}
-    page = page_of.build_page([run], [found], {run.folder: {"rows": [row] * 3, "outcomes": outcomes, "reason": evil}})
+    (tmp_path / "run" / "summary.json").unlink()
+    own = found | {"name": "own", "path": str(run.student), "mean": 0.4}
+    page = page_of.build_page(
+        [run], [own, found], {run.folder: {"rows": [row] * 3, "outcomes": outcomes, "reason": evil}}
+    )
     assert "<script>alert" not in page and "<img src=x" not in page and "&lt;script&gt;alert(1)" in page
-    assert "{{ 7 * 7 }}" in page
+    assert "{{ 7 * 7 }}" in page and "The student is at\xa040.0%, less than script&gt;&lt;img" in page

@@ -1,5 +1,6 @@
 """The report: its numbers against plain ones, the page's safety, and the page in a real browser."""
 
+import base64
 import json
 import random
 import re
@@ -302,6 +303,22 @@ def test_results_of_eval(run, tmp_path):
         (tmp_path / "b.json").write_text(bad)
         with pytest.raises(ConfigError, match="vlsi-fast eval --json"):
             collect.read_results(tmp_path / "b.json")
+
+
+def test_curves_have_no_colour_that_is_unseen_by_night():
+    """Every colour of a chart is a line's, of middling lightness, or has another one by night; nothing is opaque."""
+    series = {f"layer {k}": ([1.0, 2.0], [0.1, 1.0 + k]) for k in range(9)}
+    for log in (False, True):
+        svg = base64.b64decode(charts.lines(series, "title", "unit", log=log).split(",")[1]).decode()
+        style, drawn = svg[svg.index("<style>@media") : svg.index("<defs>")], svg[svg.index("<defs>") :]
+        used = set(re.findall(r"(?:fill|stroke): (#\w+)", drawn))
+        assert used == {*charts.colours(9), *charts.NIGHT} and "background" not in drawn
+        assert all(f'[style*="fill: {day}"] {{ fill: {night}' in style for day, night in charts.NIGHT.items())
+    for colour in charts.colours(30):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+        light = float(np.dot([0.2126, 0.7152, 0.0722], linear))
+        assert 1.05 / (light + 0.05) > 2.5 and (light + 0.05) / (0.012 + 0.05) > 2.5, "on white, and on the dark card"
 
 
 # ---- the page ----

@@ -15,8 +15,8 @@ from typing import Any
 INK, GRID = "#1f2933", "#d8dee6"
 NIGHT = {INK: "#dfe4e9", GRID: "#3a434c"}
 """Colour by day -> by night; those of lines are seen on either ground."""
-LEGEND = 4
-"""Labels side by side below a chart."""
+LEGEND = 4, 66
+"""Below a chart: most labels side by side, and about how many characters there is room for, 5 of them for each line."""
 SHALLOW_TO_DEEP = ("#3f6fd8", "#139a8b", "#5d9b1d", "#d08700", "#d4513c")
 
 
@@ -46,7 +46,8 @@ def lines(
     matplotlib.rcParams["svg.hashsalt"] = "vlsi-fast"  # the same run gives the same page
     from matplotlib.figure import Figure
 
-    rows = math.ceil(len(series) / LEGEND) if len(series) > 1 else 0
+    columns = max(1, min(LEGEND[0], LEGEND[1] // (5 + max(map(len, series)))))
+    rows = math.ceil(len(series) / columns) if len(series) > 1 else 0
     figure = Figure(figsize=(5.0, 2.9 + 0.19 * rows), layout="constrained")  # small: text is read on phones, too
     axes = figure.add_subplot()
     for color, (label, (x, y)) in zip(colours(len(series)), series.items()):
@@ -61,7 +62,7 @@ def lines(
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
     if len(series) > 1:
-        figure.legend(loc="outside lower left", fontsize=8, frameon=False, ncols=LEGEND, labelcolor=INK)
+        figure.legend(loc="outside lower left", fontsize=8, frameon=False, ncols=columns, labelcolor=INK)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     return "data:image/svg+xml;base64," + base64.b64encode(_by_night(buffer.getvalue())).decode()
@@ -83,7 +84,7 @@ def _by_night(svg: bytes) -> bytes:
 
 WIDTH, NODE, LABEL = 360, 12, 34
 """Of a flow's drawing, of a layer's bar, and of the room for a layer's number beside it; pixels."""
-GAP, LEAST, THINNEST = 7, 3, 0.005
+GAP, LEAST, THINNEST = 9, 3, 0.005
 """Between bars; least height of a bar; smallest share that gets a ribbon."""
 
 
