@@ -183,6 +183,8 @@ def test_cost_adds_up(run):
     assert whole["answer_tokens"] == sum(r["answer_tokens"] for stage in run.records for r in run.metrics(stage))
     slow = collect.totals([first, first | {"tokens_per_second": 500.0, "step_seconds": 3 * first["step_seconds"]}])
     assert slow["tokens_per_second"] == pytest.approx((1000 + 3 * 500) / 4), "by the time that each stage took"
+    unborn = first | dict.fromkeys(("tokens_per_second", "peak_memory_bytes", "ranks"), float("nan"))
+    assert collect.totals([unborn, first])["peak_memory_bytes"] == 2**31
     assert np.isnan(collect.totals([])["peak_memory_bytes"]) and summary["questions"] == 1234
 
 

@@ -265,7 +265,7 @@ def totals(cost: list[dict[str, Any]]) -> dict[str, Any]:
         "answer_tokens": sum(c["answer_tokens"] for c in cost),
         "tokens_per_second": sum(c["tokens_per_second"] * c["step_seconds"] for c in measured) / busy
         if busy else math.nan,
-        "peak_memory_bytes": max((c["peak_memory_bytes"] for c in cost if measured), default=math.nan),
+        "peak_memory_bytes": max((c["peak_memory_bytes"] for c in measured), default=math.nan),
         "ranks": max((c["ranks"] for c in measured), default=math.nan),
         "device": cost[-1]["device"] if cost else "",
     }  # fmt: skip
