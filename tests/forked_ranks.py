@@ -32,15 +32,20 @@ class ForkedRanks:
             )  # fmt: skip
         self.said = folder / "ranks.said"
 
-    def run(self, config: Path, stage: str, ranks: int = 2, kill: tuple[str, int] | None = None) -> dict:
+    def run(
+        self, config: Path, stage: str, ranks: int = 2, kill: tuple[str, int] | None = None, ask: str | None = None
+    ) -> dict:
         """Run a stage, or all, with `resume`. With `kill`, a stage and a seed: kill -9 all ranks when the stage has
         written a random number of a checkpoint's files, and a random moment later.
+
+        With `ask`, a stage: SIGTERM to all ranks once it has made a step.
 
         Returns:
             codes: how each rank ended, as `os.waitpid` gives it; said: what they printed; hit: whether a checkpoint was
             being written when they were killed, None where they were not.
         """
-        job = {"config": str(config), "stage": stage, "ranks": ranks, "kill": kill, "said": str(self.said)}
+        job = {"config": str(config), "stage": stage, "ranks": ranks, "kill": kill, "ask": ask}
+        job["said"] = str(self.said)
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline()) | {"said": self.said.read_text()}
@@ -77,7 +82,8 @@ def _do(job: dict) -> dict:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     stage, seed = job["kill"] or ("", 0)
-    folder = Path(json.loads(Path(job["config"]).read_text())["output_dir"]) / stage
+    output = Path(json.loads(Path(job["config"]).read_text())["output_dir"])
+    folder, steps = output / stage, output / (job["ask"] or "") / "metrics.jsonl"
     left = set(folder.glob("checkpoint-*")) if stage else set()  # perhaps half of one, which the run deletes
     chance = random.Random(seed)
     enough, delay = chance.randrange(MOST_FILES + 1), chance.uniform(0.0, LONGEST_DELAY)
@@ -92,6 +98,9 @@ def _do(job: dict) -> dict:
                     time.sleep(1.0)
                     _end(set(pids) - codes.keys(), signal.SIGTERM)
                     terminated = True
+        if job["ask"] and steps.is_file() and steps.read_bytes().count(b"\n") >= 1:
+            job["ask"] = None
+            _end(set(pids) - codes.keys(), signal.SIGTERM)
         now = set(folder.glob("checkpoint-*")) if stage else set()
         left &= now
         new = now - left

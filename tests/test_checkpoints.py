@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from vlsi_fast import checkpoints, disk, load_config, locking, run
 from vlsi_fast.checkpoints import drop_newer, keep_newest, last_checkpoint, read_manifest
 from vlsi_fast.cli import train_main
+from vlsi_fast.errors import StoppedEarly
 from vlsi_fast.lineage import LineageError, read_record, write_record
 from vlsi_fast.resuming import checkpoint_to_resume
 from vlsi_fast.unpickling import UnsafeFileError, data_only
@@ -423,6 +424,24 @@ def test_killed_while_saving_many_times_a_run_is_what_it_would_have_been(workspa
                 assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), one
         assert [p.name for p in (tmp_path / "run" / stage).glob("checkpoint-*")] == ["checkpoint-8"]
     assert hits >= 3, "nearly all kills came between checkpoints"
+
+
+@pytest.mark.slow
+def test_asked_to_end_ranks_save_and_go_on(workspace, sharded, ranks, tmp_path):
+    """SIGTERM to all ranks, as a cluster sends it before it takes the machine."""
+    config = sharded_config(workspace, tmp_path / "run")
+    asked = ranks.run(config, "all", ask="interact")
+    assert asked["codes"] == [StoppedEarly.exit_code << 8] * 2, asked["said"][-3000:]
+    made = runs.metrics(tmp_path / "run", "interact")[-1]["step"]
+    assert made < 8 and (tmp_path / "run" / "interact" / f"checkpoint-{made}" / "manifest.json").is_file()
+    told = f"stopped in stage interact after optimizer step {made} of 8, since it was asked to end (SIGTERM)"
+    assert asked["said"].count(told) == 1 and "Traceback" not in asked["said"]
+    assert read_record(tmp_path / "run" / "interact")["state"] == "running"
+    done = ranks.run(config, "all")
+    assert done["codes"] == [0, 0], done["said"][-3000:]
+    for stage in STAGES:
+        losses = [[(r["loss"], r.get("matches")) for r in runs.metrics(o, stage)] for o in (tmp_path / "run", sharded)]
+        assert losses[0] == losses[1]
 
 
 @pytest.mark.slow

@@ -1,7 +1,11 @@
 """Rows for two models, replacement of unusable rows, batches, and the log of what was skipped."""
 
+import errno
 import json
+import math
 import multiprocessing
+import os
+import random
 import time
 
 import pytest
@@ -15,7 +19,7 @@ from vlsi_fast.data.collate import Collator
 from vlsi_fast.data.dataset import AnswerMismatchError, NoUsableRowError, VlsiDataset, equivalent
 from vlsi_fast.data.encoding import encode
 from vlsi_fast.data.messages import Sample
-from vlsi_fast.data.skipped import SkipLog, TooManySkippedRows, UnusableRow
+from vlsi_fast.data.skipped import CHANCE, SkipLog, TooManySkippedRows, UnusableRow, log_chance
 from vlsi_fast.data.sources import build_source
 
 
@@ -197,11 +201,11 @@ def record(i, cause="missing_image"):
 def test_skip_log_writes_each_row_once_and_continues(tmp_path):
     path = tmp_path / "run" / "skipped.jsonl"
     log = SkipLog(path, total_rows=100, max_share=0.5)
-    log.record([record(1), record(2, "too_long"), record(1)], seen=3)
-    log.record([record(1)], seen=1)
+    log.record([record(1), record(2, "too_long"), record(1)])
+    log.record([record(1)])
     assert log.summary() == {"missing_image": 1, "too_long": 1}
     again = SkipLog(path, total_rows=100, max_share=0.5)
-    again.record([record(2, "too_long"), record(3)], seen=2)
+    again.record([record(2, "too_long"), record(3)])
     assert again.summary() == {"missing_image": 2, "too_long": 1}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [record(1), record(2, "too_long"), record(3)]
@@ -213,15 +217,28 @@ def test_skip_log_survives_a_line_cut_by_a_crash(tmp_path):
     path = tmp_path / "skipped.jsonl"
     path.write_text(json.dumps(record(1)) + "\n" + '{"id": "m.json#2", "cau')
     log = SkipLog(path, total_rows=100, max_share=0.5)
-    log.record([record(2), record(3)], seen=2)
+    log.record([record(2), record(3)])
     assert SkipLog(path, total_rows=100, max_share=0.5).summary() == log.summary() == {"missing_image": 3}
+
+
+def test_skip_log_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    def refuse(number, *_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", lambda *_: refuse(errno.ENOLCK))
+    log = SkipLog(tmp_path / "s.jsonl", total_rows=100, max_share=0.5)
+    log.record([record(1)])
+    assert log.summary() == {"missing_image": 1}
+    monkeypatch.setattr("fcntl.flock", lambda *_: refuse(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        log.record([record(2)])
 
 
 def test_share_of_the_whole(tmp_path):
     log = SkipLog(tmp_path / "s.jsonl", total_rows=100, max_share=0.02)
-    log.record([record(0), record(1, "too_long")], seen=10)
+    log.record([record(0), record(1, "too_long")])
     log.check()
-    log.record([record(2)], seen=10)
+    log.record([record(2)])
     with pytest.raises(TooManySkippedRows) as error:
         log.check()
     for part in ("3 of", "100 rows (3.00%)", "limit is 2.00%", "missing_image: 2", "too_long: 1", "s.jsonl"):
@@ -229,24 +246,46 @@ def test_share_of_the_whole(tmp_path):
     assert "raise data.max_skipped_share" in str(error.value)
 
 
-def test_share_of_what_was_seen(tmp_path):
+def test_share_of_what_was_read(tmp_path):
     log = SkipLog(tmp_path / "s.jsonl", total_rows=10**6, max_share=0.01)
-    log.record([record(i) for i in range(3)], seen=199)
-    log.check()
-    log.record([], seen=1)
-    with pytest.raises(TooManySkippedRows, match="3 of the first 200 rows"):
-        log.check()
-    # what an earlier or another process skipped does not count against the rows that this one has seen
-    fresh = SkipLog(tmp_path / "s.jsonl", total_rows=10**6, max_share=0.01)
-    fresh.record([record(0), record(1)], seen=200)
-    fresh.check()
+    log.record([record(i) for i in range(3)])
+    log.check(3, 200)  # chance: 2 are expected
+    log.check(3, 4_000_000)
+    with pytest.raises(TooManySkippedRows, match="20 of the first 200 rows"):
+        log.check(20, 200)
+    with pytest.raises(TooManySkippedRows, match="4 of the first 4 rows"):
+        log.check(4, 4)
+
+
+def test_the_bound_is_above_the_binomial_tail():
+    for read, share in ((50, 0.01), (400, 0.1), (1000, 0.004)):
+        for skipped in range(1, read, 7):
+            terms = (math.comb(read, k) * share**k * (1 - share) ** (read - k) for k in range(skipped, min(read, 160)))
+            assert math.exp(log_chance(skipped, read, share)) >= (1 - 1e-9) * math.fsum(terms)
+    assert log_chance(1, 9, 0.0) == -math.inf and log_chance(9, 9, 1.0) == log_chance(0, 0, 0.5) == 0
+    assert log_chance(7, 7, 0.1) == pytest.approx(7 * math.log(0.1))
+
+
+def test_a_run_below_the_limit_goes_on_and_one_far_above_stops(tmp_path):
+    """60 steps of 256 rows on 8 ranks, which judge together: 0.4% unusable against 1%."""
+    chance = random.Random(0)
+
+    def stopped(share):
+        skipped = 0
+        for step in range(1, 61):
+            skipped += sum(chance.random() < share for _ in range(256))
+            if log_chance(skipped, 256 * step, 0.01) < math.log(CHANCE):
+                return step
+        return None
+
+    assert [stopped(0.004) for _ in range(40)] == [None] * 40
+    assert all(step is not None and step <= 4 for step in (stopped(0.05) for _ in range(20)))
 
 
 def test_no_skip_allowed(tmp_path):
     log = SkipLog(tmp_path / "s.jsonl", total_rows=10, max_share=0.0)
-    log.record([], seen=500)
-    log.check()
-    log.record([record(0)], seen=1)
+    log.check(0, 500)
+    log.record([record(0)])
     with pytest.raises(TooManySkippedRows):
         log.check()
 
@@ -262,7 +301,7 @@ class SlowLog(SkipLog):
 def write_records(path, first):
     log = SlowLog(path, total_rows=1000, max_share=1.0)
     for i in range(first, first + 60):
-        log.record([record(i)], seen=1)
+        log.record([record(i)])
 
 
 def test_several_processes_share_the_file(tmp_path):

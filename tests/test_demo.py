@@ -288,6 +288,8 @@ def test_the_summary_holds_every_score(summary, tmp_path, capsys):
     tables.print_tables(summary | {"seconds": 100.0}, tmp_path, tmp_path / "report.html")
     text = capsys.readouterr().out
     assert "student after VLsI" in text and "70.0%" in text and "VLsI less sft alone, best steps: +50.0" in text
+    last = "The student went from 0.0% to 70.0% (teacher 100.0%, sft alone on the same labels 20.0%)."
+    assert " ".join(text.split()).endswith(last)
 
 
 def test_the_page_has_every_score(summary, tmp_path):
@@ -295,11 +297,16 @@ def test_the_page_has_every_score(summary, tmp_path):
     from vlsi_fast.runs import Run
 
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    found = collect.demo_scores(Run(tmp_path, {}))
-    assert found["metrics"] == ["exact facts", "facts F1"] and found["questions"] == 10
-    exact, f1 = found["scores"]["student after VLsI"]
-    assert exact["mean"] == 0.7 and exact["interval"][0] < 0.7 < exact["interval"][1]
-    assert f1["mean"] == pytest.approx(0.85)
+    found = collect.demo_scores(collect.read_summary(Run(tmp_path, {})))
+    assert [(table["metric"], table["questions"]) for table in found["tables"]] == [
+        ("exact facts", 10),
+        ("facts F1", 10),
+    ]
+    exact, f1 = ({s.role: s for s in table["scores"]}["after"] for table in found["tables"])
+    assert exact.label == "student after VLsI" and exact.mean == 0.7 and exact.interval[0] < 0.7 < exact.interval[1]
+    assert f1.mean == pytest.approx(0.85)
+    roles = {s.label: s.role for s in found["tables"][0]["scores"]}
+    assert [roles[name] for name in ("sft alone, best steps", "student before")] == ["control", "before"]
     gains = {(each["label"], each["metric"]): each for each in found["differences"]}
     assert set(label for label, _ in gains) == {"sft alone, best steps", "sft alone, VLsI's steps"}
     gain = gains["sft alone, best steps", "exact facts"]

@@ -323,16 +323,24 @@ def test_words_of_rows_are_words_on_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(page_of, "lines", lambda *_, **__: "data:,")
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
     make_run(tmp_path / "run")
-    cells = [{"text": evil, "right": False, "share": 0.5}]
+    cells = [
+        {"layer": 2, "text": evil, "right": False, "share": 0.5},
+        {"layer": "answer", "text": evil, "right": True, "share": 1.0},
+    ]
     row = {
         "images": [],
         "question": evil,
         "answer": evil,
-        "models": ["base"],
         "shade": evil,
-        "rows": [{"layer": 2, "cells": cells}],
+        "columns": [{"model": "base", "cells": cells}],
     }
     run = open_run(tmp_path / "run")
-    page = page_of.build_page([run], [], {run.folder: {"rows": [row], "chosen_of": 0, "reason": evil}})
+    outcomes = [{"right": {evil: True}, "count": 3}]
+    found = {"name": evil, "path": None, "file": "f", "metric": evil, "mean": 0.5, "rows": 2, "interval": [0.1, 0.9]}
+    (tmp_path / "run" / "summary.json").unlink()
+    own = found | {"name": "own", "path": str(run.student), "mean": 0.4}
+    page = page_of.build_page(
+        [run], [own, found], {run.folder: {"rows": [row] * 3, "outcomes": outcomes, "reason": evil}}
+    )
     assert "<script>alert" not in page and "<img src=x" not in page and "&lt;script&gt;alert(1)" in page
-    assert "{{ 7 * 7 }}" in page
+    assert "{{ 7 * 7 }}" in page and "The student is at\xa040.0%, less than script&gt;&lt;img" in page

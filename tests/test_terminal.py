@@ -89,10 +89,10 @@ def test_a_new_cause_is_told_once_and_all_at_the_end(tmp_path):
     log = SkipLog(tmp_path / "skipped.jsonl", 10_000, 1.0)
     row = lambda i, cause: {"id": f"rows#{i}", "cause": cause, "detail": "x"}  # noqa: E731
     assert log.total() == "" and log.news() == []
-    log.record([row(1, "missing_image"), row(2, "missing_image"), row(3, "too_long")], 8)
+    log.record([row(1, "missing_image"), row(2, "missing_image"), row(3, "too_long")])
     told = log.news()
     assert len(told) == 2 and "rows#1" in told[1] and "does not exist" in told[1] and "rows#3" in told[0]
-    log.record([row(i, "missing_image") for i in range(4, 2000)], 3000)
+    log.record([row(i, "missing_image") for i in range(4, 2000)])
     assert log.news() == []
     assert log.total().startswith("1,999 of 10,000 rows skipped: missing_image 1,998, too_long 1 (")
     assert SkipLog(tmp_path / "skipped.jsonl", 10_000, 1.0).news() == [], "a continued run has told them"

@@ -213,6 +213,40 @@ def test_columns_of_different_depth_are_spread():
     ]
 
 
+def test_answers_fill_their_columns():
+    """Spans of a column add up to its rows; the last answers share the last one."""
+
+    def speech(layer):
+        return Speech(layer, "word", ["t"], [0], [0.5], [])
+
+    source = Source("a", "student", "x", Path("y"))
+    layers = [[1, 2, 3, 4, None], [2, None], [None]]
+    page = render([Column(source, [speech(k) for k in each]) for each in layers], [], "?", "run", "greedy")
+    spans = [[int(n) for n in re.findall(r"--span: (\d+)", part)] for part in page.split('class="model"')[1:]]
+    assert spans == [[1] * 5, [4, 1], [5]]
+
+
+NARROW = """
+const out = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1);
+const columns = new Set([...document.querySelectorAll(".model")].map(m => m.getBoundingClientRect().left)).size;
+return [innerWidth, document.documentElement.scrollWidth - innerWidth, out.map(e => e.outerHTML.slice(0, 90)), columns,
+        document.querySelector("img").getBoundingClientRect().height];
+"""
+
+
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width,columns", [(390, 1), (800, 3), (1400, 3)])
+def test_the_page_fits_phones_and_desks(tmp_path, width, columns):
+    words = ["so " * 300, "x" * 900, "red"]
+    speeches = [Speech(i, text, ["t" * 90], [1], [0.5], [[("u" * 90, 0.3)]]) for i, text in enumerate(words, 1)]
+    source = Source("n" * 90, "student", "p" * 90, Path("y"), "note " * 30)
+    text = render([Column(source, speeches)] * 3, [Image.new("RGB", (48, 48))], "q" * 200, "run", "greedy")
+    (tmp_path / "page.html").write_text(text.replace("<details>", "<details open>").replace("default-src", "x-src"))
+    found, _ = chromium.run(tmp_path / "page.html", NARROW, tmp_path, width)
+    assert found[0] == width and found[1] <= 0 and found[2:4] == [[], columns]
+    assert found[4] >= 150, "an image of 48 pixels is enlarged"
+
+
 # ---- the shipped example ----
 
 

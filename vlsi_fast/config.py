@@ -37,6 +37,7 @@ NOT_EXTRA = {
     *("load_best_model_at_end", "greater_is_better", "save_only_model", "save_safetensors", "label_smoothing_factor"),
     *("label_names", "per_device_eval_batch_size", "batch_eval_metrics", "group_by_length", "resume_from_checkpoint"),
     *("average_tokens_across_devices", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile"),
+    "enable_jit_checkpoint",  # max_hours, save_minutes and SIGTERM do what it does
 }
 """Fields of TrainingArguments that the stages set themselves or that have no meaning for them."""
 
@@ -175,6 +176,8 @@ class TrainingConfig(Section):
     """Optimizer steps between reports to report_to; metrics.jsonl has every step."""
     save_steps: int = Field(500, ge=1)
     """Optimizer steps between checkpoints for --resume."""
+    save_minutes: float | None = Field(30, gt=0)
+    """Minutes after which a checkpoint is saved at the end of the step, whatever save_steps says; null: never."""
     save_total_limit: int | None = Field(2, ge=1)
     """Checkpoints kept; null: all."""
     report_to: list[str] = ["tensorboard"]
@@ -229,6 +232,9 @@ class RunConfig(Section):
     stages: list[StageName] = list(STAGES)
     """What --stage all runs, in this order; plan and check look at these. [verbalize, interact] where sft on few labels
     costs points; [interact, sft] where interact.intermediate is none, or verbalizers are trained already."""
+    max_hours: float | None = Field(None, gt=0)
+    """Hours after which the run saves a checkpoint at the end of the step and ends with exit code 75, for --resume;
+    null: no limit. SIGTERM does the same at once."""
     preflight: bool = True
     """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more)."""
     teacher: TeacherConfig

@@ -87,7 +87,7 @@ def build(data: DataConfig, out: Path, shard_bytes: int = 10**9, workers: int = 
             while at < len(part):
                 path = out / folder / f"train-{journal.shards_done(folder):05d}.parquet"
                 shard = _write_shard(path, convert(first + at, first + len(part)), at, shard_bytes)
-                log.record(shard.pop("skipped"), shard["next"] - at)
+                log.record(shard.pop("skipped"))
                 log.check()
                 journal.add(shard)
                 at = shard["next"]

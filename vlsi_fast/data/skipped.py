@@ -8,7 +8,9 @@ JSON-lines file, counts by cause, and stops the run when the share grows past th
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import traceback
 from collections import Counter
@@ -41,8 +43,10 @@ MAX_DETAIL = 1000
 """Characters of a detail that are kept."""
 RECORD = ("id", "cause", "detail", "file", "line")
 """What is written of a skipped row."""
-MIN_SEEN = 200
-"""Rows a process must have read before the share of what it has seen so far is judged."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""How a file system says that it has no `flock`."""
+CHANCE = 1e-6
+"""A run is judged at every step, so what stops it must be far from chance."""
 
 
 def printable(text: str) -> str:
@@ -111,6 +115,18 @@ class TooManySkippedRows(UserError, RuntimeError):
     exit_code = 1
 
 
+def log_chance(skipped: int, read: int, share: float) -> float:
+    """Logarithm of how likely so many or more of `read` rows are unusable where `share` of all rows are: an upper bound
+    (Chernoff's). 0 where no more are than that."""
+    if read == 0 or skipped <= share * read:
+        return 0.0
+    if share == 0:
+        return -math.inf
+    seen = skipped / read
+    usable = (1 - seen) * math.log((1 - seen) / (1 - share)) if seen < 1 else 0.0
+    return -read * (seen * math.log(seen / share) + usable)
+
+
 class SkipLog:
     """Counts skipped rows and lists each of them once in a file, one JSON object a line: `id`, `cause`, `detail`, and
     where the row stands: `file` and, of a JSON file, `line` (1: the first).
@@ -133,23 +149,14 @@ class SkipLog:
         self.total_rows = total_rows
         self.max_share = max_share
         self._causes: dict[str, str] = {}  # id -> cause, of every process that writes to the file
-        self._own: set[str] = set()  # ids that this process met
-        self._seen = 0
         self._read_to = 0  # bytes of the file that are in `_causes`
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._read_new_lines()
         self._told = set(self._causes.values())
 
-    def record(self, skipped: Iterable[dict], seen: int) -> None:
-        """Takes in one batch.
-
-        Args:
-            skipped: records with `id`, `cause`, `detail` and, where known, `file` and `line` (a batch's "skipped").
-            seen: rows read for this batch, the skipped ones included.
-        """
+    def record(self, skipped: Iterable[dict]) -> None:
+        """Takes in one batch's "skipped": records with `id`, `cause`, `detail` and, where known, `file` and `line`."""
         skipped = list(skipped)
-        self._seen += seen
-        self._own.update(row["id"] for row in skipped)
         if all(row["id"] in self._causes for row in skipped):
             return
         with self._locked_file() as file:
@@ -160,18 +167,22 @@ class SkipLog:
             file.flush()
             self._read_new_lines()
 
-    def check(self) -> None:
+    def check(self, skipped: int = 0, read: int = 0) -> None:
         """Stops the run where too many rows are skipped.
 
+        Args:
+            skipped: rows skipped so far, by all processes, where rows are read in a random order.
+            read: rows read so far by all processes, the skipped ones included.
+
         Raises:
-            TooManySkippedRows: the distinct rows skipped by all processes exceed `max_share * total_rows`, or those of
-                this process exceed `max_share` of the rows it has read, once it has read `MIN_SEEN`.
+            TooManySkippedRows: the distinct rows skipped exceed `max_share * total_rows`; or `skipped` of `read` cannot
+                be chance: were `max_share` of all rows unusable, so many would come with less than `CHANCE`.
         """
         self._read_new_lines()
         if len(self._causes) > self.max_share * self.total_rows:
             self._stop(len(self._causes), self.total_rows, "of the dataset's")
-        if self._seen >= MIN_SEEN and len(self._own) > self.max_share * self._seen:
-            self._stop(len(self._own), self._seen, "of the first")
+        if log_chance(skipped, read, self.max_share) < math.log(CHANCE):
+            self._stop(skipped, read, "of the first")
 
     def summary(self) -> dict[str, int]:
         """Distinct skipped rows by cause, most frequent first, over all processes that share the file."""
@@ -221,7 +232,11 @@ class SkipLog:
     def _locked_file(self) -> Iterator:
         with open(self.path, "ab") as file:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:  # then a row may be listed by two ranks, and is counted once
+                        raise
             if self._ends_inside_a_line():
                 file.write(b"\n")
                 file.flush()

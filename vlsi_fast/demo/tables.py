@@ -71,11 +71,13 @@ def _peak_rss(folder: Path) -> int:
 
 
 def print_tables(summary: dict[str, Any], output: Path, report: Path) -> None:
-    """Scores of all models, what training took, and where everything lies."""
+    """Scores of all models, what training took, where everything lies, and the run in one sentence."""
     from rich.console import Console
     from rich.table import Table
 
     from ..evaluation.metrics import title
+    from ..report.collect import demo_scores
+    from ..report.headline import of_scores
 
     console, metrics = Console(highlight=False), summary["metrics"]
     table = Table(
@@ -98,6 +100,7 @@ def print_tables(summary: dict[str, Any], output: Path, report: Path) -> None:
         f"ask its layers yourself: vlsi-fast verbalize --run {output} --image {output}/data/images/test/0000.png "
         "--question 'describe the image.'"
     )
+    console.print(of_scores(demo_scores(summary)["tables"][0]["scores"]), style="bold")
 
 
 def _cell(score: dict[str, Any]) -> str:

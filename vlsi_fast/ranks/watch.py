@@ -1,4 +1,4 @@
-"""Say which rank died, and end the others.
+"""Say which rank died, and end the others; note SIGTERM, by which clusters ask a run to end.
 
 A killed rank says nothing, and the others wait for it in a collective. So every rank has a thread that watches the
 processes of its own machine and, where there are several machines, a word in torch's store by which they tell
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from transformers import TrainerCallback
 
+from ..errors import StoppedEarly
 from ..terminal import say
 from .sharding import rank, world_size
 
@@ -81,14 +82,26 @@ class Watch:
 
     def __init__(self):
         self.place = "before training"
+        self.training = False
+        """Whether steps are made: SIGTERM then waits for the step, where the run can save; else it ends the process."""
+        self.asked_to_leave = False
+        """Whether SIGTERM has come while `training`."""
         self.me: Peer | None = None
         self.found = threading.Event()
         self.interrupted = False
         """Whether Ctrl-C has come, which the main thread may not know yet: it can be inside a collective."""
         self._thread: threading.Thread | None = None
+        self._takes_sigterm = False
 
     def begin(self) -> None:
-        """Start watching the other ranks. Collective; a second call does nothing."""
+        """Start watching the other ranks, and for SIGTERM. Collective; a second call does nothing."""
+        if not self._takes_sigterm:
+            self.asked_to_leave = False
+            self._takes_sigterm = threading.current_thread() is threading.main_thread() and (
+                signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            )
+            if self._takes_sigterm:
+                signal.signal(signal.SIGTERM, _noted)
         if self._thread is not None or world_size() == 1 or not hasattr(os, "pidfd_open"):
             return
         self.me, everyone = _myself(), [None] * world_size()
@@ -99,27 +112,24 @@ class Watch:
         self._stopped, self._terminated, self.interrupted = threading.Event(), False, False
         self._inlet, self._outlet = socket.socketpair()
         self._inlet.setblocking(False)
-        self._takes_sigterm = threading.current_thread() is threading.main_thread() and (
-            signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        )
         if self._takes_sigterm:
             # The launcher may end this rank before the thread has looked: it looks first, then ends the process.
             self._wakeup = signal.set_wakeup_fd(self._inlet.fileno(), warn_on_full_buffer=False)
-            signal.signal(signal.SIGTERM, _noted)
         self._thread = threading.Thread(target=self._run, name="vlsi-fast watch", daemon=True)
         self._thread.start()
 
     def end(self) -> None:
         """Stop watching: from here on ranks may end as they like."""
+        if self._takes_sigterm and signal.getsignal(signal.SIGTERM) is _noted:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        takes_sigterm, self._takes_sigterm, self.training = self._takes_sigterm, False, False
         if self._thread is None:
             return
         self._stopped.set()
         self._inlet.send(b"\0")
         self._thread.join()
-        if self._takes_sigterm:
+        if takes_sigterm:
             signal.set_wakeup_fd(self._wakeup)
-            if signal.getsignal(signal.SIGTERM) is _noted:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._inlet.close()
         self._outlet.close()
         self._thread = None
@@ -153,7 +163,7 @@ class Watch:
                 for descriptor in ready & peers.keys():
                     poller.unregister(descriptor)
                     self._lost(peers[descriptor], list(peers.values()))
-                if self._terminated and signal.getsignal(signal.SIGTERM) is _noted:
+                if self._terminated and not self.training and signal.getsignal(signal.SIGTERM) is _noted:
                     os._exit(128 + signal.SIGTERM)
                 if self._several and not self._stopped.is_set():
                     store = self._ask(store)
@@ -164,7 +174,7 @@ class Watch:
     def _lost(self, peer: Peer, local: list[Peer]) -> None:
         """A process of this machine has ended."""
         status = _ending(peer.pid)
-        if status == 0 or self._stopped.is_set():
+        if status in (0, StoppedEarly.exit_code << 8) or self._stopped.is_set():
             return
         if status is None and self._stopped.wait(1.0):  # a launcher has collected it: perhaps the run just ended
             return
@@ -217,6 +227,7 @@ class Watch:
 
     def _note(self, signals: bytes) -> None:
         self._terminated |= signal.SIGTERM in signals
+        self.asked_to_leave |= self._terminated and self.training
         self.interrupted |= signal.SIGINT in signals
 
 
@@ -231,12 +242,22 @@ class TellPlace(TrainerCallback):
         for group in list(distributed_c10d._world.pg_map):
             distributed_c10d._set_pg_timeout(timedelta(seconds=self.seconds), group)
 
+        watch.training = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        watch.training = False
+
     def on_step_begin(self, args, state, control, **kwargs):
         watch.place = f"stage {self.stage}, optimizer step {state.global_step + 1}"
 
 
 def _noted(number, frame) -> None:
-    """SIGTERM: the thread acts on it."""
+    """SIGTERM. Where other ranks are watched, the thread has it, too: this waits for the end of a collective."""
+    if watch.training:
+        watch.asked_to_leave = True
+    elif watch._thread is None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _advice(status: int | None) -> str:

@@ -1,5 +1,5 @@
 """`vlsi-fast report`: one self-contained HTML page of what a run did.
 
-Reading order: collect.py (numbers out of a run's records), charts.py (curves as SVG), samples.py (what layers say),
-page.py and page.html.j2 (the page), command.py.
+Reading order: headline.py (the run in one sentence), collect.py (numbers out of a run's records), charts.py (curves and
+flows as SVG), samples.py (what layers say), page.py and page.html.j2 (the page), command.py.
 """

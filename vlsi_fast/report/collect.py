@@ -5,14 +5,20 @@ S, L  target layers of student and teacher        a window: consecutive optimize
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, RunConfig, field_names
+from ..evaluation.intervals import wilson
 from ..evaluation.metrics import title
+from ..evaluation.report import short_names
 from ..runs import Run
+from . import headline
+from .headline import Score
 
 PROGRESS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 """Shares of the verbalize stage at which the paper's appendix B gives the losses."""
@@ -21,12 +27,22 @@ WINDOWS = 40
 EDGE = 0.1
 """Share of the interact stage that counts as its start, and as its end (the paper's figure 5 does not say)."""
 
-ACCURACIES = {
-    "teacher": "teacher_accuracy",
-    "student before": "student_before_accuracy",
-    "student after VLsI": "student_after_accuracy",
-    "student after sft alone (control)": "sft_only_accuracy",
+ROLES = {
+    "teacher": "teacher",
+    "student_before": "before",
+    "student_after": "after",
+    "sft_best": "control",
+    "sft_only": "control",
+    "last_layer": "control",
 }
+"""Of the models in the demo's `summary.json`; all others learn from more than the labels of these."""
+OLDER = {
+    "teacher": "teacher",
+    "student_before": "student before",
+    "student_after": "student after VLsI",
+    "sft_only": "sft alone",
+}
+"""Labels of models in an older `summary.json`, which has accuracies alone."""
 
 
 def mean(values: list[float]) -> float:
@@ -134,6 +150,7 @@ def cost(run: Run) -> list[dict[str, Any]]:
             "rows": sum(r["rows"] for r in steps),
             "answer_tokens": sum(r["answer_tokens"] for r in steps),
             "seconds": record.get("summary", {}).get("seconds", seconds),
+            "step_seconds": seconds,
             "tokens_per_second": tokens / seconds if seconds else math.nan,
             "data_wait_share": waited / seconds if seconds else math.nan,
             "peak_memory_bytes": max((max(p) for p in peaks), default=math.nan),
@@ -142,33 +159,121 @@ def cost(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def demo_scores(run: Run) -> dict[str, Any]:
-    """What the demo's `summary.json` says: nothing but empty lists where a run has none.
+def demo_scores(summary: dict[str, Any]) -> dict[str, Any]:
+    """What the demo's `summary.json` says: nothing but empty lists where it has no scores.
 
     Returns:
-        {"metrics": titles, "scores": {label: [{"mean", "interval" or None} for each metric]}, "questions": number or
-        None, "differences": [{"label", "metric", "difference", "interval"}], VLsI less another model on the same rows}.
+        {"tables": one for each metric, {"metric", "questions", "scores": list of `Score`}, "differences": [{"label",
+        "metric", "difference", "interval"}], VLsI less another model on the same questions}.
     """
-    path = run.folder / "summary.json"
-    summary = json.loads(path.read_text()) if path.is_file() else {}
-    if "scores" not in summary:  # none, or an older file
-        old = {label: summary.get(key) for label, key in ACCURACIES.items()}
-        scores = {label: [{"mean": v, "interval": None}] for label, v in old.items() if v is not None}
-        metrics = [title("exact_match")] if scores else []
-        return {"metrics": metrics, "scores": scores, "questions": summary.get("questions"), "differences": []}
-    labels = {name: each["label"] for name, each in summary["scores"].items()}
-    scores = {labels[name]: [each[m] for m in summary["metrics"]] for name, each in summary["scores"].items()}
+    questions = summary.get("questions")
+    if "scores" not in summary:
+        scores = [
+            Score(label, ROLES[name], found, _wilson(found, questions))
+            for name, label in OLDER.items()
+            if (found := summary.get(f"{name}_accuracy")) is not None
+        ]
+        table = {"metric": title("exact_match"), "questions": questions, "scores": scores}
+        return {"tables": [table] if scores else [], "differences": []}
+    tables = [
+        {
+            "metric": title(metric),
+            "questions": questions,
+            "scores": [
+                Score(each["label"], ROLES.get(name, "more"), each[metric]["mean"], each[metric]["interval"])
+                for name, each in summary["scores"].items()
+            ],
+        }
+        for metric in summary["metrics"]
+    ]
     differences = [
-        {"label": labels[each["second"]], "metric": title(each["metric"]), "difference": 0.0 - each["difference"],
-         "interval": [-bound for bound in reversed(each["interval"])]}
+        {"label": summary["scores"][each["second"]]["label"], "metric": title(each["metric"]),
+         "difference": 0.0 - each["difference"], "interval": [-bound for bound in reversed(each["interval"])]}
         for each in summary["differences"] if summary["scores"][each["second"]]["optimizer_steps"]
     ]  # fmt: skip
-    metrics = [title(metric) for metric in summary["metrics"]]
-    return {"metrics": metrics, "scores": scores, "questions": summary["questions"], "differences": differences}
+    return {"tables": tables, "differences": differences}
+
+
+def read_summary(run: Run) -> dict[str, Any]:
+    """The demo's `summary.json` in a run's folder; empty where there is none."""
+    path = run.folder / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _wilson(accuracy: float, questions: int | None) -> tuple[float, float] | None:
+    """Interval of an accuracy of which only the number of questions is known."""
+    return wilson(round(accuracy * questions), questions) if questions else None
+
+
+def eval_scores(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tables as `demo_scores` has them of what `read_results` read, one for each file; of no run, none of them further.
+
+    Models that are a run's base student, trained student or teacher get these roles, by their folder or name. Of one
+    run they are called so, too.
+    """
+    known = [(role, path) for run in runs for role, path in _own_models(run)]
+    short = short_names(row["name"] for row in results)
+
+    def score(row: dict[str, Any]) -> Score:
+        role = next((role for role, path in known if _same(row, path)), "other")
+        label = headline.LABELS.get(role) if len(runs) == 1 else None
+        return Score(label or short[row["name"]], role, row["mean"], row["interval"])
+
+    tables = []
+    for file in dict.fromkeys(row["file"] for row in results):
+        rows = [row for row in results if row["file"] == file]
+        questions = max(row["rows"] for row in rows)
+        scores = [score(row) for row in rows]
+        tables.append(
+            {"metric": rows[0]["metric"], "questions": questions, "scores": scores} | {"run": "", "further": False}
+        )
+    return tables
+
+
+def _own_models(run: Run) -> list[tuple[str, str]]:
+    found = [("before", run.base("student")), ("teacher", run.base("teacher"))]
+    with contextlib.suppress(FileNotFoundError):  # none is trained yet
+        found.insert(0, ("after", str(run.student)))
+    return found
+
+
+def _same(row: dict[str, Any], path: str) -> bool:
+    folder = row.get("path")
+    return row["name"] == path or (folder is not None and Path(folder).resolve() == Path(path).resolve())
+
+
+def sentence(run: Run, tables: list[dict[str, Any]]) -> str:
+    """The run in one sentence, by the first table that has its student's score, else by its last stage's loss."""
+    for table in tables:
+        if (found := headline.of_scores(table["scores"])) is not None:
+            return found
+    for stage in reversed(run.records):
+        if records := run.metrics(stage):
+            width = max(1, round(0.05 * len(records)))
+            ends = [token_mean(part, "loss") for part in (records[:width], records[-width:])]
+            return headline.of_losses(stage, *ends, len(records))
+    return headline.NOTHING
+
+
+def totals(cost: list[dict[str, Any]]) -> dict[str, Any]:
+    """The whole run's cost out of its stages' (`cost`), NaN where unknown."""
+    measured = [c for c in cost if not math.isnan(c["tokens_per_second"])]
+    busy = sum(c["step_seconds"] for c in measured)
+    return {
+        "seconds": sum(c["seconds"] for c in cost),
+        "optimizer_steps": sum(c["optimizer_steps"] for c in cost),
+        "answer_tokens": sum(c["answer_tokens"] for c in cost),
+        "tokens_per_second": sum(c["tokens_per_second"] * c["step_seconds"] for c in measured) / busy
+        if busy else math.nan,
+        "peak_memory_bytes": max((c["peak_memory_bytes"] for c in measured), default=math.nan),
+        "ranks": max((c["ranks"] for c in measured), default=math.nan),
+        "device": cost[-1]["device"] if cost else "",
+    }  # fmt: skip
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Headline scores of a `vlsi-fast eval --json` file: {"name", "metric", "mean" (0 to 1), "rows", "interval" (95%)}.
+    """Headline scores of a `vlsi-fast eval --json` file: {"name", "path", "file", "metric", "mean" (0 to 1), "rows",
+    "interval" (95%)}.
 
     Raises:
         ConfigError: another kind of file.
@@ -178,7 +283,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         metric = tree.get("metrics", ["exact_match"])[0]  # an older file has no list of them
         scores = [{"mean": found[metric].get("accuracy")} | found[metric] for found in tree["models"].values()]
         return [
-            {"name": name, "metric": title(metric)} | {key: score[key] for key in ("mean", "rows", "interval")}
+            {"name": name, "path": tree["models"][name].get("path"), "file": str(path), "metric": title(metric)}
+            | {key: score[key] for key in ("mean", "rows", "interval")}
             for name, score in zip(tree["models"], scores)
         ]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..evaluation.report import short_names
 from ..runs import Run
-from . import collect
-from .charts import lines
+from . import collect, headline
+from .charts import flow, lines
 
 TEMPLATE = "page.html.j2"
+ORDER = ("teacher", "before", "control", "other", "after", "more")
+"""Of the roles of models in a chart."""
 
 
 def build_page(runs: list[Run], results: list[dict[str, Any]] = (), samples: dict[Path, Any] | None = None) -> str:
@@ -29,17 +32,31 @@ def build_page(runs: list[Run], results: list[dict[str, Any]] = (), samples: dic
         loader=PackageLoader("vlsi_fast.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": number, "percent": percent, "gib": gib, "duration": duration, "tint": tint}
-    environment.filters |= {"shade": shade, "points": points}
+    environment.filters |= {"number": number, "percent": percent, "gib": gib, "duration": duration, "points": points}
+    environment.filters["together"] = together
     short = short_names(str(run.folder.resolve()) for run in runs)
     names = list(short.values())
+    told = [collect.demo_scores(collect.read_summary(run)) for run in runs]
+    several = len(runs) > 1
+    tables = [
+        table | {"run": name * several, "further": i > 0}
+        for each, name in zip(told, names)
+        for i, table in enumerate(each["tables"])
+    ] + collect.eval_scores(runs, results)
     return environment.get_template(TEMPLATE).render(
         title="VLsI: " + ", ".join(names),
         version=__version__,
         names=names,
-        headline=_headline(runs, names, results),
-        curves=_compared(runs, names) if len(runs) > 1 else [],
-        differing=collect.differing_settings([_config(run) for run in runs]) if len(runs) > 1 else [],
+        sentences=[
+            collect.sentence(run, each["tables"] + collect.eval_scores([run], results)) for run, each in zip(runs, told)
+        ],
+        tables=[
+            table | {"scores": sorted(table["scores"], key=lambda score: ORDER.index(score.role))} for table in tables
+        ],
+        roles={score.role for table in tables for score in table["scores"]},
+        differences=[each["differences"] for each in told],
+        curves=_compared(runs, names) if several else [],
+        differing=collect.differing_settings([_config(run) for run in runs]) if several else [],
         runs=[_one(run, name, (samples or {}).get(run.folder)) for run, name in zip(runs, names)],
     )
 
@@ -48,49 +65,43 @@ def _config(run: Run) -> dict[str, Any]:
     return run.records[run.last_stage]["config"]
 
 
-def _headline(runs: list[Run], names: list[str], results) -> dict[str, Any]:
-    """Scores by model, run and metric, questions, cost of the whole run."""
-    found = [collect.demo_scores(run) for run in runs]
-    labels = list(dict.fromkeys(label for each in found for label in each["scores"]))
-    costs = [collect.cost(run) for run in runs]
-    return {
-        "labels": labels,
-        "columns": [
-            {"metric": m, "run": r, "at": i}
-            for r, each in enumerate(found)
-            for i, m in enumerate(each["metrics"] or [""])
-        ],
-        "widths": [max(1, len(each["metrics"])) for each in found],
-        "scores": [each["scores"] for each in found],
-        "differences": [each["differences"] for each in found],
-        "questions": [each["questions"] for each in found],
-        "results": list(results),
-        "seconds": [sum(c["seconds"] for c in cost) for cost in costs],
-        "steps": [sum(c["optimizer_steps"] for c in cost) for cost in costs],
-        "memory": [max((c["peak_memory_bytes"] for c in cost), default=math.nan) for cost in costs],
-        "ranks": [max((c["ranks"] for c in cost), default=math.nan) for cost in costs],
-        "device": [cost[-1]["device"] for cost in costs],
-    }
-
-
 def _one(run: Run, name: str, samples) -> dict[str, Any]:
     """Everything of one run's section."""
     steps = {stage: run.metrics(stage) for stage in run.records}
-    last = run.records[run.last_stage]
+    last, cost = run.records[run.last_stage], collect.cost(run)
     return {
         "name": name,
         "folder": str(run.folder),
         "states": {stage: record["state"] for stage, record in run.records.items()},
-        "cost": collect.cost(run),
+        "cost": cost,
+        "totals": collect.totals(cost),
         "verbalize": _verbalize(steps.get("verbalize") or []),
         "interact": _interact(steps.get("interact") or []),
         "sft": _loss_chart({"answers": steps.get("sft") or []}, "sft: loss", "nats a token"),
         "speed": _speed(steps),
-        "samples": samples,
+        "samples": samples and samples | {"rows": [_figure(row) for row in samples["rows"]]},
         "settings": collect.settings(last["config"]),
         "versions": last.get("versions", {}),
         "parents": {role: facts for role, facts in last.get("facts", {}).items()},
     }
+
+
+def _figure(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample's answers as cells of a grid: a column a model, from the shallow layers (row 1) to the own answers.
+
+    The deepest model has a layer a row; layers of others span as many rows as put them at about the same depth.
+    """
+    columns = sample["columns"]
+    depth = max(1, *(len(column["cells"]) - 1 for column in columns)) if columns else 1
+    cells = []
+    for j, column in enumerate(columns):
+        *layers, own = column["cells"]
+        for i, cell in enumerate(layers):
+            row, end = i * depth // len(layers), (i + 1) * depth // len(layers)
+            cells.append(cell | {"model": column["model"], "column": j + 1, "row": row + 1, "span": end - row})
+        cells.append(own | {"model": column["model"], "column": j + 1, "row": depth + 1, "span": 1})
+    own = {column["model"]: column["cells"][-1]["right"] for column in columns}
+    return sample | {"own": own, "depth": depth, "cells": sorted(cells, key=lambda cell: (cell["row"], cell["column"]))}
 
 
 def _verbalize(records: list[dict]) -> dict[str, Any] | None:
@@ -124,10 +135,19 @@ def _interact(records: list[dict]) -> dict[str, Any] | None:
     return found | {
         "students": records[0]["student_layers"],
         "teachers": records[0]["teacher_layers"],
-        "edges": collect.start_and_end(records),
-        "edge": collect.EDGE,
+        "edges": _edges(records),
         "windows": collect.kl_windows(records),
     }
+
+
+def _edges(records: list[dict]) -> list[dict[str, Any]]:
+    """Matches of the first and of the last steps, as shares and as a flow."""
+    shares, layers = collect.start_and_end(records), (records[0]["student_layers"], records[0]["teacher_layers"])
+    words = {"start": "first", "end": "last"}
+    return [
+        {"title": f"{words[edge]} {collect.EDGE:.0%} of the steps", "shares": found, "flow": flow(found, *layers)}
+        for edge, found in shares.items()
+    ]
 
 
 def _loss_chart(stages: dict[str, list[dict]], title: str, unit: str) -> str | None:
@@ -180,8 +200,13 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    """0.9653 -> 96.53%."""
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.2f}%"
+    """0.9653 -> 96.5%."""
+    return "–" if value is None or math.isnan(value) else headline.percent(value)
+
+
+def together(sentence: str) -> str:
+    """With no line break between a name and its percentage."""
+    return re.sub(r" (?=\d+\.\d%)", "\u00a0", sentence)
 
 
 def gib(value: float) -> str:
@@ -204,14 +229,3 @@ def duration(seconds: float) -> str:
 def points(value: float) -> str:
     """A difference of shares: 0.105 -> +10.5."""
     return f"{100 * value:+.1f}"
-
-
-def shade(share: float) -> str:
-    """A score (0 to 1) as a background behind dark text: white to green."""
-    return f"background:hsl(150 45% {100 - 26 * max(0.0, min(1.0, share)):.0f}%)"
-
-
-def tint(share: float) -> str:
-    """A share (0 to 1) as a cell's background and text colour."""
-    light = 97 - 62 * max(0.0, min(1.0, share))
-    return f"background:hsl(210 70% {light:.0f}%);color:{'#fff' if light < 55 else '#1f2933'}"

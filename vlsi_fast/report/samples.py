@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+from difflib import SequenceMatcher
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -26,8 +28,10 @@ BATCH = 16
 """Candidates answered at once."""
 SHARE_OF_MEMORY = 0.8
 """Of the free memory, that a model's weights may take."""
-THUMBNAIL = 256
+THUMBNAIL = 320
 """Longest side, pixels, of an image on the page; smaller ones are shown as they are."""
+SMALL = 128
+"""Longest side, pixels, of an image that is enlarged without blurring its pixels."""
 MAX_CHARACTERS = 20_000
 """Of a question or an answer on the page."""
 
@@ -37,21 +41,22 @@ def what_layers_say(run: Run, count: int, max_new_tokens: int = 64) -> dict[str,
 
     Args:
         run: its base student, distilled student and teacher are loaded one after the other (as `vlsi-fast verbalize`).
-        count: rows of data.eval (of data.train where there is none), those with one question only: of `CANDIDATES`
-            times as many, spread evenly, the ones whose score rises most from the base to the distilled student.
+        count: rows of data.eval (of data.train where there is none), those with one question only: chosen from
+            `CANDIDATES` times as many, spread evenly, as `_telling` says.
         max_new_tokens: length of an answer.
 
     Returns:
-        {"rows": [{"images": [data URI], "question", "answer", "models": [name], "shade": metric, "rows": [{"layer",
-        "cells"}]}], "chosen_of": how many they were chosen from, 0 if all were taken, "reason": what is missing and
-        why, or ""}; a cell is {"text", "right", "share"}, or None where a model has no such layer: whether the source's
-        first metric is 1, and the score by the second one (the first, if alone), named by `shade`.
+        {"rows": [{"images": [{"src": data URI, "small"}], "question", "answer", "shade": metric, "columns": [{"model",
+        "cells"}]}], "outcomes": [{"right": {model: whether}, "count"}] of all that they were chosen from, the most
+        frequent first, empty if all were taken, "reason": what is missing and why, or ""}; a cell, shallow to deep and
+        the model's own answer last, is {"layer", "text", "right", "share"}: the layer's number or "answer", whether the
+        source's first metric is 1, and the score by the second one (the first, if alone), named by `shade`.
     """
     try:
         found = _questions(run, CANDIDATES * count)
     except (ValueError, FileNotFoundError) as error:
-        return {"rows": [], "chosen_of": 0, "reason": f"No samples, since the run's data cannot be read: {error}"}
-    questions, chosen_of = _telling(run, found, count, max_new_tokens)
+        return {"rows": [], "outcomes": [], "reason": f"No samples, since the run's data cannot be read: {error}"}
+    questions, outcomes = _telling(run, found, count, max_new_tokens)
     answers: dict[str, list[dict]] = {}
     problems = []
     for name in MODELS:
@@ -61,7 +66,7 @@ def what_layers_say(run: Run, count: int, max_new_tokens: int = 64) -> dict[str,
         except (ValueError, FileNotFoundError, MemoryError) as error:
             problems.append(f"{name} is missing: {error}.")
     rows = [_row(q, {name: found[i] for name, found in answers.items()}) for i, q in enumerate(questions)]
-    return {"rows": rows if answers else [], "chosen_of": chosen_of, "reason": " ".join(problems)}
+    return {"rows": rows if answers else [], "outcomes": outcomes, "reason": " ".join(problems)}
 
 
 def _open(run: Run, name: str):
@@ -72,33 +77,55 @@ def _open(run: Run, name: str):
     return open_source(run, source)
 
 
-def _telling(run: Run, found: list[dict], count: int, max_new_tokens: int) -> tuple[list[dict], int]:
-    """The `count` questions on which the distilled student gains most, and how many there were to choose from.
+def _telling(run: Run, found: list[dict], count: int, max_new_tokens: int) -> tuple[list[dict], list[dict[str, Any]]]:
+    """The `count` questions to show, and how often the models' own answers were right and wrong on all of them.
 
-    Where one of the two students is missing: questions spread evenly, chosen from 0.
+    An outcome says which of the models are right. Every outcome in which they are not all alike has its turn, the most
+    frequent first; within it, the question on which the models' answers differ most. What all get right, or wrong,
+    comes last. Where fewer than two models can be asked: questions spread evenly, and no outcomes.
     """
-    if len(found) > count:
+    if len(found) <= count:
+        return found, []
+    own: dict[str, list[dict]] = {}
+    for name in MODELS:
         try:
-            base, distilled = (_own_scores(_open(run, name), found, max_new_tokens) for name in MODELS[:2])
+            own[name] = _own_answers(_open(run, name), found, max_new_tokens)
         except (ValueError, FileNotFoundError, MemoryError):  # said where the layers are asked
-            return found[:: len(found) // count][:count], 0
-        gains = [tuple(b - a for a, b in zip(*pair)) for pair in zip(base, distilled)]
-        order = sorted(range(len(found)), key=lambda i: gains[i], reverse=True)[:count]  # ties: the first ones
-        return [found[i] for i in order], len(found)
-    return found, 0
+            continue
+    if len(own) < 2:
+        return found[:: len(found) // count][:count], []
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for i in sorted(range(len(found)), key=lambda i: _difference([answers[i] for answers in own.values()])):
+        groups.setdefault(tuple(answers[i]["right"] for answers in own.values()), []).append(i)
+    often = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    outcomes = [{"right": dict(zip(own, right)), "count": len(members)} for right, members in often]
+    alike = [list(members) for right, members in often if len(set(right)) == 1]
+    differing = [list(members) for right, members in often if len(set(right)) > 1]
+    chosen: list[int] = []
+    for turns in (differing, sorted(alike, key=len, reverse=True)):
+        while len(chosen) < count and any(turns):
+            chosen += [members.pop() for members in turns if members][: count - len(chosen)]
+    return [found[i] for i in chosen], outcomes
 
 
-def _own_scores(speaker, questions: list[dict], max_new_tokens: int) -> list[tuple[float, float]]:
-    """A model's own answers, greedily and in batches, by the first and the second metric."""
-    scores = []
+def _difference(answers: list[dict[str, Any]]) -> tuple[float, float]:
+    """How far answers to one question are apart: by their scores, then by their words (sums over pairs)."""
+    pairs = list(combinations(answers, 2))
+    words = (SequenceMatcher(None, a["text"].split(), b["text"].split(), autojunk=False).ratio() for a, b in pairs)
+    return sum(abs(a["share"] - b["share"]) for a, b in pairs), sum(1 - same for same in words)
+
+
+def _own_answers(speaker, questions: list[dict], max_new_tokens: int) -> list[dict[str, Any]]:
+    """A model's own answers, greedily and in batches, each with its scores."""
+    answers = []
     for start in range(0, len(questions), BATCH):
         part = questions[start : start + BATCH]
         prompts = [make_prompt(speaker.processor, q["prompt"], q["images"]) for q in part]
         inputs = encode_prompts(speaker.processor, prompts)
         new = generate(speaker.model, inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         texts = speaker.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        scores += [tuple(map(float, _scores(q, text).values())) for q, text in zip(part, texts)]
-    return scores
+        answers += [{"text": text.strip()} | _scores(q, text.strip()) for q, text in zip(part, texts)]
+    return answers
 
 
 def _require_room(checkpoint: str, dtype: str) -> None:
@@ -155,19 +182,16 @@ def _answers(speaker, question: dict[str, Any], max_new_tokens: int) -> dict[int
 
 
 def _row(question: dict[str, Any], answers: dict[str, dict[int | None, str]]) -> dict[str, Any]:
-    layers = sorted({k for found in answers.values() for k in found if k is not None})
-
-    def cells(layer: int | None) -> list[dict[str, Any] | None]:
-        texts = [found.get(layer) for found in answers.values()]
-        return [None if text is None else {"text": text} | _scores(question, text) for text in texts]
+    def cells(said: dict[int | None, str]) -> list[dict[str, Any]]:
+        layers = [*sorted(k for k in said if k is not None), None]
+        return [{"layer": k or "answer", "text": said[k]} | _scores(question, said[k]) for k in layers]
 
     return {
-        "images": [_thumbnail(image) for image in question["images"]],
+        "images": [{"src": _thumbnail(image), "small": max(image.size) < SMALL} for image in question["images"]],
         "question": question["question"],
         "answer": question["answer"],
-        "models": list(answers),
         "shade": title(question["metrics"][:2][-1].name),
-        "rows": [{"layer": layer or "answer", "cells": cells(layer)} for layer in (*layers, None)],
+        "columns": [{"model": name, "cells": cells(said)} for name, said in answers.items()],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ..config import STAGES, ConfigError, RunConfig, nearest
@@ -34,13 +35,15 @@ def run(config: RunConfig, stage: str = "all", resume: bool = False) -> dict[str
         LineageError: earlier results missing or of another run; a folder that is taken, or
             that another run writes to; damaged checkpoints.
         DiskFullError: a checkpoint or result did not fit.
+        StoppedEarly: after SIGTERM, or after `max_hours`; a checkpoint is saved.
     """
     if stage != "all" and stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, (*STAGES, 'all'))}")
     names = config.stages if stage == "all" else (stage,)
+    deadline = None if config.max_hours is None else time.monotonic() + 3600 * config.max_hours
     require_files(config, names)
     try:
-        return {name: STAGE_CLASSES[name](config).run(resume) for name in names}
+        return {name: STAGE_CLASSES[name](config, deadline).run(resume) for name in names}
     except Exception as error:
         if watch.interrupted:  # the collectives' errors are only its echo
             raise KeyboardInterrupt from None

@@ -32,7 +32,7 @@ def own_numbers(waited: float, ranks: int, device: torch.device) -> Tensor:
     """What follows the sums, [1 + 2 ranks] float64 to add over ranks: seconds waited for data, each rank's peaks."""
     peaks = torch.zeros(2, ranks, dtype=torch.float64)
     peaks[:, rank()] = torch.tensor([peak_memory_bytes(device), peak_rss_bytes()], dtype=torch.float64)
-    return torch.cat([torch.tensor([waited], dtype=torch.float64), peaks.flatten()]).to(device)
+    return torch.cat([torch.tensor([waited], dtype=torch.float64), peaks.flatten()])
 
 
 def step_record(

@@ -25,6 +25,7 @@ from ..data.processors import load_processor
 from ..data.sources import build_source
 from ..data.tokens import SharedTokens
 from ..disk import checkpoint_size, explained_full_disk, result_size
+from ..errors import StoppedEarly
 from ..hidden_states import Held
 from ..lineage import (
     LineageError,
@@ -123,8 +124,9 @@ class Stage:
     sections: tuple[str, ...] = ()
     """Sections of the config, besides data, seed and the stage's own, whose change makes another run."""
 
-    def __init__(self, config: RunConfig):
-        self.config, self.settings = config, getattr(config, self.name)
+    def __init__(self, config: RunConfig, deadline: float | None = None):
+        """`deadline`: `time.monotonic()` after which the stage saves a checkpoint and ends."""
+        self.config, self.settings, self.deadline = config, getattr(config, self.name), deadline
         self.folder = config.stage_dir(self.name)
         # known once inputs are checked
         self.args: TrainingArguments | None = None
@@ -176,6 +178,7 @@ class Stage:
         Raises:
             ConfigError, LineageError, FileNotFoundError: before any weight is loaded.
             NonFiniteLossError, TooManySkippedRows, DiskFullError: while training.
+            StoppedEarly: not all steps were made; a checkpoint is saved.
         """
         self.args = training_arguments(self.config, self.name)  # first: starts the ranks, and loading under ZeRO-3
         watch.place = f"stage {self.name}, before its first step"
@@ -210,9 +213,17 @@ class Stage:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = record["identity"]["data_start"]
-        trainer = StageTrainer(module, self.args, self.config, self.name, dataset, collator, start)
+        trainer = StageTrainer(module, self.args, self.config, self.name, dataset, collator, start, self.deadline)
         with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
             result = trainer.train(resume_from_checkpoint=checkpoint)
+        made, wanted = result.global_step, trainer.state.max_steps
+        if made < wanted:
+            why = trainer.leaving.reason or "the Trainer ended"
+            _release(trainer, self._held)
+            raise StoppedEarly(
+                f"stopped in stage {self.name} after optimizer step {made} of {wanted}, since {why}; continue from the "
+                "last checkpoint with --resume"
+            )
         record["summary"] = {
             "seconds": trainer.totals["step_seconds"],
             "data_wait_share": trainer.wait_seconds / max(trainer.totals["step_seconds"], 1e-9),

@@ -32,6 +32,7 @@ from ..ranks.watch import TellPlace
 from ..terminal import say
 from .batches import LengthGroups, StageCollator, UncollatedRows
 from .hooks import HookedTrainer, partial_checkpoints
+from .leaving import WISHES, Leaving
 from .module import StageModule
 from .records import non_finite, own_numbers, step_record, sums_of, tracker_scalars
 
@@ -86,7 +87,7 @@ class StageTrainer(HookedTrainer):
 
     def __init__(
         self, module: StageModule, args: TrainingArguments, config: RunConfig, stage: str, dataset, collator,
-        data_start: int = 0,
+        data_start: int = 0, deadline: float | None = None,
     ):  # fmt: skip
         collator = StageCollator(collator, module.roles)
         grouped = config.stage_training(stage).group_by_length
@@ -99,6 +100,8 @@ class StageTrainer(HookedTrainer):
             super().__init__(module, sampler, args=args, train_dataset=dataset, data_collator=send)
         self.add_callback(_TellSampler(sampler))
         self.add_callback(TellPlace(stage, args.ddp_timeout))
+        self.leaving = Leaving(deadline, config.stage_training(stage).save_minutes)
+        self.add_callback(self.leaving)
         self.config, self.stage = config, stage
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -110,7 +113,8 @@ class StageTrainer(HookedTrainer):
         self._pending: list[tuple[Tensor, dict[str, Any]]] = []
         self._scalars: dict[str, float] = {}
         self._step_began, self._waited = time.perf_counter(), 0.0
-        self.totals = {"answer_tokens": 0, "rows": 0, "answered_rows": 0, "answered_tokens": 0, "step_seconds": 0.0}
+        self.totals = {"answer_tokens": 0, "rows": 0, "skipped_rows": 0, "answered_rows": 0, "answered_tokens": 0,
+                       "step_seconds": 0.0}  # fmt: skip
         self.wait_seconds = 0.0
 
     # ---- batches ----
@@ -152,19 +156,20 @@ class StageTrainer(HookedTrainer):
 
     def _finish_step(self) -> None:
         """Once an optimizer step, before its last backward: reduce the sums, stop on bad numbers, write the record."""
-        own = own_numbers(self._waited, world_size(), self.args.device)
+        own = torch.cat([own_numbers(self._waited, world_size(), self.args.device), self.leaving.wishes()])
         self._waited = 0.0
-        total = torch.cat([sum(sums for sums, _ in self._pending), own])
+        total = torch.cat([sum(sums for sums, _ in self._pending), own.to(self.args.device)])
         if world_size() > 1:
             dist.all_reduce(total)
         values = total.tolist()
+        self.leaving.agreed(values[-WISHES:])
+        del values[-WISHES:]
         if not all(map(math.isfinite, values)):
             self._stop_on_non_finite()
         for _, facts in self._pending:
-            self.skip_log.record(facts["skipped"], len(facts["ids"]) + len(facts["skipped"]))
+            self.skip_log.record(facts["skipped"])
         for line in self.skip_log.news() if rank() == 0 else ():
             say(line)
-        self.skip_log.check()
         self._pending.clear()
         now = time.perf_counter()
         record = step_record(
@@ -174,6 +179,7 @@ class StageTrainer(HookedTrainer):
         record |= self._schedule()
         self._step_began = now
         self._add_to_totals(record)
+        self.skip_log.check(self.totals["skipped_rows"], self.totals["skipped_rows"] + self.totals["rows"])
         self._scalars = tracker_scalars(record)
         if rank() == 0:
             with self.metrics_path.open("a") as stream:
