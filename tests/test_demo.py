@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from vlsi_fast import load_config
+from vlsi_fast import load_config, terminal
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError
 from vlsi_fast.data import load_processor
@@ -350,6 +350,8 @@ def test_the_demo_end_to_end(tmp_path, monkeypatch, capfd):
         (tmp_path / file.relative_to(DEMO.parent if file == DEMO else tmp_path)).write_text(yaml.safe_dump(tree))
     output = tmp_path / "run"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    terminal.hush()
+    terminal.hush_bars()  # the command does so while it imports what loads models; this process has imported it before
     assert main(["demo", "--config", str(tmp_path / "demo.yaml"), "--output-dir", str(output)]) == 0
     summary = json.loads((output / "summary.json").read_text())
     for arm in arms.ARMS:
