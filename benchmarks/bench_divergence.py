@@ -48,8 +48,11 @@ def our_case(problem: PairProblem, beta: float, impl: str) -> Case:
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return peers.with_gradient(
-            lambda h: linear_divergence(h, problem.student_weight, teacher, problem.teacher_weight, beta=beta,
-                                        labels=labels, impl=impl), student)  # fmt: skip
+            lambda h: linear_divergence(
+                h, problem.student_weight, teacher, problem.teacher_weight, beta=beta, labels=labels, impl=impl
+            ),
+            student,
+        )
 
     return case_of(problem, beta, loss, flops(problem, beta), note)
 
@@ -124,9 +127,7 @@ def main() -> int:
             print_rows(title, rows, [])
             tensors = problem.student, problem.teacher, problem.student_head, problem.teacher_head
             needed = work(flops(problem, beta), *tensors)
-            parts.append(
-                {"title": title, "shape": vars(shape), "beta": beta, "work": needed, "rows": rows, "bars": []}
-            )
+            parts.append({"title": title, "shape": vars(shape), "beta": beta, "work": needed, "rows": rows, "bars": []})
     return finish(run, document(run, parts=parts), lambda figure: draw_rows(figure, parts))
 
 

@@ -29,10 +29,18 @@ from torch import Tensor
 from vlsi_kernels import TeacherTargets, layer_kl_matrix, teacher_targets
 
 SHAPES = {
-    "cuda": ["7b-to-2b:4096", "72b-to-7b:4096", "7b-to-2b:8192", "7b-to-2b:2048", "7b-to-2b:512",
-             "7b-to-0.5b:2048", "2b-to-0.5b:2048", "72b-to-2b:1531"],
+    "cuda": [
+        "7b-to-2b:4096",
+        "72b-to-7b:4096",
+        "7b-to-2b:8192",
+        "7b-to-2b:2048",
+        "7b-to-2b:512",
+        "7b-to-0.5b:2048",
+        "2b-to-0.5b:2048",
+        "72b-to-2b:1531",
+    ],
     "cpu": ["cpu"],
-}  # fmt: skip
+}
 TOKEN_CHUNK = 256
 """Tokens of a chunk under torch.compile."""
 

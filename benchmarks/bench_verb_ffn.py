@@ -88,9 +88,7 @@ def eager(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def case_of(problem: Problem, network: Network, norm: bool = False, note: str = "") -> Case:
     """One step of the mode."""
-    return Case(
-        lambda: problem.step(network), lambda: problem.errors(network, norm), flops=problem.flops, note=note
-    )
+    return Case(lambda: problem.step(network), lambda: problem.errors(network, norm), flops=problem.flops, note=note)
 
 
 def our_case(problem: Problem, impl: str, norm: bool) -> Case:
@@ -154,9 +152,7 @@ def main() -> int:
             title = f"verb-FFN, N {shape.tokens}, D {shape.teacher_width}, gradients of {mode}, {run.dtype}"
             print_rows(title, rows, [])
             needed = work(problem.flops, problem.x, *problem.weights)
-            parts.append(
-                {"title": title, "shape": vars(shape), "mode": mode, "work": needed, "rows": rows, "bars": []}
-            )
+            parts.append({"title": title, "shape": vars(shape), "mode": mode, "work": needed, "rows": rows, "bars": []})
     return finish(run, document(run, parts=parts), lambda figure: draw_rows(figure, parts))
 
 

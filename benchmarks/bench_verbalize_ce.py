@@ -37,8 +37,9 @@ def our_case(problem: HeadProblem, impl: str) -> Case:
     note = need_impl(impl, problem.device)
 
     def run(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return peers.with_gradient(lambda h: linear_cross_entropy(h, problem.weight, labels, vocab_size=problem.vocab,
-                                                                  impl=impl), hidden)  # fmt: skip
+        return peers.with_gradient(
+            lambda h: linear_cross_entropy(h, problem.weight, labels, vocab_size=problem.vocab, impl=impl), hidden
+        )
 
     return case_of(problem, run, note)
 

@@ -23,9 +23,13 @@ BAR = 0.10
 """What VLsI should be ahead of the better of the two sft arms, with an interval that excludes 0."""
 VLSI, SFT = "student_after", ("sft_best", "sft_only")
 PAIRS = (
-    (VLSI, "last_layer"), ("last_layer", None), ("unlabelled", None), ("unlabelled", VLSI),
-    ("unlabelled", "unlabelled_sft"), (VLSI, "student_before"),
-)  # fmt: skip
+    (VLSI, "last_layer"),
+    ("last_layer", None),
+    ("unlabelled", None),
+    ("unlabelled", VLSI),
+    ("unlabelled", "unlabelled_sft"),
+    (VLSI, "student_before"),
+)
 """Gains told beside VLsI's over sft: of the first over the second, None being the better sft."""
 
 
@@ -72,9 +76,7 @@ def collect(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     values = {name: [s[f"{name}_accuracy"] for s in summaries] for name in names}
     best = max((name for name in SFT if name in names), key=lambda name: sum(values[name]))
     pairs = [(VLSI, best), *((a, b or best) for a, b in PAIRS if {a, b or best} <= set(names))]
-    gains = [
-        {"model": a, "over": b} | interval([x - y for x, y in zip(values[a], values[b])]) for a, b in pairs
-    ]  # fmt: skip
+    gains = [{"model": a, "over": b} | interval([x - y for x, y in zip(values[a], values[b])]) for a, b in pairs]
     ahead = gains[0]["mean"], gains[0]["mean"] - gains[0]["half_width_95"]
     return {
         "metrics": summaries[0]["metrics"],

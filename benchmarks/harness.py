@@ -143,11 +143,21 @@ def new_row(name: str) -> dict[str, Any]:
     """What is known of a case: nothing yet, but its name and so its role."""
     role = next((role for role in ("ours", "roofline") if name.startswith(role)), "peer")
     return {
-        "name": name, "role": role, "status": OK, "reason": "", "note": "", "calls": 1,
-        "errors": {}, "peak_extra_bytes": None,
-        "seconds": None, "seconds_range": None, "samples": 0, "tflops": None,
-        "fraction_of_roofline": None, "fraction_of_unchunked": None,
-    }  # fmt: skip
+        "name": name,
+        "role": role,
+        "status": OK,
+        "reason": "",
+        "note": "",
+        "calls": 1,
+        "errors": {},
+        "peak_extra_bytes": None,
+        "seconds": None,
+        "seconds_range": None,
+        "samples": 0,
+        "tflops": None,
+        "fraction_of_roofline": None,
+        "fraction_of_unchunked": None,
+    }
 
 
 def attempt(row: dict[str, Any], action: Callable[[], Any], building: bool = False) -> Any:

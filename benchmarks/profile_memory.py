@@ -80,9 +80,7 @@ def axes(run: Run) -> dict[str, list[tuple[int, dict[str, Callable[[], Case]]]]]
     every = base.student_layers * base.teacher_layers
     pairs = sorted({base.student_layers, every // 4, every // 2, every} - {0})
     return {
-        "tokens": [
-            (n, cases(run, replace(base, tokens=n)) | networks(run, replace(base, tokens=n))) for n in tokens
-        ],
+        "tokens": [(n, cases(run, replace(base, tokens=n)) | networks(run, replace(base, tokens=n))) for n in tokens],
         "vocabulary": [(v, cases(run, replace(base, student_rows=v, teacher_rows=v))) for v in rows],
         "pairs with a gradient": [(p, cases(run, base, p)) for p in pairs],
     }
@@ -135,13 +133,16 @@ def memory_bar(run: Run) -> dict[str, Any]:
     beyond["backward"] += kept  # alive since the forward phase
     value = max(beyond.values())
     return {
-        "shape": vars(sizes), "peak_bytes": peaks, "output_bytes": outputs, "beyond_inputs_and_outputs_bytes": beyond,
+        "shape": vars(sizes),
+        "peak_bytes": peaks,
+        "output_bytes": outputs,
+        "beyond_inputs_and_outputs_bytes": beyond,
         "kept_for_backward_bytes": kept,
         "bars": [
             bar("bytes beyond inputs and outputs", value, at_most=BAR_BYTES),
             bar("the same without what is kept for backward", max(beyond["teachers"], value - kept), at_most=BAR_BYTES),
         ],
-    }  # fmt: skip
+    }
 
 
 def print_points(parts: list[dict[str, Any]]) -> None:

@@ -40,9 +40,13 @@ SETTINGS = {
     "cpu": Setting(
         Backbone(256, 512, 8, 4, 2, 4160, False, (2, 4, 6)),
         Backbone(128, 256, 8, 2, 1, 4096, True, (2, 4, 6)),
-        Vision(64, 2, 2, 2, 8, 2), 2, 8, 30, 32,
+        Vision(64, 2, 2, 2, 8, 2),
+        2,
+        8,
+        30,
+        32,
     ),
-}  # fmt: skip
+}
 
 
 # ---- model operations: the formula of the docstring ----
@@ -136,8 +140,11 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         table.add_row(name, *(_cell(row, name) for row in rows))
     table.add_section()
     for name, unit, digits in (
-        ("seconds", 1e3, 1), ("tokens_per_second", 1, 0), ("answer_tokens_per_second", 1, 0), ("utilisation", 1, 3),
-    ):  # fmt: skip
+        ("seconds", 1e3, 1),
+        ("tokens_per_second", 1, 0),
+        ("answer_tokens_per_second", 1, 0),
+        ("utilisation", 1, 3),
+    ):
         cells = [f"{row[name] * unit:,.{digits}f}" if row["status"] == OK else row["status"] for row in rows]
         table.add_row({"seconds": "all"}.get(name, name.replace("_", " ")), *cells)
     Console(width=110).print(table)

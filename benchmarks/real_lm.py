@@ -269,9 +269,13 @@ class Bench:
 
 
 def compare(
-    student: torch.Tensor, student_head: torch.Tensor, teacher: torch.Tensor, teacher_head: torch.Tensor,
-    labels: torch.Tensor, chunk: int = 256,
-) -> dict[str, float]:  # fmt: skip
+    student: torch.Tensor,
+    student_head: torch.Tensor,
+    teacher: torch.Tensor,
+    teacher_head: torch.Tensor,
+    labels: torch.Tensor,
+    chunk: int = 256,
+) -> dict[str, float]:
     """How a student does on answer tokens, by plain logits, `chunk` tokens at a time.
 
     Args:

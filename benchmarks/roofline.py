@@ -68,9 +68,7 @@ class VocabularyPass:
                         _common.product(exponentials, self.values[chunk], self.total[rows], accumulate=not first)
 
 
-def passes(
-    needed: Sequence[tuple[Tensor, Tensor, Tensor | None]], vocab: int, unchunked: bool
-) -> Callable[[], None]:
+def passes(needed: Sequence[tuple[Tensor, Tensor, Tensor | None]], vocab: int, unchunked: bool) -> Callable[[], None]:
     """One step: a pass for each (hidden [R, Dk], weight [V, Dk], values [V, Dv] or None)."""
     made = []
     for hidden, weight, values in needed:

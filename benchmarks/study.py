@@ -216,15 +216,26 @@ def collect(runner: Runner, table: str, rows: list[Row], seeds: range, split: st
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     counts = [result["rows"] for found in by_seed.values() for result in found.values()]
     return {
-        "benchmark": "study", "table": table, "title": TITLES[table], "split": split, "seeds_asked": len(seeds),
-        "seeds_done": min(len(entry["seeds"]) for entry in entries), "default": base, "rows": entries,
-        "order": _orders(table, rows, entries), "questions": counts[0] if counts else None,
+        "benchmark": "study",
+        "table": table,
+        "title": TITLES[table],
+        "split": split,
+        "seeds_asked": len(seeds),
+        "seeds_done": min(len(entry["seeds"]) for entry in entries),
+        "default": base,
+        "rows": entries,
+        "order": _orders(table, rows, entries),
+        "questions": counts[0] if counts else None,
         "task": json.loads((study.work / "data" / "finished").read_text()),
-        "teachers": study_models.TEACHERS, "students": study_models.STUDENTS,
-        "overrides": study.overrides, "config": study.config.model_dump(mode="json"), "machine": machine(),
-        "versions": versions(), "commit": commit.strip(),
+        "teachers": study_models.TEACHERS,
+        "students": study_models.STUDENTS,
+        "overrides": study.overrides,
+        "config": study.config.model_dump(mode="json"),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit.strip(),
         "note": "The machine was shared: seconds are those of the processor, and indicative only.",
-    }  # fmt: skip
+    }
 
 
 def _entry(runner: Runner, row: Row, done: dict[int, Job]) -> dict[str, Any]:
@@ -319,8 +330,7 @@ def plot(result: dict[str, Any], path: Path) -> str | None:
         return None
     orders = [order for order in result["order"] if order["paper_means"]]
     size = (7 + 3 * len(orders), 1.2 + 0.35 * len(rows))
-    figure, axes = pyplot.subplots(1, 1 + len(orders), figsize=size, sharey=True,
-                                   squeeze=False)  # fmt: skip
+    figure, axes = pyplot.subplots(1, 1 + len(orders), figsize=size, sharey=True, squeeze=False)
     places = list(range(len(rows)))[::-1]
     ours, *theirs = axes[0]
     for y, entry in zip(places, rows):

@@ -227,20 +227,29 @@ def table_4e() -> list[Row]:
         Row("bottom-3", paper=("Bottom-3 Index",), changes={"matching.strategy": "bottom", "matching.k": 3}),
         Row("multinomial", paper=("Multinomial Sampling",), changes=multinomial | off),
         Row("+ search range", paper=("+Search Range",), changes=multinomial | off | {"matching.search_range": True}),
-        Row("+ order preservation", paper=("+Order Preservation",),
-            changes=multinomial | {"matching.adaptive_temperature": False}),
+        Row(
+            "+ order preservation",
+            paper=("+Order Preservation",),
+            changes=multinomial | {"matching.adaptive_temperature": False},
+        ),
         replace(VLSI, name="+ adaptive temperature (the paper's default)", paper=("+Adaptive Temperature",)),
         Row("the layers that the student was cut from", verbalizer={"teacher.layers": [1, 3, 6]}),
-    ]  # fmt: skip
+    ]
     return [*(replace(row, rates=COARSE) for row in rows), *controls()]
 
 
 def table_4f() -> list[Row]:
     """The eight verbalizers."""
     names = {
-        "decoder_x2": "Decoder×2", "decoder": "Decoder", "ffn_x2": "FFN×2", "ffn": "FFN",
-        "verb_ffn_x2": "verb-FFN×2", "verb_ffn": "verb-FFN", "mlp_x2": "MLP×2", "mlp": "MLP",
-    }  # fmt: skip
+        "decoder_x2": "Decoder×2",
+        "decoder": "Decoder",
+        "ffn_x2": "FFN×2",
+        "ffn": "FFN",
+        "verb_ffn_x2": "verb-FFN×2",
+        "verb_ffn": "verb-FFN",
+        "mlp_x2": "MLP×2",
+        "mlp": "MLP",
+    }
     rows = []
     for name, paper in names.items():
         changes = {"verbalizer.architecture": name}
@@ -265,8 +274,13 @@ def figure_4() -> list[Row]:
 
 def table_depth() -> list[Row]:
     """Do intermediate layers pay? Students cut to several depths, from teachers of several depths."""
-    pairs = (("teacher", "student"), ("teacher", "student_3"), ("teacher", "student_2"),
-             ("teacher_12", "student_6_of_12"), ("teacher_16", "student_8_of_16"))  # fmt: skip
+    pairs = (
+        ("teacher", "student"),
+        ("teacher", "student_3"),
+        ("teacher", "student_2"),
+        ("teacher_12", "student_6_of_12"),
+        ("teacher_16", "student_8_of_16"),
+    )
     rows = []
     for teacher, student in pairs:
         common = {"teacher": teacher, "student": student}
@@ -300,18 +314,35 @@ def table_layers() -> list[Row]:
 
 
 TABLES = {
-    "main": table_main, "labels": table_labels, "wordings": table_wordings, "wrong": table_wrong,
-    "operations": table_operations, "4b": table_4b, "4c": table_4c, "4d": table_4d, "4e": table_4e, "4f": table_4f,
-    "fig4": figure_4, "depth": table_depth, "layers": table_layers,
-}  # fmt: skip
+    "main": table_main,
+    "labels": table_labels,
+    "wordings": table_wordings,
+    "wrong": table_wrong,
+    "operations": table_operations,
+    "4b": table_4b,
+    "4c": table_4c,
+    "4d": table_4d,
+    "4e": table_4e,
+    "4f": table_4f,
+    "fig4": figure_4,
+    "depth": table_depth,
+    "layers": table_layers,
+}
 TITLES = {
-    "main": "300 labels, every arm at its own best rate", "labels": "number of labels",
+    "main": "300 labels, every arm at its own best rate",
+    "labels": "number of labels",
     "wordings": "wordings of the labels",
-    "wrong": "wrong labels", "operations": "operations", "4b": "use of the sft step", "4c": "share of the sft step",
-    "4d": "operations of intermediate / last layers", "4e": "matching strategy", "4f": "verbalizer architecture",
-    "fig4": "teacher -> student", "depth": "how many layers the student keeps",
+    "wrong": "wrong labels",
+    "operations": "operations",
+    "4b": "use of the sft step",
+    "4c": "share of the sft step",
+    "4d": "operations of intermediate / last layers",
+    "4e": "matching strategy",
+    "4f": "verbalizer architecture",
+    "fig4": "teacher -> student",
+    "depth": "how many layers the student keeps",
     "layers": "what may make intermediate layers pay",
-}  # fmt: skip
+}
 PAPER = {
     "4b": ["table_4b"],
     "4c": ["table_4c"],

@@ -43,13 +43,24 @@ def run(page: Path, script: str, folder: Path, width: int = 1100, dark: bool = F
     copy.write_text(text, encoding="utf-8")
     done = subprocess.run(
         [
-            find(), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+            find(),
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--v=0",
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            f"--user-data-dir={folder / 'profile'}", f"--window-size={max(width, NARROWEST)},900",
-            "--virtual-time-budget=5000", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", copy.as_uri(),
+            f"--user-data-dir={folder / 'profile'}",
+            f"--window-size={max(width, NARROWEST)},900",
+            "--virtual-time-budget=5000",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--dump-dom",
+            copy.as_uri(),
         ],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     found = re.search(r"<pre id=[\"']probe[\"']>(.*?)</pre>", done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]

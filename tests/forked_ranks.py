@@ -27,9 +27,13 @@ class ForkedRanks:
     def __init__(self, environment: dict[str, str], folder: Path):
         with (folder / "ranks.err").open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, __file__], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, __file__],
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=errors,
-            )  # fmt: skip
+            )
         self.said = folder / "ranks.said"
 
     def run(
@@ -63,9 +67,13 @@ def _one_rank(job: dict, rank: int, port: int) -> None:
         os.dup2(said, 1)
         os.dup2(said, 2)
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"]),
-            "LOCAL_WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(job["ranks"]),
+            "LOCAL_WORLD_SIZE": str(job["ranks"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         from vlsi_fast.cli import train_main
 
         code = train_main(["--stage", job["stage"], "--config", job["config"], "--resume"])

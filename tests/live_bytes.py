@@ -85,10 +85,13 @@ def measure(config: RunConfig, stage: str, monkeypatch, step: int = 1) -> Measur
     def keep_shapes(self, model, inputs, *args, **kwargs):
         if self.state.global_step == step:
             shapes = {
-                role: {"tokens": tuple(part["inputs"]["input_ids"].shape), "answers": part["index"].numel(),
-                       "patches": len(part["inputs"].get("pixel_values", ()))}
+                role: {
+                    "tokens": tuple(part["inputs"]["input_ids"].shape),
+                    "answers": part["index"].numel(),
+                    "patches": len(part["inputs"].get("pixel_values", ())),
+                }
                 for role, part in inputs["batch"].items()
-            }  # fmt: skip
+            }
             measured.batches.append(shapes)
         return compute(self, model, inputs, *args, **kwargs)
 

@@ -36,8 +36,10 @@ def differing(model: torch.nn.Module, folder: Path, dtype: str) -> list[str]:
     stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
     integration._hf_deepspeed_config_weak_ref = kept
     found = []
-    for own, theirs in ((model.named_parameters(), stock.named_parameters()), (model.named_buffers(),
-                                                                               stock.named_buffers())):  # fmt: skip
+    for own, theirs in (
+        (model.named_parameters(), stock.named_parameters()),
+        (model.named_buffers(), stock.named_buffers()),
+    ):
         own, theirs = dict(own), dict(theirs)
         found += [f"{name} missing" for name in theirs.keys() - own.keys()]
         for name, tensor in own.items():

@@ -95,8 +95,9 @@ def test_greedy_answers_are_stock_generates_row_by_row(family, pictures, tmp_pat
         new, _, _, processor = stock(tmp_path / "model", row["messages"][:-1], [pictures / row["images"][0]])
         assert row["messages"][-1]["content"][0]["text"] == processor.tokenizer.decode(new, skip_special_tokens=True)
         assert row["messages"][0]["content"] == [
-            {"type": "image"}, {"type": "text", "text": QUESTIONS[row["answered_by"]["question"]]}
-        ]  # fmt: skip
+            {"type": "image"},
+            {"type": "text", "text": QUESTIONS[row["answered_by"]["question"]]},
+        ]
     assert len({row["messages"][-1]["content"][0]["text"] for row in rows}) > 1, "equal answers would prove nothing"
 
 
@@ -321,8 +322,12 @@ def test_two_ranks_write_what_one_writes(launcher, options, pictures, model, tmp
     words += ["--temperature", 1, "--samples", 3, "--seed", 5] if options is SAMPLED else []
     done = subprocess.run(
         [*map(str, launch), "vlsi_fast", "data", "answer", *map(str, words)],
-        cwd=runs.ROOT, env=runs.environment(), timeout=300, text=True, capture_output=True,
-    )  # fmt: skip
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        timeout=300,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("To train on them") == 1
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
@@ -359,7 +364,7 @@ def said(*texts, tokens=5, finished=True, repetition=0.0, **more):
         ({"min_agreement": 0.6}, said("red", "red") + said("red", finished=False), [None, "not_kept", "cut"]),
         ({"min_agreement": 0.6}, said("red") + said("red", "red", finished=False), ["disagreement", "cut", "cut"]),
     ],
-)  # fmt: skip
+)
 def test_filters_say_why(filters, answers, causes):
     assert Filters(**filters).judge(answers)[0] == causes
 
@@ -457,8 +462,14 @@ def test_rows_that_the_processor_refuses_are_told_apart(pictures, workspace, mod
     """A picture 300 times as wide as high, a question too long for data.max_length. A spelt image token is text."""
     Image.new("RGB", (32, 32), "red").save(tmp_path / "good.png")
     Image.new("RGB", (3000, 8), "red").save(tmp_path / "wide.png")
-    asked = [("good.png", "red?"), ("wide.png", "red?"), ("good.png", "red " * 200), ("good.png", "a <|image_pad|>?"),
-             ("../out.png", "red?"), ("good.png", "blue?")]  # fmt: skip
+    asked = [
+        ("good.png", "red?"),
+        ("wide.png", "red?"),
+        ("good.png", "red " * 200),
+        ("good.png", "a <|image_pad|>?"),
+        ("../out.png", "red?"),
+        ("good.png", "blue?"),
+    ]
     lines = [json.dumps({"image": image, "question": question}) for image, question in asked]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     config = runs.settings(workspace, tmp_path / "run")

@@ -31,9 +31,21 @@ import training_steps  # noqa: E402
 CPU = torch.device("cpu")
 CASES = ["bench_layer_kl", "bench_verbalize_ce", "bench_divergence", "bench_verb_ffn"]
 ROW_KEYS = {
-    "name", "role", "status", "reason", "note", "calls", "errors", "peak_extra_bytes", "seconds", "seconds_range",
-    "samples", "tflops", "fraction_of_roofline", "fraction_of_unchunked",
-}  # fmt: skip
+    "name",
+    "role",
+    "status",
+    "reason",
+    "note",
+    "calls",
+    "errors",
+    "peak_extra_bytes",
+    "seconds",
+    "seconds_range",
+    "samples",
+    "tflops",
+    "fraction_of_roofline",
+    "fraction_of_unchunked",
+}
 HEAD_KEYS = {"benchmark", "device", "dtype", "arguments", "machine", "versions", "commit", "dirty", "png", "parts"}
 
 
@@ -214,14 +226,17 @@ def test_rounds_rotate_and_the_median_counts(monkeypatch):
 # ---- what the numbers rest on ----
 
 
-@pytest.mark.parametrize(("step", "expected"), [
-    (lambda: torch.empty(1000, 1000), 4_000_000),
-    (lambda: [torch.empty(1000, 1000) for _ in range(3)], 12_000_000),
-    (lambda: [torch.empty(1000, 1000).sum() for _ in range(3)], 4_000_000),
-    (lambda: torch.empty(1000, 1000).exp().log_softmax(-1), 8_000_000),
-    (lambda: torch.empty(1000, 1000).add_(1.0), 4_000_000),
-    (lambda: torch.empty(1000, 1000, dtype=torch.bfloat16), 2_000_000),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (lambda: torch.empty(1000, 1000), 4_000_000),
+        (lambda: [torch.empty(1000, 1000) for _ in range(3)], 12_000_000),
+        (lambda: [torch.empty(1000, 1000).sum() for _ in range(3)], 4_000_000),
+        (lambda: torch.empty(1000, 1000).exp().log_softmax(-1), 8_000_000),
+        (lambda: torch.empty(1000, 1000).add_(1.0), 4_000_000),
+        (lambda: torch.empty(1000, 1000, dtype=torch.bfloat16), 2_000_000),
+    ],
+)
 def test_memory_meter_counts_what_is_alive_at_once(step, expected):
     resident = torch.empty(5000, 1000)  # alive before: not counted
     assert meter.peak_extra_bytes(step, CPU) == pytest.approx(expected, rel=0.01)
@@ -281,8 +296,10 @@ def test_shapes_agree_with_transformers():
     assert large.vocab == text.vocab_size
     assert (vision.width, vision.depth, vision.heads) == (tower.embed_dim, tower.depth, tower.num_heads)
     assert (vision.mlp_ratio, vision.patch, vision.merge) == (
-        tower.mlp_ratio, tower.patch_size, tower.spatial_merge_size,
-    )  # fmt: skip
+        tower.mlp_ratio,
+        tower.patch_size,
+        tower.spatial_merge_size,
+    )
 
 
 def test_shapes_by_name():

@@ -202,8 +202,13 @@ def test_unknown_training_argument(load):
 
 def test_overrides_are_read_as_yaml():
     assert parse_overrides(["--a.b", "1", "--c=x", "--d", "[1, 2]", "--e=null", "--f", "-1", "--g=a=b"]) == {
-        "a.b": 1, "c": "x", "d": [1, 2], "e": None, "f": -1, "g": "a=b",
-    }  # fmt: skip
+        "a.b": 1,
+        "c": "x",
+        "d": [1, 2],
+        "e": None,
+        "f": -1,
+        "g": "a=b",
+    }
 
 
 def test_overrides_change_the_file(load):
@@ -249,8 +254,12 @@ def test_numbers_without_a_point_are_numbers(tmp_path, text):
     extra = load_config(path, ["--training.extra.adam_epsilon", text]).training.extra
     assert extra == {"adam_epsilon": 1e-4}, "what pydantic does not convert"
     assert parse_overrides(["--a", "1e", "--b", "e4", "--c", "0x1e4", "--d", "v1e4", "--e", "'1e4'"]) == {
-        "a": "1e", "b": "e4", "c": 0x1E4, "d": "v1e4", "e": "1e4",
-    }  # fmt: skip
+        "a": "1e",
+        "b": "e4",
+        "c": 0x1E4,
+        "d": "v1e4",
+        "e": "1e4",
+    }
 
 
 @pytest.mark.parametrize(
@@ -283,8 +292,10 @@ HEADLESS = {"headless": True, "intermediate": "l2"}
         ({"student": {"layers": []}}, r"student: layers must be a non-empty, strictly rising list"),
         ({"student": {"layers": [2, 1]}}, r"strictly rising list, got \[2, 1\]; sort it"),
         ({"teacher": {"layers": [1, 1]}}, r"teacher: layers must be .* got \[1, 1\]"),
-        ({"student": {"layers": [1, 2, 3]}, "teacher": {"layers": [1, 2]}},
-         "student.layers has 3 target layers, teacher.layers 2: matching needs t_s <= t_l"),
+        (
+            {"student": {"layers": [1, 2, 3]}, "teacher": {"layers": [1, 2]}},
+            "student.layers has 3 target layers, teacher.layers 2: matching needs t_s <= t_l",
+        ),
         ({"verbalizer": {"architecture": "decoder", "residual": True}}, "remove verbalizer.residual"),
         ({"verbalizer": {"architecture": "decoder_x2", "residual": True}}, "remove verbalizer.residual"),
         ({"matching": {"k": 3}}, "k=3 has no meaning for strategy multinomial"),
@@ -311,7 +322,7 @@ HEADLESS = {"headless": True, "intermediate": "l2"}
         ({"data": {"train": [{"reader": "llava"}]}}, "data.train.0: reader llava needs path"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_contradictions(load, sections, message):
     with pytest.raises(ConfigError, match=message):
         load(**sections)

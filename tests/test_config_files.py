@@ -1,6 +1,5 @@
 """Config files that extend others: merging, relative paths, and what is wrong with a chain."""
 
-
 import pytest
 import tiny_runs as runs
 import yaml

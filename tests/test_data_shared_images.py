@@ -27,9 +27,10 @@ def data(tmp_path):
     for name, size in (("a", (56, 56)), ("b", (84, 28))):
         Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{name}.png")
     turns = [
-        ([], "Is there a circle?", "yes"), (["a.png"], "<image>What?", "red"),
+        ([], "Is there a circle?", "yes"),
+        (["a.png"], "<image>What?", "red"),
         (["a.png", "b.png"], "<image><image>Which?", "no"),
-    ]  # fmt: skip
+    ]
     lines = [
         {"images": images, "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
         for images, q, a in turns

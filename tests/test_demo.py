@@ -153,8 +153,10 @@ def test_the_file_of_sft_only_has_vlsis_steps():
 
 
 def test_what_is_run():
-    names = {words: [arm.name for arm in arms.chosen(*words)] for words in
-             [(False, True), (True, True), (False, False), (True, False), (False, True, True)]}  # fmt: skip
+    names = {
+        words: [arm.name for arm in arms.chosen(*words)]
+        for words in [(False, True), (True, True), (False, False), (True, False), (False, True, True)]
+    }
     assert names[False, True] == ["sft_best", "sft_only", "last_layer", "student_after", "unlabelled"]
     assert names[True, True] == ["sft_best", "sft_only", "student_after"]
     assert names[False, False] == ["last_layer", "student_after", "unlabelled"]
@@ -259,8 +261,10 @@ def test_it_says_first_what_will_happen(tmp_path):
 
 def invented(name, right):
     scores = [{"exact_facts": float(i < right), "facts_f1": 0.5 + 0.5 * (i < right)} for i in range(10)]
-    return [Answer(id=str(i), source="t", type="other", question="?", answer="a", prediction=name, scores=s)
-            for i, s in enumerate(scores)]  # fmt: skip
+    return [
+        Answer(id=str(i), source="t", type="other", question="?", answer="a", prediction=name, scores=s)
+        for i, s in enumerate(scores)
+    ]
 
 
 @pytest.fixture
@@ -323,8 +327,9 @@ def test_gains_over_seeds_and_the_bar(summary):
 
     found = demo_seeds.collect([seed(0.70, 0.50, 0.10), seed(0.72, 0.51, 0.70), seed(0.71, 0.52, 0.10)])
     assert found["best_sft"] == "sft_best" and (found["gains"][0]["model"], found["gains"][0]["over"]) == (
-        "student_after", "sft_best"
-    )  # fmt: skip
+        "student_after",
+        "sft_best",
+    )
     assert found["gains"][0]["values"] == pytest.approx([0.20, 0.21, 0.19]) and found["bar_met"]
     assert found["gains"][0]["half_width_95"] == pytest.approx(4.303 * 0.01 / 3**0.5)
     assert not demo_seeds.collect([seed(0.59, 0.50, 0.1), seed(0.59, 0.50, 0.1)])["bar_met"], "9 points are too few"

@@ -57,8 +57,9 @@ def test_commands_of_the_pages_parse(page, line, capsys):
         _, rest = build_parser().parse_known_args(words)
     except SystemExit:
         pytest.fail(f"{page}: {line}: {capsys.readouterr().err}")
-    known = set(field_names(RunConfig)) | {f"data.{which}.N.{name}" for which in ("train", "eval")
-                                           for name in SourceConfig.model_fields}  # fmt: skip
+    known = set(field_names(RunConfig)) | {
+        f"data.{which}.N.{name}" for which in ("train", "eval") for name in SourceConfig.model_fields
+    }
     for option in (word for word in rest if word.startswith("--")):
         name = re.sub(r"\.\d+\.", ".N.", option[2:].partition("=")[0].replace("-", "_"))
         assert name in known, f"{page}: {line}: {option} is no option"
@@ -128,10 +129,14 @@ def test_an_option_without_documentation_is_refused():
         hooks.table(Bare, "")
 
 
-@pytest.mark.parametrize("tag", [
-    '<script src="https://example.org/x.js">', "<link rel=stylesheet href=//example.org/x.css>",
-    '<img alt="" src="http://example.org/x.png">',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tag",
+    [
+        '<script src="https://example.org/x.js">',
+        "<link rel=stylesheet href=//example.org/x.css>",
+        '<img alt="" src="http://example.org/x.png">',
+    ],
+)
 def test_a_page_that_loads_from_elsewhere_is_refused(tag):
     class Of:
         class file:
@@ -186,8 +191,11 @@ def test_citation_and_packages_agree_on_the_version():
 @pytest.mark.skipif(shutil.which("mkdocs") is None, reason="needs the extra docs; `make docs` builds in any case")
 def test_the_site_builds_without_a_warning(tmp_path):
     built = subprocess.run(
-        ["mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True,
+        ["mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
-    )  # fmt: skip
+    )
     assert built.returncode == 0, built.stderr
     assert "interact.intermediate_weight" in (tmp_path / "site" / "config-reference" / "index.html").read_text()

@@ -31,13 +31,30 @@ from vlsi_fast.lineage import write_record
 @pytest.mark.parametrize(
     ("prediction", "answer", "relaxed"),
     [
-        ("3.14", "3", True), ("3.15", "3", True), ("3.16", "3", False), ("2.85", "3", True), ("-3", "3", False),
-        ("12.5%", "12%", True), ("12%", "0.12", True), ("12", "12%", False), ("-95", "-100", True),
-        ("0", "0", True), ("0.0", "0", False), ("0.01", "0", False), ("1", "0", False),
-        ("nan", "nan", True), ("inf", "5", False), ("5", "inf", False), ("", "5", False), ("five", "5", False),
-        (" Yes", "yes ", True), ("yes", "no", False), ("%", "5", False), ("1,000", "1000", False),
+        ("3.14", "3", True),
+        ("3.15", "3", True),
+        ("3.16", "3", False),
+        ("2.85", "3", True),
+        ("-3", "3", False),
+        ("12.5%", "12%", True),
+        ("12%", "0.12", True),
+        ("12", "12%", False),
+        ("-95", "-100", True),
+        ("0", "0", True),
+        ("0.0", "0", False),
+        ("0.01", "0", False),
+        ("1", "0", False),
+        ("nan", "nan", True),
+        ("inf", "5", False),
+        ("5", "inf", False),
+        ("", "5", False),
+        ("five", "5", False),
+        (" Yes", "yes ", True),
+        ("yes", "no", False),
+        ("%", "5", False),
+        ("1,000", "1000", False),
     ],
-)  # fmt: skip
+)
 def test_relaxed_accuracy_is_chartqas(prediction, answer, relaxed):
     assert relaxed_match(prediction, answer) is relaxed
     assert exact_match(prediction, answer) is (prediction.strip().lower() == answer.strip().lower())
@@ -46,11 +63,20 @@ def test_relaxed_accuracy_is_chartqas(prediction, answer, relaxed):
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
-        ("Yes", "yes/no"), ("no.", "yes/no"), ("A", "choice"), ("(d)", "choice"), ("b.", "choice"), ("7", "number"),
-        ("1,234.5", "number"), ("12%", "number"), ("-3", "number"), ("red", "other"),
-        ("a circle", "other"), ("", "other"),
+        ("Yes", "yes/no"),
+        ("no.", "yes/no"),
+        ("A", "choice"),
+        ("(d)", "choice"),
+        ("b.", "choice"),
+        ("7", "number"),
+        ("1,234.5", "number"),
+        ("12%", "number"),
+        ("-3", "number"),
+        ("red", "other"),
+        ("a circle", "other"),
+        ("", "other"),
     ],
-)  # fmt: skip
+)
 def test_types_follow_from_the_answer(answer, kind):
     assert question_type(answer) == kind
 
@@ -113,10 +139,15 @@ def write_rows(folder, turns):
 @pytest.mark.parametrize("beams", [1, 5])
 def test_answers_in_batches_are_those_of_stock_generate_row_by_row(tmp_path, family, beams):
     """Prompts of different lengths with none, one and two images; the reference is padded by nothing."""
-    data = write_rows(tmp_path, [
-        ("What is it?", "red", 1), ("Is there a red circle, or a blue rectangle, or no shape?", "no", 2),
-        ("yes or no", "yes", 0), ("<image>Is <image> this the same shape as the first?", "yes", 2),
-    ])  # fmt: skip
+    data = write_rows(
+        tmp_path,
+        [
+            ("What is it?", "red", 1),
+            ("Is there a red circle, or a blue rectangle, or no shape?", "no", 2),
+            ("yes or no", "yes", 0),
+            ("<image>Is <image> this the same shape as the first?", "yes", 2),
+        ],
+    )
     tiny_families.save(tmp_path / "model", family)
     options = {"max_new_tokens": 6, "num_beams": beams}
     found = [row for row in answer_rows(tmp_path / "model", data, skipped=Counter(), batch_size=3, **options)]
@@ -126,8 +157,13 @@ def test_answers_in_batches_are_those_of_stock_generate_row_by_row(tmp_path, fam
     assert [row.id for row in found] == [rows.row_id(i) for i in range(4)]
     for i, row in enumerate(found):
         images = iter([Image.open(tmp_path / f"{i}_{k}.png") for k in range(len(rows[i].images))])
-        turns = [{**turn, "content": [p | ({"image": next(images)} if p["type"] == "image" else {})
-                                      for p in turn["content"]]} for turn in rows[i].messages[:-1]]  # fmt: skip
+        turns = [
+            {
+                **turn,
+                "content": [p | ({"image": next(images)} if p["type"] == "image" else {}) for p in turn["content"]],
+            }
+            for turn in rows[i].messages[:-1]
+        ]
         inputs = processor.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -266,8 +302,9 @@ def test_bad_input_says_what_to_do(run_folder, tmp_path, capsys):
 
 def test_names_are_as_short_as_tells_them_apart():
     assert short_names(["runs/a/sft/student", "runs/b/sft/student"]) == {
-        "runs/a/sft/student": "a/sft/student", "runs/b/sft/student": "b/sft/student"
-    }  # fmt: skip
+        "runs/a/sft/student": "a/sft/student",
+        "runs/b/sft/student": "b/sft/student",
+    }
     assert list(short_names(["x/student/", "teacher"]).values()) == ["student", "teacher"]
 
 

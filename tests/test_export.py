@@ -160,8 +160,10 @@ def test_the_card_says_what_is_known_and_no_more(finished, tmp_path, capsys):
     assert card.data.license == "bsd-3-clause" and card.data.datasets == ["org/rows"]
     found = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
     assert found == {
-        ("rows", "exact_match"): 0.5, ("rows", "relaxed_accuracy"): 0.75, ("rows.jsonl", "exact_match"): 0.75
-    }  # fmt: skip
+        ("rows", "exact_match"): 0.5,
+        ("rows", "relaxed_accuracy"): 0.75,
+        ("rows.jsonl", "exact_match"): 0.75,
+    }
     text = " ".join(card.text.split())
     assert "| rows.jsonl | messages | 12 | **[to be filled in]** |" in text  # source, format, rows found, licence
     assert "| target layers of the teacher | 1, 2, 3, 4, 5 |" in text and "rank 8, alpha 8" in text

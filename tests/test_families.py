@@ -101,8 +101,9 @@ def test_three_stages(folder, tmp_path, teacher, student):
         if not torch.equal(before, base[name]):
             changed["interact"].add(name)
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    assert changed["interact"] == {n for n in base if "language_model.layers" in n and n.split(".")[-2] in linears
-                                   and n.endswith("weight")}  # fmt: skip
+    assert changed["interact"] == {
+        n for n in base if "language_model.layers" in n and n.split(".")[-2] in linears and n.endswith("weight")
+    }
 
     stock = load_processor(output / "sft" / "student")
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
@@ -127,9 +128,14 @@ def test_what_differs_between_the_tokenizers_is_recorded(folder, tmp_path):
 def test_decoder_verbalizers_across_families(folder, tmp_path, dtype):
     for stage in ("verbalize", "interact"):
         start(
-            folder, tmp_path / "run", "qwen3_vl", "llava_onevision", stage, dtype=dtype,
+            folder,
+            tmp_path / "run",
+            "qwen3_vl",
+            "llava_onevision",
+            stage,
+            dtype=dtype,
             verbalizer={"architecture": "decoder", "norm": True},
-        )  # fmt: skip
+        )
     assert all(0 < loss < 60 for loss in runs.losses(tmp_path / "run", "interact"))
 
 
@@ -252,8 +258,10 @@ def test_llava_patches_are_padded_and_left_out_again():
     """One image is cut into tiles, several of a row are not; a batch of both gives each row its own result."""
     name = "llava_onevision"
     samples = [sample("What?", (64, 60)), sample("a?", (30, 20)), sample("b?", (40, 30), (20, 20)), sample("c?")]
-    rows = [{"id": str(i), "skipped": [], "student": encode(s, processor(name), CONFIG, picture)}
-            for i, s in enumerate(samples)]  # fmt: skip
+    rows = [
+        {"id": str(i), "skipped": [], "student": encode(s, processor(name), CONFIG, picture)}
+        for i, s in enumerate(samples)
+    ]
     shapes = [tuple(row["student"]["pixel_values"].shape[:2]) for row in rows[:3]]
     assert shapes == [(1, 5), (1, 2), (2, 1)]
     batch = Collator({"student": processor(name)})(rows)["student"]

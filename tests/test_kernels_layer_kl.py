@@ -21,8 +21,12 @@ def poisoned_memory():
 
 def problem(s=3, n=11, layers=4, v=700, vt=760, ds=9, dl=13, dtype=torch.float32):
     student = randn(s, n, ds, seed=0, dtype=dtype).requires_grad_()
-    return (student, randn(v, ds, seed=1, dtype=dtype), randn(layers, n, dl, seed=2, dtype=dtype),
-            randn(vt, dl, seed=3, dtype=dtype))  # fmt: skip
+    return (
+        student,
+        randn(v, ds, seed=1, dtype=dtype),
+        randn(layers, n, dl, seed=2, dtype=dtype),
+        randn(vt, dl, seed=3, dtype=dtype),
+    )
 
 
 def ours(student, student_weight, teacher, teacher_weight, token_weight=None, **options):
@@ -70,9 +74,15 @@ def test_precision_bars_at_full_vocabulary(name, dtype):
 @pytest.mark.parametrize("workspace", [None, TINY], ids=["default", "tiny_workspace"])
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"n": 1}, {"s": 1, "layers": 1, "v": 1, "vt": 3}, {"n": 130, "s": 2, "layers": 5, "v": 1030, "vt": 1000},
-     {"dtype": torch.bfloat16}, {"dtype": torch.float16}],
-)  # fmt: skip
+    [
+        {},
+        {"n": 1},
+        {"s": 1, "layers": 1, "v": 1, "vt": 3},
+        {"n": 130, "s": 2, "layers": 5, "v": 1030, "vt": 1000},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
+    ],
+)
 def test_value_and_gradient(shape, workspace):
     """Random gradients of the whole matrix, temperature off 1, heads of different row counts, some weights zero."""
     inputs = problem(**shape)
@@ -133,8 +143,12 @@ def test_strided_inputs():
     student, student_weight, teacher, teacher_weight = problem()
     kl = ours(student, student_weight, teacher, teacher_weight)
     flipped = student.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
-    strided = ours(flipped, student_weight.T.contiguous().T, teacher.transpose(0, 1).contiguous().transpose(0, 1),
-                   teacher_weight.repeat(1, 2)[:, :13])  # fmt: skip
+    strided = ours(
+        flipped,
+        student_weight.T.contiguous().T,
+        teacher.transpose(0, 1).contiguous().transpose(0, 1),
+        teacher_weight.repeat(1, 2)[:, :13],
+    )
     assert torch.allclose(kl, strided, atol=1e-6)
     (kl.sum() + strided.sum()).backward()
     assert relative_error(flipped.grad, student.grad) < 1e-5

@@ -37,8 +37,9 @@ def gradients(function, hidden, weight, upstream):
 
 @pytest.mark.parametrize("workspace", [None, TINY], ids=["default", "tiny_workspace"])
 @pytest.mark.parametrize("dtype", list(GRAD_BAR))
-@pytest.mark.parametrize(("shape", "scale"), [((1, 1, 3), 1.0), ((7, 999, 33), 1.0), ((300, 1025, 16), 1.0),
-                                              ((40, 700, 16), 6.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((1, 1, 3), 1.0), ((7, 999, 33), 1.0), ((300, 1025, 16), 1.0), ((40, 700, 16), 6.0)]
+)
 def test_value_and_gradients(shape, scale, dtype, workspace):
     """Random upstream gradients; vocabulary cut by one row, temperature off 1, ignored labels, logits near 80."""
     hidden, weight, labels = problem(*shape, dtype, scale)
@@ -89,8 +90,11 @@ def test_reductions_agree_with_pytorch(reduction, impl):
     theirs = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction=reduction)
     assert ours.shape == theirs.shape and ours.dtype == torch.float32
     assert torch.allclose(ours, theirs, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(ours.sum(), (hidden, weight)),
-                    torch.autograd.grad(theirs.sum(), (hidden, weight)), strict=True):  # fmt: skip
+    for a, b in zip(
+        torch.autograd.grad(ours.sum(), (hidden, weight)),
+        torch.autograd.grad(theirs.sum(), (hidden, weight)),
+        strict=True,
+    ):
         assert torch.allclose(a, b, atol=1e-5)
 
 

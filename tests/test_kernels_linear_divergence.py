@@ -269,8 +269,17 @@ def test_ignored_tokens_have_no_influence(impl, beta):
     with torch.no_grad():
         student[~kept], teacher[~kept] = float("nan"), float("inf")
     for reduction, loss in zip(("mean", "sum", "none"), expected, strict=True):
-        result = linear_divergence(student, weight, teacher, teacher_weight, beta=beta, labels=labels, ignore_index=7,
-                                   impl=impl, reduction=reduction)  # fmt: skip
+        result = linear_divergence(
+            student,
+            weight,
+            teacher,
+            teacher_weight,
+            beta=beta,
+            labels=labels,
+            ignore_index=7,
+            impl=impl,
+            reduction=reduction,
+        )
         assert result.shape == (() if reduction != "none" else (7,))
         shown = result if reduction != "none" else result[kept]
         assert torch.allclose(shown, loss, rtol=1e-6, atol=1e-6)
@@ -458,10 +467,14 @@ def test_a_teacher_that_asks_for_a_gradient_is_refused_in_grad_mode_only():
         ({"impl": "fast"}, ValueError, "choose one of"),
         ({"impl": "triton", "teacher_hidden": torch.zeros(2, 6, dtype=torch.float64)}, TypeError, "float64"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(change, error, match):
-    call = {"student_hidden": torch.zeros(2, 4), "student_weight": torch.zeros(20, 4),
-            "teacher_hidden": torch.zeros(2, 6), "teacher_weight": torch.zeros(25, 6)} | change  # fmt: skip
+    call = {
+        "student_hidden": torch.zeros(2, 4),
+        "student_weight": torch.zeros(20, 4),
+        "teacher_hidden": torch.zeros(2, 6),
+        "teacher_weight": torch.zeros(25, 6),
+    } | change
     if call.get("impl") == "triton":
         pytest.importorskip("triton")
         call = {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in call.items()}

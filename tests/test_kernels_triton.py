@@ -112,8 +112,9 @@ def problem(n, v, d, dtype, scale=1.0):
 
 @pytest.mark.parametrize("workspace", [None, TINY], ids=["default", "tiny_workspace"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "scale"), [((1, 1, 3), 1.0), ((7, 999, 33), 1.0), ((20, 700, 16), 6.0),
-                                              ((3, 400, 1030), 0.1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((1, 1, 3), 1.0), ((7, 999, 33), 1.0), ((20, 700, 16), 6.0), ((3, 400, 1030), 0.1)]
+)
 def test_cross_entropy_and_logsumexp(shape, scale, dtype, workspace):
     """Random upstream gradients; vocabulary cut by one row, temperature off 1, ignored labels, logits near 80."""
     hidden, weight, labels = problem(*shape, dtype, scale)
@@ -260,8 +261,13 @@ def test_workspace_bounds_every_tensor():
     """Nothing of rows x vocabulary is made, and tiles shrink with the workspace."""
     hidden, weight = numbers(32, 8, seed=0, dtype=torch.bfloat16), numbers(30000, 8, seed=1, dtype=torch.bfloat16)
     with LargestTensor() as largest:
-        loss = linear_cross_entropy(hidden.requires_grad_(), weight, torch.zeros(32, dtype=torch.long, device=DEVICE),
-                                    impl="triton", workspace_bytes=400_000)  # fmt: skip
+        loss = linear_cross_entropy(
+            hidden.requires_grad_(),
+            weight,
+            torch.zeros(32, dtype=torch.long, device=DEVICE),
+            impl="triton",
+            workspace_bytes=400_000,
+        )
         loss.backward()
     assert largest.numel <= weight.nbytes  # which the interpreter copies as bytes; rows x vocabulary is twice that
     rows, columns = plan_tiles(32, 8, torch.float16, HeadOptions(30000, 1.0, "triton", 400_000))
@@ -269,8 +275,10 @@ def test_workspace_bounds_every_tensor():
 
 
 @pytest.mark.parametrize("workspace", [1, 10**6, 10**8, 2**29, 10**10])
-@pytest.mark.parametrize(("rows", "vocab", "width"), [(1, 1, 0), (1, 151936, 1536), (10**6, 152064, 3584),
-                                                      (81920, 152064, 8192), (300, 1025, 40)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "vocab", "width"),
+    [(1, 1, 0), (1, 151936, 1536), (10**6, 152064, 3584), (81920, 152064, 8192), (300, 1025, 40)],
+)
 def test_plan(rows, vocab, width, workspace):
     row_chunk, columns = plan_tiles(rows, width, torch.float16, HeadOptions(vocab, 1.0, "triton", workspace))
     assert 1 <= row_chunk <= rows and 1 <= columns <= 8192

@@ -152,9 +152,14 @@ def test_choice_of_tile():
     """Many rows: large tiles; few, or too few tiles to fill a GPU: small ones; odd widths of 2 bytes: their own."""
     for kind in ("hopper", "other"):
         for layers, rows, even, itemsize, name in (
-            (1, 4096, True, 2, "many"), (20, 64, True, 2, "few"), (1, 200, True, 2, "few"), (7, 200, True, 2, "many"),
-            (1, 4096, False, 2, "ragged"), (1, 4096, False, 4, "many"), (1, 1, False, 4, "few"),
-        ):  # fmt: skip
+            (1, 4096, True, 2, "many"),
+            (20, 64, True, 2, "few"),
+            (1, 200, True, 2, "few"),
+            (7, 200, True, 2, "many"),
+            (1, 4096, False, 2, "ragged"),
+            (1, 4096, False, 4, "many"),
+            (1, 1, False, 4, "few"),
+        ):
             chosen = operator._gate_up_launch(layers, rows, 3584, even, itemsize, kind)
             assert chosen is operator._GATE_UP[itemsize, name, kind], (kind, layers, rows, name)
 
@@ -269,9 +274,13 @@ def test_strided_inputs_and_reference_impl(impl, device):
     wide_up, wide_norm = room.clone(), room[:, 0].clone()
     wide_up[:, 3:23, 5:17], wide_norm[:, ::3][:, :12] = up.detach(), norm.detach()
     strided = verb_ffn(
-        x.transpose(0, 1).contiguous().transpose(0, 1), gate.mT.contiguous().mT, wide_up[:, 3:23, 5:17], down,
-        norm_weight=wide_norm[:, ::3][:, :12], impl=impl,
-    )  # fmt: skip
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        gate.mT.contiguous().mT,
+        wide_up[:, 3:23, 5:17],
+        down,
+        norm_weight=wide_norm[:, ::3][:, :12],
+        impl=impl,
+    )
     dense = verb_ffn(x, gate, up, down, norm_weight=norm, impl="reference")
     assert dense.dtype == torch.float32
     assert torch.allclose(strided, dense, atol=1e-5)

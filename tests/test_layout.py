@@ -32,8 +32,12 @@ def python(code: str, *arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *(["-c", code] if code else []), *arguments],
-        cwd=cwd, env=environment, text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+        cwd=cwd,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
 
 
 def own_modules() -> list[str]:
@@ -128,8 +132,14 @@ def test_packages_have_their_public_names():
     import vlsi_kernels
 
     assert {"load_config", "run"} <= set(vlsi_fast.__all__)
-    assert {"head_statistics", "linear_logsumexp", "linear_cross_entropy", "teacher_targets", "layer_kl_matrix",
-            "verb_ffn"} <= set(vlsi_kernels.__all__)  # fmt: skip
+    assert {
+        "head_statistics",
+        "linear_logsumexp",
+        "linear_cross_entropy",
+        "teacher_targets",
+        "layer_kl_matrix",
+        "verb_ffn",
+    } <= set(vlsi_kernels.__all__)
     with pytest.raises(AttributeError, match="no attribute 'load_confg'"):
         vlsi_fast.load_confg  # noqa: B018
 

@@ -137,8 +137,10 @@ def test_matched_divergence_is_the_dense_divergence(divergence, beta, temperatur
     student, teacher = hidden()
     teacher = teacher[[2, 0]]
     loss = MatchedDivergence(ws, wl, OperatorOptions(VOCAB, IMPL), beta)(student, teacher, temperature)
-    pairs = [(logits(s, ws, temperature=temperature), logits(t, wl, temperature=temperature))
-             for s, t in zip(student, teacher)]  # fmt: skip
+    pairs = [
+        (logits(s, ws, temperature=temperature), logits(t, wl, temperature=temperature))
+        for s, t in zip(student, teacher)
+    ]
     wanted = torch.stack([dense_divergence(*pair, divergence, beta) for pair in pairs])
     assert loss.shape == (S,)
     close(loss, wanted)
@@ -157,11 +159,15 @@ def test_pairwise_kl_is_kl_div_for_all_pairs(temperature):
     assert matrix.shape == (S, L)
     dense = torch.stack(
         [
-            torch.stack([dense_kl(logits(s, ws, temperature=temperature), logits(t, wl, temperature=temperature))
-                         for t in teacher])
+            torch.stack(
+                [
+                    dense_kl(logits(s, ws, temperature=temperature), logits(t, wl, temperature=temperature))
+                    for t in teacher
+                ]
+            )
             for s in student
         ]
-    )  # fmt: skip
+    )
     close(matrix, dense)
     for i in range(S):
         for j in range(L):
@@ -518,11 +524,14 @@ def test_verbalize_loss_is_the_dense_loss(batch, objective):
     layers = {"student": STUDENT_LAYERS, "teacher": TEACHER_LAYERS}
     backbones = {
         name: VerbalizedBackbone(
-            model.requires_grad_(False), layers[name], verbalizers_of(model, layers[name], 3), train_backbone=False,
+            model.requires_grad_(False),
+            layers[name],
+            verbalizers_of(model, layers[name], 3),
+            train_backbone=False,
             needs_last=objective != "answers",
         )
         for name, model in models.items()
-    }  # fmt: skip
+    }
     vocab = models["student"].config.get_text_config().vocab_size
     module = VerbalizeModule(backbones, OperatorOptions(vocab, IMPL), objective).train()
     output = module(student=batch, teacher=batch)

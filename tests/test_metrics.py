@@ -150,8 +150,12 @@ def rows_of(scores, source="rows"):
 
 def test_shares_by_kind_of_metric():
     assert share([True, 0.0, 1]) == {
-        "mean": 2 / 3, "accuracy": 2 / 3, "correct": 2, "rows": 3, "interval": list(wilson(2, 3))
-    }  # fmt: skip
+        "mean": 2 / 3,
+        "accuracy": 2 / 3,
+        "correct": 2,
+        "rows": 3,
+        "interval": list(wilson(2, 3)),
+    }
     assert share([1.0, 0.5], graded=True) == {"mean": 0.75, "rows": 2, "interval": list(mean_score([1.0, 0.5]))}
 
 

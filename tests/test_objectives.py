@@ -99,10 +99,14 @@ def test_records_from_before_these_options_go_on(verbalized, short, workspace, t
     assert "intermediate_weight" in identity
 
 
-@pytest.mark.parametrize("sections", [
-    {"verbalize": {"objective": "both"}, "verbalizer": {"architecture": "decoder", "norm": True}},
-    {"verbalize": {"objective": "own_output", "models": ["student"]}, "dtype": "bfloat16"},
-], ids=["decoder", "bfloat16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"verbalize": {"objective": "both"}, "verbalizer": {"architecture": "decoder", "norm": True}},
+        {"verbalize": {"objective": "own_output", "models": ["student"]}, "dtype": "bfloat16"},
+    ],
+    ids=["decoder", "bfloat16"],
+)
 def test_own_output_with_other_settings(workspace, tmp_path, sections):
     start(workspace, tmp_path / "run", "verbalize", training={"max_steps": 1}, **sections)
     assert all(map(math.isfinite, runs.losses(tmp_path / "run", "verbalize")))
@@ -253,22 +257,35 @@ def test_plan_and_check_look_at_the_listed_stages(workspace, tmp_path, capsys, m
 # ---- bad input ----
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"stages": []}, "stages must name some of verbalize, interact, sft, once each, in this order"),
-    ({"stages": ["interact", "interact"]}, "once each"),
-    ({"stages": ["sft", "interact"]}, "in this order; got"),
-    ({"stages": ["verbalise"]}, "stages.0"),
-    ({"stages": ["verbalize", "sft"]}, "add interact, or set sft.start_from to base"),
-    ({"stages": ["interact", "sft"]}, r"add verbalize, name trained ones \(student.verbalizers, teacher.verbalizers\)"),
-    ({"stages": ["interact"], "interact.intermediate": "ce"}, r"name trained ones \(student.verbalizers\)"),
-    ({"verbalize.objective": "own"}, "verbalize.objective"),
-    ({"interact.divergence": "kl"}, "interact.divergence"),
-    ({"interact.divergence": "jsd", "interact.intermediate": "ce", "interact.last": "l2"}, "neither interact.interm"),
-    ({"interact.jsd_beta": 0.3}, "interact.jsd_beta belongs to interact.divergence jsd"),
-    ({"interact.divergence": "jsd", "interact.jsd_beta": 1.0}, "interact.jsd_beta"),
-    ({"interact.intermediate_schedule": "linear", "interact.last": "none"}, "needs both interact.intermediate and"),
-    ({"interact.intermediate_schedule": "linear", "interact.intermediate": "none"}, "needs both interact.intermediate"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stages": []}, "stages must name some of verbalize, interact, sft, once each, in this order"),
+        ({"stages": ["interact", "interact"]}, "once each"),
+        ({"stages": ["sft", "interact"]}, "in this order; got"),
+        ({"stages": ["verbalise"]}, "stages.0"),
+        ({"stages": ["verbalize", "sft"]}, "add interact, or set sft.start_from to base"),
+        (
+            {"stages": ["interact", "sft"]},
+            r"add verbalize, name trained ones \(student.verbalizers, teacher.verbalizers\)",
+        ),
+        ({"stages": ["interact"], "interact.intermediate": "ce"}, r"name trained ones \(student.verbalizers\)"),
+        ({"verbalize.objective": "own"}, "verbalize.objective"),
+        ({"interact.divergence": "kl"}, "interact.divergence"),
+        (
+            {"interact.divergence": "jsd", "interact.intermediate": "ce", "interact.last": "l2"},
+            "neither interact.interm",
+        ),
+        ({"interact.jsd_beta": 0.3}, "interact.jsd_beta belongs to interact.divergence jsd"),
+        ({"interact.divergence": "jsd", "interact.jsd_beta": 1.0}, "interact.jsd_beta"),
+        ({"interact.intermediate_schedule": "linear", "interact.last": "none"}, "needs both interact.intermediate and"),
+        (
+            {"interact.intermediate_schedule": "linear", "interact.intermediate": "none"},
+            "needs both interact.intermediate",
+        ),
+    ],
+    ids=str,
+)
 def test_bad_options_name_the_fix(workspace, tmp_path, changes, message):
     path = runs.write_config(runs.settings(workspace, tmp_path / "run"), tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match=message):

@@ -45,8 +45,10 @@ def encoded(name, rows):
     made = []
     for question, images, answer in rows:
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-        turns = [{"role": "user", "content": content},
-                 {"role": "assistant", "content": [{"type": "text", "text": answer}]}]  # fmt: skip
+        turns = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
         made.append(encode(Sample("row", turns, images), processor(name), CONFIG, picture))
     return made
 
@@ -137,8 +139,19 @@ def test_the_last_token_of_a_row_does_not_predict_the_next_rows_first():
 calls = []
 
 
-def bounded_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, cu_seq_lens_k=None,
-                      max_length_q=None, max_length_k=None, scaling=None, **kwargs):  # fmt: skip
+def bounded_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    cu_seq_lens_q=None,
+    cu_seq_lens_k=None,
+    max_length_q=None,
+    max_length_k=None,
+    scaling=None,
+    **kwargs,
+):
     """What flash-attention's varlen function computes, a row at a time."""
     assert attention_mask is None and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
     assert isinstance(max_length_q, int), "a tensor would be waited for"

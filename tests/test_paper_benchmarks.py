@@ -100,13 +100,16 @@ def show(capsys, *words) -> dict:
 
 def test_results_stand_beside_the_papers_in_its_unit(tmp_path, capsys):
     model = "runs/mine/sft/student"
-    write_results(tmp_path / "a", {
-        "mmmu_val": {"alias": "mmmu_val", "mmmu_acc,none": 0.5, "mmmu_acc_stderr,none": "N/A"},
-        "mme": {"mme_cognition_score,none": 600.5, "mme_perception_score,none": 1400.0},
-        "ai2d": {"exact_match,flexible-extract": 0.25, "exact_match,none": 0.9},
-        "mmvet": {"gpt_eval_score,none": 41.5},
-        "mathvista_testmini_format": {"llm_as_judge_eval,none": None},
-    })  # fmt: skip
+    write_results(
+        tmp_path / "a",
+        {
+            "mmmu_val": {"alias": "mmmu_val", "mmmu_acc,none": 0.5, "mmmu_acc_stderr,none": "N/A"},
+            "mme": {"mme_cognition_score,none": 600.5, "mme_perception_score,none": 1400.0},
+            "ai2d": {"exact_match,flexible-extract": 0.25, "exact_match,none": 0.9},
+            "mmvet": {"gpt_eval_score,none": 41.5},
+            "mathvista_testmini_format": {"llm_as_judge_eval,none": None},
+        },
+    )
     write_results(
         tmp_path / "b",
         {"mmmu_val": {"mmmu_acc,none": 0.75}, "gqa": {"exact_match,none": 0.125}},
@@ -115,8 +118,14 @@ def test_results_stand_beside_the_papers_in_its_unit(tmp_path, capsys):
     )
     found = show(capsys, "--results", tmp_path)
     scores = {name: row["scores"][model] for name, row in found.items()}
-    assert scores == {"MMMU": 75.0, "MME": 2000.5, "AI2D": 25.0, "MM-Vet": 41.5, "MathVista": None,
-                      "gqa": {"exact_match,none": 0.125}}  # fmt: skip
+    assert scores == {
+        "MMMU": 75.0,
+        "MME": 2000.5,
+        "AI2D": 25.0,
+        "MM-Vet": 41.5,
+        "MathVista": None,
+        "gqa": {"exact_match,none": 0.125},
+    }
     assert found["MMMU"]["paper"]["VLsI-7B"] == [69.3] and found["MMMU"]["limited"] == {model: [9, 100]}
     assert main(["eval", "--results", str(tmp_path), "--benchmarks", "mmmu,blink"]) == 0
     text = capsys.readouterr().out
@@ -179,10 +188,16 @@ def test_benchmarks_of_a_run(fake_lmms, run_folder, capfd):
     (file,) = (run_folder / "benchmarks").glob("mmmu-*/sft__student/*_results.json")
     student = run_folder / "sft" / "student"
     assert json.loads(file.read_text())["words"] == {
-        "--model": "qwen2_vl", "--model_args": f"pretrained={student},device_map=cpu,max_pixels=9",
-        "--tasks": "mmmu_val", "--device": "cpu", "--batch_size": "1", "--output_path": str(file.parent.parent),
-        "--limit": "9", "--gen_kwargs": "num_beams=5", "--include_path": "mine",
-    }  # fmt: skip
+        "--model": "qwen2_vl",
+        "--model_args": f"pretrained={student},device_map=cpu,max_pixels=9",
+        "--tasks": "mmmu_val",
+        "--device": "cpu",
+        "--batch_size": "1",
+        "--output_path": str(file.parent.parent),
+        "--limit": "9",
+        "--gen_kwargs": "num_beams=5",
+        "--include_path": "mine",
+    }
     assert show(capfd, "--results", run_folder / "benchmarks")["MMMU"]["scores"] == {"x": 50.0}
 
 

@@ -92,8 +92,9 @@ def test_counts_are_those_of_the_loaded_model(workspace, role):
     assert sorted(n for layer in shape.lora for n in layer) == sorted(lora)
 
 
-@pytest.mark.parametrize("architecture,millions", [("mlp", 89.9), ("verb_ffn", 269.7), ("ffn", 1425.8),
-                                                   ("decoder_x2", 3262.6)])  # fmt: skip
+@pytest.mark.parametrize(
+    "architecture,millions", [("mlp", 89.9), ("verb_ffn", 269.7), ("ffn", 1425.8), ("decoder_x2", 3262.6)]
+)
 def test_verbalizers_are_those_of_table_4f(paper, architecture, millions):
     from vlsi_fast.config import VerbalizerConfig
     from vlsi_fast.planner.shapes import verbalizer_sizes
@@ -128,10 +129,11 @@ def test_zero3_bytes_by_hand(paper):
         mine = sum(math.ceil(n / 8) for n in trained)
         assert found["optimizer"] == 12 * mine and found["gradients"] == 4 * mine
         assert found["parameters"] + found.get("teacher", 0) == 2 * mine + 2 * (
-            0 + sum(math.ceil(n / 8) for n in frozen)
+            0
+            + sum(math.ceil(n / 8) for n in frozen)
             + (teachers if stage != "sft" else 0)
             + (sum(math.ceil(n / 8) for n in verbalizers["teacher"]) if stage == "interact" else 0)
-        )  # fmt: skip
+        )
     assert shards([10, 7], 4) == 3 + 2
 
 
@@ -163,8 +165,13 @@ def test_predicted_peak_is_within_a_tenth_of_the_measured(tmp_path, monkeypatch,
     Compared: the largest sum of bytes alive (`live_bytes`) and the planner's, told the step's true rows, lengths,
     answer tokens and patches. Nothing in the planner was fitted to these numbers.
     """
-    changes = {"output_dir": str(tmp_path), "training.report_to": [], "training.deepspeed": None,
-               "training.per_device_train_batch_size": 32, **CASES[case]}  # fmt: skip
+    changes = {
+        "output_dir": str(tmp_path),
+        "training.report_to": [],
+        "training.deepspeed": None,
+        "training.per_device_train_batch_size": 32,
+        **CASES[case],
+    }
     for stage in ("verbalize", "interact", "sft"):
         changes[f"{stage}.training.max_steps"] = 2
     changes |= tiny_demo.start(tmp_path / "start")
@@ -236,16 +243,20 @@ def test_operations_of_objectives_and_divergences_by_hand(paper):
         assert operations(step)["heads"] == pytest.approx(v * (matching + 8 * pair))
         step = changed_step(paper, "interact", interact__divergence=name, interact__intermediate="none")
         assert operations(step)["heads"] == pytest.approx(v * pair)
-        step = changed_step(paper, "interact", interact__divergence=name, interact__last="ce",
-                            matching__strategy="bottom", matching__k=3)  # fmt: skip
+        step = changed_step(
+            paper,
+            "interact",
+            interact__divergence=name,
+            interact__last="ce",
+            matching__strategy="bottom",
+            matching__k=3,
+        )
         assert operations(step)["heads"] == pytest.approx(v * (matching + 21 * pair + 4 * s))
 
 
 def test_other_divergences_store_no_targets(paper):
     """The matching's are gone before the pairs' own pass; the forward KL's stay, with the students', until backward."""
-    forward, jsd = (
-        walk(changed_step(paper, "interact", interact__divergence=name)) for name in ("forward_kl", "jsd")
-    )
+    forward, jsd = (walk(changed_step(paper, "interact", interact__divergence=name)) for name in ("forward_kl", "jsd"))
     assert forward.largest["targets"] == 4 * 64 * (21 * 3585 + 8 * 3584)
     assert jsd.largest["targets"] == 4 * 64 * 20 * 3585
     assert forward.held["targets"] == jsd.held["targets"] == 0
@@ -381,9 +392,17 @@ def test_sizes():
 
 
 def test_command(paper, capsys):
-    arguments = ["plan", "--config", str(PAPER), "--teacher-config", str(paper.folder / "72b.json"),
-                 "--student-config", str(paper.folder / "7b.json"), "--training.deepspeed",
-                 str(runs.ROOT / "configs" / "zero3.json")]  # fmt: skip
+    arguments = [
+        "plan",
+        "--config",
+        str(PAPER),
+        "--teacher-config",
+        str(paper.folder / "72b.json"),
+        "--student-config",
+        str(paper.folder / "7b.json"),
+        "--training.deepspeed",
+        str(runs.ROOT / "configs" / "zero3.json"),
+    ]
     assert main([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["parameters"] == {"student": 8_291_375_616, "teacher": 73_405_560_320}

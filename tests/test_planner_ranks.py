@@ -37,9 +37,15 @@ def test_memory_and_traffic_of_two_ranks(tmp_path, checkpointing):
     Compared: the second optimizer step of each stage on rank 0 (`measured_rank`), and the planner, told its true rows,
     lengths, answer tokens and patches.
     """
-    changes = {"output_dir": str(tmp_path / "run"), "dtype": "bfloat16", "training.report_to": [],
-               "training.deepspeed": zero3(), "training.per_device_train_batch_size": 16, "training.warmup_steps": 0,
-               "training.gradient_checkpointing": checkpointing}  # fmt: skip
+    changes = {
+        "output_dir": str(tmp_path / "run"),
+        "dtype": "bfloat16",
+        "training.report_to": [],
+        "training.deepspeed": zero3(),
+        "training.per_device_train_batch_size": 16,
+        "training.warmup_steps": 0,
+        "training.gradient_checkpointing": checkpointing,
+    }
     changes |= {f"{stage}.training.max_steps": 2 for stage in STAGES}
     changes |= tiny_demo.start(tmp_path / "start") | {"stages": list(STAGES)}
     config = load_config(runs.ROOT / "configs" / "demo.yaml", changes)
@@ -48,9 +54,14 @@ def test_memory_and_traffic_of_two_ranks(tmp_path, checkpointing):
     command = [*command[:5], str(runs.ROOT / "tests" / "measured_rank.py"), str(path), str(tmp_path / "found.json")]
     search = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "kernels"), str(runs.ROOT / "tests")])
     done = subprocess.run(
-        command, cwd=runs.ROOT, env=runs.environment(PYTHONPATH=search), timeout=900, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command,
+        cwd=runs.ROOT,
+        env=runs.environment(PYTHONPATH=search),
+        timeout=900,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     models, ratios = Models(config), {}
     for stage, measured in json.loads((tmp_path / "found.json").read_text()).items():

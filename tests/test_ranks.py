@@ -18,9 +18,17 @@ def plain(workspace, output, accumulation: int, **training) -> dict:
     """Eleven micro-batches of two rows a rank and epoch, more than one epoch, and SGD without clipping: unlike Adam's,
     its steps show the gradients' scale, so that a wrong factor cannot hide."""
     tree = runs.settings(
-        workspace, output, gradient_accumulation_steps=accumulation, max_steps=8, save_steps=4, optim="sgd",
-        learning_rate=0.05, lr_scheduler_type="constant", max_grad_norm=0.0, **training,
-    )  # fmt: skip
+        workspace,
+        output,
+        gradient_accumulation_steps=accumulation,
+        max_steps=8,
+        save_steps=4,
+        optim="sgd",
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        **training,
+    )
     tree["data"]["train"][0]["limit"] = 44
     return tree
 
@@ -28,9 +36,14 @@ def plain(workspace, output, accumulation: int, **training) -> dict:
 def drawing(workspace, verbalized, output):
     """Config of stage interact with sampled matches, on another run's verbalizers."""
     tree = runs.settings(
-        workspace, output, gradient_accumulation_steps=1, max_steps=6, save_steps=2, save_total_limit=None,
+        workspace,
+        output,
+        gradient_accumulation_steps=1,
+        max_steps=6,
+        save_steps=2,
+        save_total_limit=None,
         deepspeed=runs.zero3(),
-    ) | {"matching": {}}  # fmt: skip
+    ) | {"matching": {}}
     for role in ("student", "teacher"):
         tree[role]["verbalizers"] = str(verbalized / "verbalize" / role)
     return runs.write_config(tree, output.parent / f"{output.name}.yaml")

@@ -48,10 +48,17 @@ def write(folder, name, output, ranks, **sections):
     """A config of pair or loss `name`; SGD without clipping, whose steps show the gradients' scale."""
     teacher, student = PAIRS[SPEAKERS if name in LOSSES else name]
     tree = runs.settings(
-        folder, output, max_steps=STEPS, gradient_checkpointing=True, per_device_train_batch_size=1,
-        gradient_accumulation_steps=4 // ranks, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant",
+        folder,
+        output,
+        max_steps=STEPS,
+        gradient_checkpointing=True,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4 // ranks,
+        optim="sgd",
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
         max_grad_norm=0.0,
-    )  # fmt: skip
+    )
     if ranks > 1:  # 1000: a tied head and the linear layers are sharded, norms are kept whole, as at real sizes
         tree["training"]["deepspeed"] = zero3(1000 if name == "qwen2_5_vl" else 0)
     tree["teacher"]["path"] = str(folder / f"teacher_{teacher}")
@@ -93,9 +100,14 @@ def folder(tmp_path_factory):
     port = str(25500 + os.getpid() % 500)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     done = subprocess.run(
-        [*command, str(runs.ROOT / "tests" / "run_several.py"), "--fresh", *launched], cwd=runs.ROOT, timeout=300,
-        env=runs.environment(HF_HUB_OFFLINE="1"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [*command, str(runs.ROOT / "tests" / "run_several.py"), "--fresh", *launched],
+        cwd=runs.ROOT,
+        timeout=300,
+        env=runs.environment(HF_HUB_OFFLINE="1"),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     return folder
 

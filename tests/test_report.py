@@ -35,19 +35,32 @@ STUDENTS, TEACHERS, STEPS = [2, 6, 10], [2, 6, 10, 14, 18], 90
 def step(stage, number, draw, **more):
     tokens = draw.randrange(50, 200)
     return {
-        "stage": stage, "step": number, "learning_rate": 1e-4, "answer_tokens": tokens, "rows": 8, "skipped_rows": 0,
-        "step_seconds": 0.5, "tokens_per_second": 1000.0, "answer_tokens_per_second": 100.0, "data_wait_share": 0.25,
-        "peak_memory_bytes": [2**30, 2**31], "peak_rss_bytes": [2**30, 2**31], **more,
-    }  # fmt: skip
+        "stage": stage,
+        "step": number,
+        "learning_rate": 1e-4,
+        "answer_tokens": tokens,
+        "rows": 8,
+        "skipped_rows": 0,
+        "step_seconds": 0.5,
+        "tokens_per_second": 1000.0,
+        "answer_tokens_per_second": 100.0,
+        "data_wait_share": 0.25,
+        "peak_memory_bytes": [2**30, 2**31],
+        "peak_rss_bytes": [2**30, 2**31],
+        **more,
+    }
 
 
 def make_run(folder, seed=0, **changes):
     """A finished run of three stages with invented numbers."""
     draw = random.Random(seed)
     config = RunConfig(
-        output_dir=str(folder), teacher={"path": "big", "layers": TEACHERS}, student={"path": "small"},
-        data={"train": [{"reader": "qa", "path": "rows.json"}]}, **changes,
-    ).model_dump()  # fmt: skip
+        output_dir=str(folder),
+        teacher={"path": "big", "layers": TEACHERS},
+        student={"path": "small"},
+        data={"train": [{"reader": "qa", "path": "rows.json"}]},
+        **changes,
+    ).model_dump()
     for stage in ("verbalize", "interact", "sft"):
         record = {"stage": stage, "state": "finished", "config": config, "versions": {"torch": "0"}, "facts": {}}
         record["summary"] = {"seconds": 100.0, "device": "cuda:0", "skipped_rows": {"missing_image": 2}}
@@ -55,8 +68,11 @@ def make_run(folder, seed=0, **changes):
         lines = []
         for i in range(STEPS):
             if stage == "verbalize":
-                more = {f"loss/{r}_layer_{k}": draw.random() for r, ks in (("student", STUDENTS), ("teacher", TEACHERS))
-                        for k in ks}  # fmt: skip
+                more = {
+                    f"loss/{r}_layer_{k}": draw.random()
+                    for r, ks in (("student", STUDENTS), ("teacher", TEACHERS))
+                    for k in ks
+                }
             elif stage == "interact":
                 more = {f"loss/student_layer_{k}": draw.random() for k in STUDENTS} | {"loss/last": draw.random()}
                 more["kl"] = [[draw.random() + 0.01 for _ in TEACHERS] for _ in STUDENTS]
@@ -99,8 +115,18 @@ def full_page(run, tmp_path_factory):
     row = {"images": [{"src": dot, "small": True}] * 3, "question": "y" * 900, "answer": "no " * 900, "shade": "F1"}
     outcomes = [{"right": {"base": i < 1, "distilled": i < 2, "teacher": True}, "count": 100 * i} for i in range(3)]
     said = {"rows": [row | {"columns": columns}] * 3, "outcomes": outcomes, "reason": ""}
-    results = [{"name": "z" * 90 + str(i), "path": None, "file": "f", "metric": "exact match", "mean": i / 3, "rows": 9,
-                "interval": [i / 4, 1.0]} for i in range(4)]  # fmt: skip
+    results = [
+        {
+            "name": "z" * 90 + str(i),
+            "path": None,
+            "file": "f",
+            "metric": "exact match",
+            "mean": i / 3,
+            "rows": 9,
+            "interval": [i / 4, 1.0],
+        }
+        for i in range(4)
+    ]
     path = tmp_path_factory.mktemp("full") / "page.html"
     path.write_text(page_of.build_page([run], results, {run.folder: said}), encoding="utf-8")
     return path
@@ -207,19 +233,25 @@ SFT, MORE_STEPS = Score("sft alone, best steps", "control", 0.653), Score("sft a
 KL, PLENTY = Score("last-layer KL", "control", 0.82), Score("VLsI, + pictures", "more", 0.95)
 SENTENCES = [
     ([T, B, A, SFT], "went from 0.0% to 82.4% (teacher 99.0%, sft alone on the same labels 65.3%)."),
-    ([T, B, A, MORE_STEPS, SFT, KL, PLENTY],
-     "went from 0.0% to 82.4% (teacher 99.0%; on the same labels, last-layer KL 82.0%, sft alone 65.3%)."),
+    (
+        [T, B, A, MORE_STEPS, SFT, KL, PLENTY],
+        "went from 0.0% to 82.4% (teacher 99.0%; on the same labels, last-layer KL 82.0%, sft alone 65.3%).",
+    ),
     ([T, B, A], "went from 0.0% to 82.4% (teacher 99.0%)."),
     ([A], "is at 82.4%."),
     ([B, replace(A, mean=0.0003), T], "stayed at 0.0% (teacher 99.0%)."),
     ([replace(B, mean=0.9), A], "got worse: it went from 90.0% to 82.4%."),
-    ([T, B, A, SFT, replace(KL, mean=0.84)],
-     "went from 0.0% to 82.4%, less than last-layer KL on the same labels 84.0% "
-     "(teacher 99.0%, sft alone on the same labels 65.3%)."),
+    (
+        [T, B, A, SFT, replace(KL, mean=0.84)],
+        "went from 0.0% to 82.4%, less than last-layer KL on the same labels 84.0% "
+        "(teacher 99.0%, sft alone on the same labels 65.3%).",
+    ),
     ([B, A, replace(KL, mean=0.8241)], "went from 0.0% to 82.4% (last-layer KL on the same labels 82.4%)."),
-    ([replace(B, mean=0.9), A, Score("mine", "other", 0.9)],
-     "got worse: it went from 90.0% to 82.4%, less than mine 90.0%."),
-]  # fmt: skip
+    (
+        [replace(B, mean=0.9), A, Score("mine", "other", 0.9)],
+        "got worse: it went from 90.0% to 82.4%, less than mine 90.0%.",
+    ),
+]
 
 
 @pytest.mark.parametrize("scores,end", SENTENCES)
@@ -231,8 +263,10 @@ def test_the_sentence_says_what_the_numbers_say(scores, end):
 def test_without_scores_the_sentence_is_of_losses(run, tmp_path):
     assert headline.of_scores([T, B]) is None
     records = run.metrics("sft")
-    first, last = (np.average([r["loss"] for r in part], weights=[r["answer_tokens"] for r in part])
-                   for part in (records[:4], records[-4:]))  # fmt: skip
+    first, last = (
+        np.average([r["loss"] for r in part], weights=[r["answer_tokens"] for r in part])
+        for part in (records[:4], records[-4:])
+    )
     found = collect.sentence(run, [])
     verb = "fell" if last < first else "rose"
     assert (
@@ -264,8 +298,12 @@ def test_a_flow_keeps_every_match():
     shares = [[0.25, 0.75, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]
     found = charts.flow(shares, [2, 4, 6], [3, 5, 9])
     assert {(r["student"], r["teacher"]): r["share"] for r in found["ribbons"]} == {
-        (2, 3): 0.25, (2, 5): 0.75, (4, 5): 0.5, (4, 9): 0.5, (6, 9): 1.0
-    }  # fmt: skip
+        (2, 3): 0.25,
+        (2, 5): 0.75,
+        (4, 5): 0.5,
+        (4, 9): 0.5,
+        (6, 9): 1.0,
+    }
     unit = found["students"][0].height
     assert [bar.height / unit for bar in found["teachers"]] == pytest.approx([0.25, 1.25, 1.5])
     assert [bar.height for bar in found["students"]] == [unit] * 3
@@ -294,8 +332,18 @@ def test_settings_tell_what_differs(run, tmp_path):
 
 
 def test_results_of_eval(run, tmp_path):
-    answers = [Answer(id=str(i), question="?", answer="red", prediction="red" if i < 3 else "blue", type="other",
-                      source="rows", scores={"exact_match": i < 3}) for i in range(4)]  # fmt: skip
+    answers = [
+        Answer(
+            id=str(i),
+            question="?",
+            answer="red",
+            prediction="red" if i < 3 else "blue",
+            type="other",
+            source="rows",
+            scores={"exact_match": i < 3},
+        )
+        for i in range(4)
+    ]
     (tmp_path / "a.json").write_text(json.dumps(summarise({"mine": answers}, {"mine": {}})))
     (found,) = collect.read_results(tmp_path / "a.json")
     assert (found["name"], found["mean"], found["rows"]) == ("mine", 0.75, 4)
@@ -489,8 +537,10 @@ def test_the_telling_rows_are_chosen(workspace, finished_run, monkeypatch):
     names = [row["question"].removeprefix("What is in ").strip() for row in found["rows"]]
     assert names == ["image 8?", "image 10?", "image 2?", "image 20?"]
     assert [(list(each["right"].values()), each["count"]) for each in found["outcomes"]] == [
-        ([False] * 3, 20), ([False, True, True], 3), ([False, False, True], 1)
-    ]  # fmt: skip
+        ([False] * 3, 20),
+        ([False, True, True], 3),
+        ([False, False, True], 1),
+    ]
     monkeypatch.setattr(samples, "CANDIDATES", 4)
     found = samples.what_layers_say(open_run(finished_run), 6, max_new_tokens=1)
     names = [row["question"].removeprefix("What is in ").strip() for row in found["rows"]]

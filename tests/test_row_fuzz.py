@@ -25,9 +25,12 @@ from vlsi_fast.data.sources import build_source
 
 # the same examples in every run, so that a change that breaks nothing fails nothing
 quick = settings(
-    max_examples=30, deadline=None, derandomize=True, database=None,
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 TINY = tiny.make_processor(min_pixels=784, max_pixels=3136)
 
 
@@ -78,10 +81,14 @@ rows = st.one_of(
     st.builds(lambda m, i: {"conversations": m, "image": i}, said, image),
     st.builds(
         lambda q, a, o, i, k: {"instruction": q, "output": a, "options": o, "image": i, "kind": k},
-        content, content, values, image, values,
+        content,
+        content,
+        values,
+        image,
+        values,
     ),
     values,
-)  # fmt: skip
+)
 READERS = [{"reader": "messages"}, {"reader": "llava"}, {"reader": "qa", "options_column": "options"}]
 
 

@@ -32,9 +32,15 @@ EXACT = ("step", "rows", "answer_tokens", "matches", "learning_rate")
 def config_of(workspace, output, accumulation=2, **training):
     """Eight steps of eight rows, AdamW with weight decay, a falling learning rate, sampled matches."""
     defaults = {
-        "gradient_accumulation_steps": accumulation, "max_steps": 8, "save_steps": 2, "save_total_limit": None,
-        "deepspeed": runs.zero3(), "weight_decay": 0.1, "learning_rate": 5e-2, "extra": {"adam_epsilon": EPSILON},
-    }  # fmt: skip
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 8,
+        "save_steps": 2,
+        "save_total_limit": None,
+        "deepspeed": runs.zero3(),
+        "weight_decay": 0.1,
+        "learning_rate": 5e-2,
+        "extra": {"adam_epsilon": EPSILON},
+    }
     tree = runs.settings(workspace, output, **(defaults | training)) | {"matching": {}}
     tree["sft"] = {"start_from": "base"}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -134,9 +140,12 @@ def test_a_killed_rank_ends_the_job_by_name_and_resume_continues(workspace, resc
     config, folder = config_of(workspace, tmp_path / "run"), tmp_path / "run" / "sft"
     with (tmp_path / "said").open("w") as said:
         job = subprocess.Popen(
-            runs.train_command(config, "sft", ranks=2), cwd=runs.ROOT, env=runs.environment(), stdout=said,
+            runs.train_command(config, "sft", ranks=2),
+            cwd=runs.ROOT,
+            env=runs.environment(),
+            stdout=said,
             stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        )
     deadline = time.time() + 600
     while not (folder / "metrics.jsonl").is_file() or len(runs.metrics(tmp_path / "run", "sft")) < 3:
         # a step's record is written before its last backward, so the third says: amid a step, after a checkpoint
@@ -167,13 +176,14 @@ def watched(mode: str, machines: list[int], folder: Path) -> list[subprocess.Pop
     script, ranks = str(Path(__file__).with_name("watched_rank.py")), []
     for rank, machine in enumerate(machines):
         environment = runs.environment(
-            RANK=str(rank), WORLD_SIZE=str(len(machines)), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            RANK=str(rank),
+            WORLD_SIZE=str(len(machines)),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
             GROUP_RANK=str(machine),
-        )  # fmt: skip
+        )
         with (folder / str(rank)).open("w") as said:
-            ranks.append(
-                subprocess.Popen([sys.executable, script, mode], env=environment, stdout=said, stderr=said)
-            )
+            ranks.append(subprocess.Popen([sys.executable, script, mode], env=environment, stdout=said, stderr=said))
     deadline = time.time() + 300
     while not all("ready" in (folder / str(rank)).read_text() for rank in range(len(machines))):
         assert time.time() < deadline
@@ -236,14 +246,20 @@ def pretend(folder: Path, **commands: str) -> str:
 
 def test_slurm_script_starts_a_torchrun_a_machine_and_resumes_when_requeued(tmp_path):
     path = pretend(
-        tmp_path, scontrol="echo node3; echo node4", torchrun='echo "$MASTER_ADDR $*"',
-        srun='[[ $1 == --kill-on-bad-exit=1 ]] || exit 9; shift; for SLURM_NODEID in 0 1; do\n'
+        tmp_path,
+        scontrol="echo node3; echo node4",
+        torchrun='echo "$MASTER_ADDR $*"',
+        srun="[[ $1 == --kill-on-bad-exit=1 ]] || exit 9; shift; for SLURM_NODEID in 0 1; do\n"
         'export SLURM_NODEID; "$@"; done',
-    )  # fmt: skip
+    )
     environment = {
-        "PATH": path, "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_SUBMIT_DIR": str(runs.ROOT), "SLURM_JOB_ID": "20007",
-        "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
-    }  # fmt: skip
+        "PATH": path,
+        "SLURM_JOB_NODELIST": "node[3-4]",
+        "SLURM_SUBMIT_DIR": str(runs.ROOT),
+        "SLURM_JOB_ID": "20007",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
     for extra, resume in (({}, ""), ({"SLURM_RESTART_COUNT": "1"}, " --resume")):
         script = ["bash", str(runs.ROOT / "scripts" / "launch_slurm.sh"), "--stage", "sft", "--config", "a b.yaml"]
         done = subprocess.run(script, env=environment | extra, text=True, capture_output=True)

@@ -102,9 +102,14 @@ def test_even_layers_always_keep_both_ends_and_differ():
 
 @pytest.mark.parametrize(
     "depth, count, fixed, said",
-    [(8, 9, 0, "use 1 .. 8"), (8, 0, 0, "use 1 .. 8"), (8, 1, 0, "keep at least 2"), (8, 3, 3, "keep at least 4"),
-     (8, 2, 3, "deepstack.*keep at least 3")],
-)  # fmt: skip
+    [
+        (8, 9, 0, "use 1 .. 8"),
+        (8, 0, 0, "use 1 .. 8"),
+        (8, 1, 0, "keep at least 2"),
+        (8, 3, 3, "keep at least 4"),
+        (8, 2, 3, "deepstack.*keep at least 3"),
+    ],
+)
 def test_numbers_that_cannot_be_kept(depth, count, fixed, said):
     with pytest.raises(ConfigError, match=said):
         even_layers(depth, count, fixed)
@@ -487,11 +492,14 @@ def config_of(workspace, shrunk, tmp_path, changes=None, **training):
 def resolve(config):
     return {
         role: target_layers(
-            getattr(config, role), AutoConfig.from_pretrained(getattr(config, role).path), role, config,
+            getattr(config, role),
+            AutoConfig.from_pretrained(getattr(config, role).path),
+            role,
+            config,
             Path(getattr(config, role).path),
         )
         for role in ("student", "teacher")
-    }  # fmt: skip
+    }
 
 
 def test_auto_layers(workspace, shrunk, tmp_path):

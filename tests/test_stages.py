@@ -114,8 +114,11 @@ def test_records_hold_what_the_readme_promises(finished):
     record = runs.metrics(output, "interact")[-1]
     parts = [value for name, value in record.items() if name.startswith("loss/")]
     assert [name for name in record if name.startswith("loss/")] == [
-        "loss/student_layer_1", "loss/student_layer_2", "loss/student_layer_3", "loss/last",
-    ]  # fmt: skip
+        "loss/student_layer_1",
+        "loss/student_layer_2",
+        "loss/student_layer_3",
+        "loss/last",
+    ]
     assert math.isclose(sum(parts), record["loss"], rel_tol=1e-9)
     assert len(record["kl"]) == 3 and len(record["kl"][0]) == 5
     # uniform matching: student layer i -> teacher layer i, once a micro-batch
@@ -198,9 +201,12 @@ def test_killed_and_resumed_equals_uninterrupted(workspace, tmp_path):
     tree = runs.settings(workspace, tmp_path / "killed", **steps) | {"matching": {"strategy": "multinomial"}}
     config = runs.write_config(tree, tmp_path / "killed.yaml")
     process = subprocess.Popen(
-        runs.train_command(config, "interact"), cwd=runs.ROOT, env=runs.environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        runs.train_command(config, "interact"),
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     folder = tmp_path / "killed" / "interact"
     deadline = time.time() + 120
     while not list(folder.glob("checkpoint-*/manifest.json")):

@@ -61,8 +61,20 @@ def test_every_row_is_one_that_the_config_takes():
         for row in make():
             for changes in (row.changes, row.verbalizer, row.verbalize):
                 study_jobs.load_config(study_jobs.CONFIG, row.verbalizer | changes)
-        kinds = [(r.arm, r.budget, str(r.changes | r.verbalizer | r.verbalize), r.data, r.teacher, r.student, r.beams,
-                  r.after and r.after.name, r.scored) for r in make()]  # fmt: skip
+        kinds = [
+            (
+                r.arm,
+                r.budget,
+                str(r.changes | r.verbalizer | r.verbalize),
+                r.data,
+                r.teacher,
+                r.student,
+                r.beams,
+                r.after and r.after.name,
+                r.scored,
+            )
+            for r in make()
+        ]
         assert len(set(kinds)) == len(kinds), table
 
 

@@ -324,8 +324,9 @@ def test_shared_vocabulary_of_a_system(name):
         assert tokens.limit == shared_rows(rows, tokens) == 151646
         llava = 0 if student.startswith("llava-hf") else 1
         assert {t: ids[llava] for t, ids in tokens.differing.items() if ids[llava]} == {
-            "<image>": 151646, "<video>": 151647,
-        }  # fmt: skip
+            "<image>": 151646,
+            "<video>": 151647,
+        }
         assert len([t for t, ids in tokens.differing.items() if ids[llava] is None]) == 11
     assert max(real_tokenizer(student).get_vocab().values()) < rows[0], "the head has a row for every token"
 

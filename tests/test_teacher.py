@@ -21,9 +21,16 @@ MODES = ("zero3", "replicated", "offload")
 def tree_of(workspace, output, mode, accumulation=2, **training) -> dict:
     """SGD without clipping: its steps show the gradients' scale."""
     tree = runs.settings(
-        workspace, output, gradient_accumulation_steps=accumulation, max_steps=3, optim="sgd", learning_rate=0.05,
-        lr_scheduler_type="constant", max_grad_norm=0.0, **training,
-    )  # fmt: skip
+        workspace,
+        output,
+        gradient_accumulation_steps=accumulation,
+        max_steps=3,
+        optim="sgd",
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        **training,
+    )
     tree["teacher"]["mode"] = mode
     return tree
 
@@ -128,8 +135,10 @@ def test_teacher_is_outside_the_module_tree(workspace, in_one_process, tmp_path,
         raise InterruptedError
 
     monkeypatch.setattr(StageTrainer, "train", look)
-    sections = {"teacher": {"mode": mode, "verbalizers": str(in_one_process / "replicated" / "verbalize" / "teacher")},
-                "student": {"verbalizers": str(in_one_process / "replicated" / "verbalize" / "student")}}  # fmt: skip
+    sections = {
+        "teacher": {"mode": mode, "verbalizers": str(in_one_process / "replicated" / "verbalize" / "teacher")},
+        "student": {"verbalizers": str(in_one_process / "replicated" / "verbalize" / "student")},
+    }
     with pytest.raises(InterruptedError):
         in_process(workspace, tmp_path / "run", mode, "interact", sections)
     assert seen == {"inside": [], "names": [], "dtype": torch.float32}

@@ -77,7 +77,7 @@ def test_options_are_whole_in_a_pipe(capsys, monkeypatch):
 
 def test_a_reader_that_leaves_is_no_error():
     code = "import sys; from vlsi_fast.cli import main; sys.exit(main(['train', '--options']))"
-    command = f"{sys.executable} -c \"{code}\" | head -n 1; echo ${{PIPESTATUS[0]}}"
+    command = f'{sys.executable} -c "{code}" | head -n 1; echo ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], cwd=runs.ROOT, env=runs.environment(), capture_output=True)
     assert done.stderr == b"" and done.stdout.splitlines()[1] == b"0"
 
@@ -161,5 +161,3 @@ def test_ctrl_c_under_deepspeed(workspace, tmp_path):
     assert "Loading weights" not in text and "FutureWarning" not in text
     # the launcher, interrupted itself, may print a traceback of its own frames
     assert "vlsi_fast/stages" not in text and "vlsi_fast/cli" not in text, text
-
-

@@ -198,8 +198,11 @@ def test_residual_starts_as_the_identity(backbone_config, architecture, norm):
     torch.testing.assert_close(module(hidden), torch.stack(hidden), rtol=0, atol=0)
     assert not torch.allclose(make(backbone_config, architecture, norm=norm)(hidden), torch.stack(hidden), atol=0.1)
     module(hidden).square().sum().backward()
-    assert all(layer.blocks[-1].get_parameter(name).grad.any() for layer in module.layers.values()
-               for name in ("linear" if "mlp" in architecture else "down",))  # fmt: skip
+    assert all(
+        layer.blocks[-1].get_parameter(name).grad.any()
+        for layer in module.layers.values()
+        for name in ("linear" if "mlp" in architecture else "down",)
+    )
 
 
 def test_output_size_widens(backbone_config):

@@ -67,10 +67,21 @@ def make_downloads(root: Path) -> dict[str, int]:
     make_math(root)
     put("mathinstruct/MathInstruct.json", [{"source": "x", "output": "4", "instruction": "2 + 2"}])
     return dict(
-        sharegpt4o_images=1, sharegpt4v_captions=2, sharegpt4v_instruct=2, allava_vflan=2, allava_text=2, minigemini=4,
-        llava_hd=2, docowl_downstream=3, docowl_reasoning=1, gllava_align=1, gllava_qa=1, mathvision=2, mathinstruct=1,
+        sharegpt4o_images=1,
+        sharegpt4v_captions=2,
+        sharegpt4v_instruct=2,
+        allava_vflan=2,
+        allava_text=2,
+        minigemini=4,
+        llava_hd=2,
+        docowl_downstream=3,
+        docowl_reasoning=1,
+        gllava_align=1,
+        gllava_qa=1,
+        mathvision=2,
+        mathinstruct=1,
         mathplus=3,
-    )  # fmt: skip
+    )
 
 
 def make_math(root: Path) -> None:

@@ -111,8 +111,13 @@ def train(config: Path, stage: str, *arguments: str, ranks: int = 0, timeout: in
     """Run train.py to its end. Returns the finished process; its output is in `.stdout`."""
     return subprocess.run(
         train_command(config, stage, *arguments, ranks=ranks),
-        cwd=ROOT, env=environment(), timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(),
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def rewind(folder: Path, step: int) -> None:

@@ -1,5 +1,7 @@
 """vlsi-fast: distil a large vision-language model into a small one with VLsI (Verbalized Layers-to-Interactions).
 
+In Python:
+
     from vlsi_fast import load_config, run
     run(load_config("configs/demo.yaml"), stage="all")
 """

@@ -94,11 +94,16 @@ class SourceConfig(BaseModel):
             raise ValueError(f"reader {self.reader} needs path: {what}")
         fields = type(self).model_fields
         readers_of = {
-            "images_column": ("hf", "qa"), "messages_column": ("hf",), "placeholder": ("llava", "messages", "hf"),
-            "question_column": ("qa",), "answer_column": ("qa",), "options_column": ("qa",),
+            "images_column": ("hf", "qa"),
+            "messages_column": ("hf",),
+            "placeholder": ("llava", "messages", "hf"),
+            "question_column": ("qa",),
+            "answer_column": ("qa",),
+            "options_column": ("qa",),
             "type_column": ("llava", "messages", "hf", "qa"),
-            "images_under": ("llava", "messages"), "images_not_under": ("llava", "messages"),
-        }  # fmt: skip
+            "images_under": ("llava", "messages"),
+            "images_not_under": ("llava", "messages"),
+        }
         for name in ("split",) if self.reader in ("llava", "messages") else ():
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} has no meaning for reader {self.reader}; name the file of that split in path")

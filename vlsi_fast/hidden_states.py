@@ -62,9 +62,13 @@ class VerbalizedBackbone(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module | Held, layers: list[int], verbalizers: Verbalizers | None, train_backbone: bool,
+        self,
+        model: nn.Module | Held,
+        layers: list[int],
+        verbalizers: Verbalizers | None,
+        train_backbone: bool,
         needs_last: bool = True,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.held = model if isinstance(model, Held) else None
         if self.held is not None:

@@ -114,9 +114,15 @@ def write_record(folder: str | Path, record: dict[str, Any]) -> None:
 
 
 def identity_of(
-    config: RunConfig, stage: str, sections: tuple[str, ...], facts: dict[str, dict[str, Any]], *,
-    rows_per_step: int, inputs: dict[str, str], data_start: int,
-) -> dict[str, Any]:  # fmt: skip
+    config: RunConfig,
+    stage: str,
+    sections: tuple[str, ...],
+    facts: dict[str, dict[str, Any]],
+    *,
+    rows_per_step: int,
+    inputs: dict[str, str],
+    data_start: int,
+) -> dict[str, Any]:
     """What makes a stage this one and no other: where any of it differs, a folder holds another run.
 
     Args:

@@ -110,9 +110,7 @@ def _multinomial(kl, search_range, order_preservation, adaptive_temperature, sca
     for i in range(students):
         upper = teachers - students + i if search_range else teachers - 1
         candidates = (index >= lower) & (index <= upper)
-        p = candidate_probabilities(
-            kl[i], candidates, adaptive_temperature=adaptive_temperature, scale=scale, eps=eps
-        )
+        p = candidate_probabilities(kl[i], candidates, adaptive_temperature=adaptive_temperature, scale=scale, eps=eps)
         # Inverse of the cumulative distribution: torch.multinomial would wait for the device.
         c = (p.cumsum(0) <= draws[i]).sum().clamp(max=upper)
         chosen.append(c)

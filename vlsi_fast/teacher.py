@@ -149,8 +149,13 @@ def offload_config(deepspeed: dict[str, Any], dtype: str, pin_memory: bool) -> d
         dtype: of the teacher.
         pin_memory: page-locked, for asynchronous copies to a GPU.
     """
-    kept = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-            "stage3_param_persistence_threshold", "overlap_comm")  # fmt: skip
+    kept = (
+        "stage3_prefetch_bucket_size",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_param_persistence_threshold",
+        "overlap_comm",
+    )
     theirs = {name: deepspeed.get("zero_optimization", {}).get(name, "auto") for name in kept}
     return {
         "zero_optimization": {

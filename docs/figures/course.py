@@ -31,10 +31,18 @@ STEPS = {
     "update": ((0, 3), "gradient, step,\nrecords", "stages/", PLAIN),
 }
 ARROWS = (
-    ("config", "stage"), ("stage", "batch"), ("batch", "student"), ("batch", "teacher"),
-    ("student", "student_positions"), ("teacher", "teacher_positions"), ("student_positions", "matrix"),
-    ("teacher_positions", "matrix"), ("matrix", "matching"), ("matching", "loss"), ("loss", "update"),
-)  # fmt: skip
+    ("config", "stage"),
+    ("stage", "batch"),
+    ("batch", "student"),
+    ("batch", "teacher"),
+    ("student", "student_positions"),
+    ("teacher", "teacher_positions"),
+    ("student_positions", "matrix"),
+    ("teacher_positions", "matrix"),
+    ("matrix", "matching"),
+    ("matching", "loss"),
+    ("loss", "update"),
+)
 
 
 def corner(name: str) -> tuple[float, float]:

@@ -49,10 +49,18 @@ class Panel:
         """From one point to another."""
         self.axes.add_patch(
             FancyArrowPatch(
-                start, end, arrowstyle=style, mutation_scale=9, color=color, lw=1.3, shrinkA=2, shrinkB=2,
-                connectionstyle=f"arc3,rad={bend}", linestyle="--" if dash else "-",
+                start,
+                end,
+                arrowstyle=style,
+                mutation_scale=9,
+                color=color,
+                lw=1.3,
+                shrinkA=2,
+                shrinkB=2,
+                connectionstyle=f"arc3,rad={bend}",
+                linestyle="--" if dash else "-",
             )
-        )  # fmt: skip
+        )
 
 
 def verbalize(axes) -> None:

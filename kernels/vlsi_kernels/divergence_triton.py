@@ -249,8 +249,17 @@ TILE_COLUMNS = MAX_TILE_COLUMNS // 2
 
 
 def _builds() -> list[Build]:
-    shared = {"student_ptr": "*fp32", "teacher_ptr": "*fp32", "student_lse_ptr": "*fp32", "teacher_lse_ptr": "*fp32",
-              "columns": "i32", "student_stride": "i32", "teacher_stride": "i32", "to_logit": "fp32", "beta": "fp32"}
+    shared = {
+        "student_ptr": "*fp32",
+        "teacher_ptr": "*fp32",
+        "student_lse_ptr": "*fp32",
+        "teacher_lse_ptr": "*fp32",
+        "columns": "i32",
+        "student_stride": "i32",
+        "teacher_stride": "i32",
+        "to_logit": "fp32",
+        "beta": "fp32",
+    }
     aligned = ("student_ptr", "teacher_ptr", "student_stride", "teacher_stride")
     sizes = {"LOWEST": LOWEST_LOG_RATIO, "BLOCK": TILE_COLUMNS}
     builds = []
@@ -258,22 +267,42 @@ def _builds() -> list[Build]:
         for tile in ("none",) if mode == "lse" else ("fp16", "fp32", "none"):
             write = tile != "none"
             signature = shared | {
-                "state_ptr": "*fp64", "tile_ptr": f"*{tile}" if write else "*fp32", "sum_ptr": "*fp32", "rows": "i32",
-                "width": "i32", "tile_stride": "i32", "sum_stride": "i32",
-            }  # fmt: skip
+                "state_ptr": "*fp64",
+                "tile_ptr": f"*{tile}" if write else "*fp32",
+                "sum_ptr": "*fp32",
+                "rows": "i32",
+                "width": "i32",
+                "tile_stride": "i32",
+                "sum_stride": "i32",
+            }
             constants = sizes | {"MODE": mode, "WRITE": write, "BLOCK_WIDTH": BLOCK_WIDTH}
             builds.append(
-                Build(f"divergence_tile {mode} tile={tile}", divergence_tile_kernel, signature, constants, TILE_WARPS,
-                      aligned=(*aligned, "state_ptr", "tile_ptr", "tile_stride", "sum_ptr", "sum_stride"))
-            )  # fmt: skip
+                Build(
+                    f"divergence_tile {mode} tile={tile}",
+                    divergence_tile_kernel,
+                    signature,
+                    constants,
+                    TILE_WARPS,
+                    aligned=(*aligned, "state_ptr", "tile_ptr", "tile_stride", "sum_ptr", "sum_stride"),
+                )
+            )
         for out in () if mode == "lse" else ("bf16", "fp16", "fp32"):
             signature = shared | {
-                "mean_ratio_ptr": "*fp32", "scale_ptr": "*fp32", "out_ptr": f"*{out}", "out_stride": "i32",
-            }  # fmt: skip
+                "mean_ratio_ptr": "*fp32",
+                "scale_ptr": "*fp32",
+                "out_ptr": f"*{out}",
+                "out_stride": "i32",
+            }
             builds.append(
-                Build(f"divergence_gradient {mode} {out}", divergence_gradient_kernel, signature,
-                      sizes | {"MODE": mode}, TILE_WARPS, aligned=(*aligned, "out_ptr", "out_stride"))
-            )  # fmt: skip
+                Build(
+                    f"divergence_gradient {mode} {out}",
+                    divergence_gradient_kernel,
+                    signature,
+                    sizes | {"MODE": mode},
+                    TILE_WARPS,
+                    aligned=(*aligned, "out_ptr", "out_stride"),
+                )
+            )
     return builds
 
 
@@ -315,16 +344,30 @@ class TritonTiles:
         pair = None if self.pair is None or mode == "lse" else self.pair[: 2 * rows, :columns]
         width, sum_stride = (0, 0) if totals is None else (totals.shape[1], totals.stride(0))
         divergence_tile_kernel[(rows,)](
-            student, teacher, numbers.student_lse, numbers.teacher_lse, state, student if pair is None else pair,
-            student if totals is None else totals, rows, columns, width, student.stride(0), teacher.stride(0),
-            0 if pair is None else pair.stride(0), sum_stride, 1.0 / self.options.head.temperature, self.options.beta,
-            MODE=mode, WRITE=pair is not None, BLOCK_WIDTH=BLOCK_WIDTH, **self.block,
-        )  # fmt: skip
+            student,
+            teacher,
+            numbers.student_lse,
+            numbers.teacher_lse,
+            state,
+            student if pair is None else pair,
+            student if totals is None else totals,
+            rows,
+            columns,
+            width,
+            student.stride(0),
+            teacher.stride(0),
+            0 if pair is None else pair.stride(0),
+            sum_stride,
+            1.0 / self.options.head.temperature,
+            self.options.beta,
+            MODE=mode,
+            WRITE=pair is not None,
+            BLOCK_WIDTH=BLOCK_WIDTH,
+            **self.block,
+        )
         return pair
 
-    def gradient(
-        self, logits: tuple[Tensor, Tensor], numbers: RowNumbers, scale: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def gradient(self, logits: tuple[Tensor, Tensor], numbers: RowNumbers, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """[R, C] in `dtype`, the hidden states': scale [R] times the loss's gradient by the student's logits."""
         student, teacher = logits
         rows, columns = student.shape
@@ -332,9 +375,20 @@ class TritonTiles:
             self.pair = torch.empty(self.row_chunk, self.vocab_chunk, dtype=dtype, device=student.device)
         out = self.pair[:rows, :columns]
         divergence_gradient_kernel[(rows,)](
-            student, teacher, *numbers, scale, out, columns, student.stride(0), teacher.stride(0), out.stride(0),
-            1.0 / self.options.head.temperature, self.options.beta, MODE=self.options.kind, **self.block,
-        )  # fmt: skip
+            student,
+            teacher,
+            *numbers,
+            scale,
+            out,
+            columns,
+            student.stride(0),
+            teacher.stride(0),
+            out.stride(0),
+            1.0 / self.options.head.temperature,
+            self.options.beta,
+            MODE=self.options.kind,
+            **self.block,
+        )
         return out
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:

@@ -65,7 +65,11 @@ class HeadStatistics(NamedTuple):
 
 
 def reference_head_statistics(
-    hidden: Tensor, weight: Tensor, values: Tensor | None = None, *, vocab_size: int | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    values: Tensor | None = None,
+    *,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
 ) -> HeadStatistics:
     """Dense float64 oracle, differentiable by autograd. Same shapes as `head_statistics`; all results float64."""
@@ -146,16 +150,31 @@ def _softmax_builds() -> list[Build]:
                     f"softmax_tile first={first} exp={kind}",
                     softmax_tile_kernel,
                     {
-                        "logits_ptr": "*fp32", "exp_ptr": "*fp16" if kind == "f16" else "*fp32", "state_ptr": "*fp64",
-                        "sum_ptr": "*fp32", "logits_stride": "i32", "exp_stride": "i32", "sum_stride": "i32",
-                        "rows": "i32", "columns": "i32", "width": "i32", "to_base2": "fp32",
+                        "logits_ptr": "*fp32",
+                        "exp_ptr": "*fp16" if kind == "f16" else "*fp32",
+                        "state_ptr": "*fp64",
+                        "sum_ptr": "*fp32",
+                        "logits_stride": "i32",
+                        "exp_stride": "i32",
+                        "sum_stride": "i32",
+                        "rows": "i32",
+                        "columns": "i32",
+                        "width": "i32",
+                        "to_base2": "fp32",
                     },
                     {"FIRST": first, "WRITE": write, "BLOCK": 8192, "BLOCK_WIDTH": BLOCK_WIDTH},
                     SOFTMAX_WARPS,
-                    aligned=("logits_ptr", "exp_ptr", "state_ptr", "sum_ptr", "logits_stride", "exp_stride",
-                             "sum_stride"),
+                    aligned=(
+                        "logits_ptr",
+                        "exp_ptr",
+                        "state_ptr",
+                        "sum_ptr",
+                        "logits_stride",
+                        "exp_stride",
+                        "sum_stride",
+                    ),
                 )
-            )  # fmt: skip
+            )
     return builds
 
 
@@ -174,11 +193,23 @@ class RowState:
         rows, columns = logits.shape
         write = exp is not None
         softmax_tile_kernel[(rows,)](
-            logits, exp if write else logits, self.numbers, total if write else logits,
-            logits.stride(0), exp.stride(0) if write else 0, total.stride(0) if write else 0,
-            rows, columns, total.shape[1] if write else 0, math.log2(math.e) / options.temperature,
-            FIRST=self.first, WRITE=write, BLOCK=block_of(chunk), BLOCK_WIDTH=BLOCK_WIDTH, num_warps=SOFTMAX_WARPS,
-        )  # fmt: skip
+            logits,
+            exp if write else logits,
+            self.numbers,
+            total if write else logits,
+            logits.stride(0),
+            exp.stride(0) if write else 0,
+            total.stride(0) if write else 0,
+            rows,
+            columns,
+            total.shape[1] if write else 0,
+            math.log2(math.e) / options.temperature,
+            FIRST=self.first,
+            WRITE=write,
+            BLOCK=block_of(chunk),
+            BLOCK_WIDTH=BLOCK_WIDTH,
+            num_warps=SOFTMAX_WARPS,
+        )
         self.first = False
 
     def logsumexp(self) -> Tensor:

@@ -49,8 +49,13 @@ class TeacherTargets(NamedTuple):
 
 
 def reference_layer_kl(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    vocab_size: int | None = None, temperature: float = 1.0,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Dense float64 oracle by the definition, sum_v p (log p - log q): [S, L, N], differentiable in the student."""
     size = min(student_weight.shape[0], teacher_weight.shape[0]) if vocab_size is None else vocab_size
@@ -152,29 +157,42 @@ def _builds() -> list[Build]:
                     f"pair_kl {dtype} layers={block_l}",
                     pair_kl_kernel,
                     {
-                        "hidden_ptr": f"*{dtype}", "expectation_ptr": "*fp32", "neg_entropy_ptr": "*fp32",
-                        "logsumexp_ptr": "*fp32", "kl_ptr": "*fp64", "hidden_stride_s": "i32",
-                        "hidden_stride_n": "i32", "tokens": "i32", "layers": "i32", "width": "i32",
+                        "hidden_ptr": f"*{dtype}",
+                        "expectation_ptr": "*fp32",
+                        "neg_entropy_ptr": "*fp32",
+                        "logsumexp_ptr": "*fp32",
+                        "kl_ptr": "*fp64",
+                        "hidden_stride_s": "i32",
+                        "hidden_stride_n": "i32",
+                        "tokens": "i32",
+                        "layers": "i32",
+                        "width": "i32",
                         "inverse_temperature": "fp32",
                     },
                     {"BLOCK_L": block_l, "BLOCK": PAIR_BLOCK},
                     PAIR_WARPS,
                     aligned=("hidden_ptr", "expectation_ptr", "hidden_stride_s", "hidden_stride_n", "width"),
                 )
-            )  # fmt: skip
+            )
         builds.append(
             Build(
                 f"pair_gradient {dtype}",
                 pair_gradient_kernel,
                 {
-                    "student_ptr": "*fp32", "teacher_ptr": "*fp32", "share_ptr": "*fp32", "grad_ptr": "*fp32",
-                    "out_ptr": f"*{dtype}", "tokens": "i32", "layers": "i32", "width": "i32",
+                    "student_ptr": "*fp32",
+                    "teacher_ptr": "*fp32",
+                    "share_ptr": "*fp32",
+                    "grad_ptr": "*fp32",
+                    "out_ptr": f"*{dtype}",
+                    "tokens": "i32",
+                    "layers": "i32",
+                    "width": "i32",
                 },
                 {"BLOCK": GRADIENT_BLOCK},
                 GRADIENT_WARPS,
                 aligned=("student_ptr", "teacher_ptr", "out_ptr", "width"),
             )
-        )  # fmt: skip
+        )
     return builds
 
 
@@ -194,25 +212,42 @@ def _pair_tokens_triton(
         student_hidden = student_hidden.contiguous()
     block_l = min(MAX_BLOCK_L, 1 << (layers - 1).bit_length())
     pair_kl_kernel[(tokens, students, -(-layers // block_l))](
-        student_hidden, targets.expectation.contiguous(), targets.neg_entropy.contiguous(), logsumexp.contiguous(),
-        result, student_hidden.stride(0), student_hidden.stride(1), tokens, layers, width,
-        1.0 / options.temperature, BLOCK_L=block_l, BLOCK=PAIR_BLOCK, num_warps=PAIR_WARPS,
-    )  # fmt: skip
+        student_hidden,
+        targets.expectation.contiguous(),
+        targets.neg_entropy.contiguous(),
+        logsumexp.contiguous(),
+        result,
+        student_hidden.stride(0),
+        student_hidden.stride(1),
+        tokens,
+        layers,
+        width,
+        1.0 / options.temperature,
+        BLOCK_L=block_l,
+        BLOCK=PAIR_BLOCK,
+        num_warps=PAIR_WARPS,
+    )
     return result
 
 
-def _pair_gradient_triton(
-    student: Tensor, teacher: Tensor, share: Tensor, grad: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _pair_gradient_triton(student: Tensor, teacher: Tensor, share: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of the KLs [S, N, D] in `dtype`; student [S, N, D], teacher [L, N, D], share [N], grad [S, L] f32."""
     students, tokens, width = student.shape
     out = torch.empty(students, tokens, width, dtype=dtype, device=student.device)
     if out.numel():
         with launch_on(student.device):
             pair_gradient_kernel[(tokens, students)](
-                student, teacher.contiguous(), share.contiguous(), grad.contiguous(), out, tokens, teacher.shape[0],
-                width, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
-            )  # fmt: skip
+                student,
+                teacher.contiguous(),
+                share.contiguous(),
+                grad.contiguous(),
+                out,
+                tokens,
+                teacher.shape[0],
+                width,
+                BLOCK=GRADIENT_BLOCK,
+                num_warps=GRADIENT_WARPS,
+            )
     return out
 
 
@@ -250,14 +285,21 @@ def _weighted_mean(kl: Tensor, share: Tensor) -> Tensor:
 class _LayerKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, student_hidden: Tensor, student_weight: Tensor, share: Tensor, targets: TeacherTargets,
+        ctx,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        share: Tensor,
+        targets: TeacherTargets,
         options: HeadOptions,
     ) -> Tensor:
         layers, tokens, width = student_hidden.shape
         need_grad = ctx.needs_input_grad[0]
         logsumexp, _, expectation = stream_head_statistics(
-            student_hidden.reshape(layers * tokens, width), student_weight, student_weight if need_grad else None,
-            options, with_mean=False,
+            student_hidden.reshape(layers * tokens, width),
+            student_weight,
+            student_weight if need_grad else None,
+            options,
+            with_mean=False,
         )
         with exact_matmul(student_hidden.device):
             kl = _pair_tokens(student_hidden, logsumexp.view(layers, tokens), targets, options)
@@ -287,7 +329,11 @@ class _LayerKL(torch.autograd.Function):
 
 
 def _layer_kl_tokens(
-    student_hidden: Tensor, student_weight: Tensor, targets: TeacherTargets, *, impl: str = "torch",
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    targets: TeacherTargets,
+    *,
+    impl: str = "torch",
     workspace_bytes: int | None = None,
 ) -> Tensor:
     """[S, L, N] float64 per-token KLs by the streaming path, no gradient: what the mean is taken of. For tests."""
@@ -432,8 +478,14 @@ def _token_share(token_weight: Tensor | None, student_hidden: Tensor) -> Tensor:
 
 
 def _checked_options(
-    student_hidden: Tensor, student_weight: Tensor, targets: TeacherTargets, token_weight: Tensor | None,
-    vocab_size: int | None, temperature: float, impl: str, workspace_bytes: int | None,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    targets: TeacherTargets,
+    token_weight: Tensor | None,
+    vocab_size: int | None,
+    temperature: float,
+    impl: str,
+    workspace_bytes: int | None,
     shard: VocabularyShard | None,
 ) -> HeadOptions:
     check_tensor("student_hidden", student_hidden, ("S", "N", "Ds"))
@@ -453,17 +505,25 @@ def _checked_options(
     if token_weight is not None and token_weight.is_complex():
         raise TypeError(f"token_weight has dtype {token_weight.dtype}; pass real weights")
     check_same_device(
-        student_hidden=student_hidden, student_weight=student_weight, neg_entropy=targets.neg_entropy,
-        expectation=targets.expectation, token_weight=token_weight,
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        neg_entropy=targets.neg_entropy,
+        expectation=targets.expectation,
+        token_weight=token_weight,
     )
     check_no_grad("student_weight", student_weight, "heads are frozen in distillation")
     check_no_grad("targets.neg_entropy", targets.neg_entropy, "the teacher is frozen")
     check_no_grad("targets.expectation", targets.expectation, "the teacher is frozen")
     check_no_grad("token_weight", token_weight, "weights are constants here")
     options = make_options(
-        targets.vocab_size if vocab_size is None and shard is None else vocab_size, (student_weight,), temperature,
-        impl, workspace_bytes, (student_hidden, targets.expectation), shard,
-    )  # fmt: skip
+        targets.vocab_size if vocab_size is None and shard is None else vocab_size,
+        (student_weight,),
+        temperature,
+        impl,
+        workspace_bytes,
+        (student_hidden, targets.expectation),
+        shard,
+    )
     if options.vocab_size != targets.vocab_size:
         raise ValueError(
             f"vocab_size={options.vocab_size} but the targets were built with {targets.vocab_size}; pass the "

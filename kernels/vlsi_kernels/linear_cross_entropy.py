@@ -49,7 +49,12 @@ def reference_linear_logsumexp(
 
 
 def reference_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, vocab_size: int | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
     """Dense float64 oracle of the per-token loss: [N] float64, 0 at ignored tokens, differentiable by autograd."""
@@ -129,32 +134,55 @@ def _builds() -> list[Build]:
                     f"subtract_label {dtype} grad={grad}",
                     subtract_label_kernel,
                     {
-                        "hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "label_ptr": "*i64",
-                        "expectation_ptr": "*fp32", "direction_ptr": f"*{dtype}", "logit_ptr": "*fp32",
-                        "hidden_stride": "i32", "weight_stride": "i32", "expectation_stride": "i32",
-                        "direction_stride": "i32", "width": "i32",
+                        "hidden_ptr": f"*{dtype}",
+                        "weight_ptr": f"*{dtype}",
+                        "label_ptr": "*i64",
+                        "expectation_ptr": "*fp32",
+                        "direction_ptr": f"*{dtype}",
+                        "logit_ptr": "*fp32",
+                        "hidden_stride": "i32",
+                        "weight_stride": "i32",
+                        "expectation_stride": "i32",
+                        "direction_stride": "i32",
+                        "width": "i32",
                     },
                     {"GRAD": grad, "BLOCK": LABEL_BLOCK},
                     LABEL_WARPS,
-                    aligned=("hidden_ptr", "weight_ptr", "expectation_ptr", "direction_ptr", "hidden_stride",
-                             "weight_stride", "expectation_stride", "direction_stride", "width"),
+                    aligned=(
+                        "hidden_ptr",
+                        "weight_ptr",
+                        "expectation_ptr",
+                        "direction_ptr",
+                        "hidden_stride",
+                        "weight_stride",
+                        "expectation_stride",
+                        "direction_stride",
+                        "width",
+                    ),
                 )
-            )  # fmt: skip
+            )
         for labels in (True, False):
             builds.append(
                 Build(
                     f"label_gradient_tile {dtype} labels={labels}",
                     label_gradient_tile_kernel,
                     {
-                        "logits_ptr": "*fp32", "out_ptr": f"*{dtype}", "logsumexp_ptr": "*fp32", "label_ptr": "*i64",
-                        "scale_ptr": "*fp32", "logits_stride": "i32", "out_stride": "i32", "columns": "i32",
-                        "first_column": "i32", "to_logit": "fp32",
+                        "logits_ptr": "*fp32",
+                        "out_ptr": f"*{dtype}",
+                        "logsumexp_ptr": "*fp32",
+                        "label_ptr": "*i64",
+                        "scale_ptr": "*fp32",
+                        "logits_stride": "i32",
+                        "out_stride": "i32",
+                        "columns": "i32",
+                        "first_column": "i32",
+                        "to_logit": "fp32",
                     },
                     {"LABELS": labels, "BLOCK": 8192},
                     TILE_WARPS,
                     aligned=("logits_ptr", "out_ptr", "logits_stride", "out_stride"),
                 )
-            )  # fmt: skip
+            )
     return builds
 
 
@@ -181,10 +209,21 @@ def _subtract_label(
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         with launch_on(hidden.device):
             subtract_label_kernel[(rows,)](
-                hidden, weight, label_columns, expectation if grad else logit, direction if grad else logit, logit,
-                hidden.stride(0), weight.stride(0), expectation.stride(0) if grad else 0,
-                direction.stride(0) if grad else 0, width, GRAD=grad, BLOCK=LABEL_BLOCK, num_warps=LABEL_WARPS,
-            )  # fmt: skip
+                hidden,
+                weight,
+                label_columns,
+                expectation if grad else logit,
+                direction if grad else logit,
+                logit,
+                hidden.stride(0),
+                weight.stride(0),
+                expectation.stride(0) if grad else 0,
+                direction.stride(0) if grad else 0,
+                width,
+                GRAD=grad,
+                BLOCK=LABEL_BLOCK,
+                num_warps=LABEL_WARPS,
+            )
         return logit / options.temperature, direction
     dtype = compute_dtype(hidden, weight)
     picked = weight[label_columns.clamp(min=0)].to(dtype)  # [R, D]
@@ -235,10 +274,20 @@ def _weight_gradient_triton(
                 z = product(hidden[block], weight[chunk].t(), logits[:rows, :columns])
                 out = tile[:rows, :columns]
                 label_gradient_tile_kernel[(rows,)](
-                    z, out, logsumexp[block], logsumexp if label_columns is None else label_columns[block],
-                    scale[block], z.stride(0), out.stride(0), columns, chunk.start, 1.0 / options.temperature,
-                    LABELS=label_columns is not None, BLOCK=block_of(vocab_chunk), num_warps=TILE_WARPS,
-                )  # fmt: skip
+                    z,
+                    out,
+                    logsumexp[block],
+                    logsumexp if label_columns is None else label_columns[block],
+                    scale[block],
+                    z.stride(0),
+                    out.stride(0),
+                    columns,
+                    chunk.start,
+                    1.0 / options.temperature,
+                    LABELS=label_columns is not None,
+                    BLOCK=block_of(vocab_chunk),
+                    num_warps=TILE_WARPS,
+                )
                 product(out.t(), hidden[block], total[:columns], accumulate=block.start > 0)
             result[chunk] = total[:columns].mul_(unit / options.temperature)
     return result
@@ -289,9 +338,7 @@ class _LinearLogsumexp(torch.autograd.Function):
                 hidden[block], weight, weight if need_hidden else None, options, with_mean=False
             )
             if label_columns is not None:
-                logit, expectation = _subtract_label(
-                    hidden[block], weight, label_columns[block], expectation, options
-                )
+                logit, expectation = _subtract_label(hidden[block], weight, label_columns[block], expectation, options)
                 result[block] = logsumexp[block] - logit
             if need_hidden:
                 direction[block] = expectation
@@ -446,8 +493,14 @@ def linear_cross_entropy(
 
 
 def _checked_options(
-    hidden: Tensor, weight: Tensor, labels: Tensor | None, vocab_size: int | None, temperature: float, impl: str,
-    workspace_bytes: int | None, shard: VocabularyShard | None,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    vocab_size: int | None,
+    temperature: float,
+    impl: str,
+    workspace_bytes: int | None,
+    shard: VocabularyShard | None,
 ) -> HeadOptions:
     check_tensor("hidden", hidden, ("N", "D"))
     check_tensor("weight", weight, ("V", "D"))

@@ -50,8 +50,14 @@ from .divergence_triton import LOWEST_LOG_RATIO, DivergenceOptions, HeadPair, Ro
 
 
 def reference_linear_divergence(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    beta: float = 0.0, vocab_size: int | None = None, temperature: float = 1.0,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    beta: float = 0.0,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Dense float64 oracle by the definition: per-token loss [N] float64, differentiable by autograd."""
     size = min(student_weight.shape[0], teacher_weight.shape[0]) if vocab_size is None else vocab_size
@@ -121,9 +127,7 @@ class _TorchTiles:
             _move_torch(totals, step, p_factor if mode == "forward" else q_factor, q_factor)
         return tiles[:2].flatten(0, 1) if self.with_product else None
 
-    def gradient(
-        self, logits: tuple[Tensor, Tensor], numbers: RowNumbers, scale: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def gradient(self, logits: tuple[Tensor, Tensor], numbers: RowNumbers, scale: Tensor, dtype: torch.dtype) -> Tensor:
         log_q, log_p = logits[0].sub_(numbers.student_lse[:, None]), logits[1].sub_(numbers.teacher_lse[:, None])
         if self.options.kind == "forward":
             return log_q.exp_().sub_(log_p.exp_()).mul_(scale[:, None])
@@ -278,7 +282,11 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+        ctx,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
         options: DivergenceOptions,
     ) -> Tensor:
         heads = HeadPair(student_hidden, student_weight, teacher_hidden, teacher_weight)
@@ -382,9 +390,13 @@ def linear_divergence(
     if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta={beta!r} must be a number in 0..1: 0 forward KL, 1 reverse KL, between Jensen-Shannon")
     head = make_options(
-        vocab_size, (student_weight, teacher_weight), temperature, impl, workspace_bytes,
+        vocab_size,
+        (student_weight, teacher_weight),
+        temperature,
+        impl,
+        workspace_bytes,
         (student_hidden, teacher_hidden),
-    )  # fmt: skip
+    )
     kept = None if labels is None else labels != ignore_index
     if kept is not None:  # an ignored token's hidden state may be anything, so nothing is computed from it
         heads = heads._replace(

@@ -304,9 +304,15 @@ def _torch_swiglu_backward(
 
 
 def verb_ffn(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, norm_weight: Tensor | None = None, norm_eps: float = 1e-6,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
     impl: str = "auto",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """down(silu(gate h) * up h), h = x or its RMSNorm: the verbalizer's network (VLsI, table 4f, verb-FFN).
 
     Differentiable in every tensor.

@@ -1,5 +1,7 @@
 """What the demo starts from: pictures drawn on the spot, the student, and the teacher's answers.
 
+What is made:
+
     <output_dir>/data/        labelled.jsonl, validation.jsonl, test.jsonl, answered.jsonl, images/
     <output_dir>/start/       the student before training
 """
@@ -70,7 +72,14 @@ def answer_pictures(config: RunConfig) -> int:
 
     data = Path(config.output_dir) / "data"
     manifest = answer(
-        config, data / "images" / "unlabelled", pictures.QUESTION, data / "answered.jsonl", temperature=1.0,
-        max_new_tokens=MAX_ANSWER, batch_size=250, seed=config.seed, progress=False,
-    )  # fmt: skip
+        config,
+        data / "images" / "unlabelled",
+        pictures.QUESTION,
+        data / "answered.jsonl",
+        temperature=1.0,
+        max_new_tokens=MAX_ANSWER,
+        batch_size=250,
+        seed=config.seed,
+        progress=False,
+    )
     return manifest["kept"]

@@ -160,9 +160,13 @@ def make_model(size: dict[str, int], tokenizer, seed: int = 0):
 
 
 def train_teacher(
-    work: Path, data: Path, size: dict[str, int] = TEACHER, seed: int = 0, config: str = CONFIG,
+    work: Path,
+    data: Path,
+    size: dict[str, int] = TEACHER,
+    seed: int = 0,
+    config: str = CONFIG,
     overrides: dict | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Train a teacher of the given size on `pictures.write`'s data; a run that was stopped goes on.
 
     Args:

@@ -24,21 +24,34 @@ from PIL import Image, ImageDraw
 
 SIZE, CELL = 64, 32
 RGB = {
-    "red": (220, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 220), "yellow": (240, 210, 20),
-    "black": (15, 15, 15), "gray": (140, 140, 140),
-}  # fmt: skip
+    "red": (220, 30, 30),
+    "green": (30, 160, 40),
+    "blue": (40, 60, 220),
+    "yellow": (240, 210, 20),
+    "black": (15, 15, 15),
+    "gray": (140, 140, 140),
+}
 COLORS = {
-    "red": ("red", "crimson", "scarlet"), "green": ("green", "emerald"), "blue": ("blue", "azure"),
-    "yellow": ("yellow", "golden"), "black": ("black", "inky"), "gray": ("gray", "silver"),
-}  # fmt: skip
+    "red": ("red", "crimson", "scarlet"),
+    "green": ("green", "emerald"),
+    "blue": ("blue", "azure"),
+    "yellow": ("yellow", "golden"),
+    "black": ("black", "inky"),
+    "gray": ("gray", "silver"),
+}
 SHAPES = {
-    "circle": ("circle", "disc"), "square": ("square", "box"), "triangle": ("triangle", "wedge"),
-    "star": ("star",), "cross": ("cross", "plus"),
-}  # fmt: skip
+    "circle": ("circle", "disc"),
+    "square": ("square", "box"),
+    "triangle": ("triangle", "wedge"),
+    "star": ("star",),
+    "cross": ("cross", "plus"),
+}
 PLACES = (
-    ("top left", "upper left"), ("top right", "upper right"), ("bottom left", "lower left"),
+    ("top left", "upper left"),
+    ("top right", "upper right"),
+    ("bottom left", "lower left"),
     ("bottom right", "lower right"),
-)  # fmt: skip
+)
 COLOR_OF = {word: color for color, words in COLORS.items() for word in words}
 SHAPE_OF = {word: shape for shape, words in SHAPES.items() for word in words}
 PLACE_OF = {words: place for place, both in enumerate(PLACES) for words in both}

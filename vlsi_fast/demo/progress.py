@@ -24,9 +24,13 @@ class Progress:
         """Title -> what it took."""
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
         self._bar = Bar(
-            *columns, TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=self.console, transient=True,
+            *columns,
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+            transient=True,
             disable=not self.console.is_terminal,
-        )  # fmt: skip
+        )
         self._task = self._bar.add_task("", total=1.0, left="")
 
     def __enter__(self) -> Progress:

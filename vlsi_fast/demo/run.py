@@ -39,9 +39,10 @@ SECONDS = {PREPARING: 8, ASKING: 25, SCORING: 25, REPORT: 30}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `demo` command."""
     parser.add_argument(
-        "--config", default=DEFAULT_CONFIG,
+        "--config",
+        default=DEFAULT_CONFIG,
         help="YAML file of the demo; the other arms' files are in the folder of its name (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--output-dir", help="folder of the run (default: the config's, runs/demo)")
     parser.add_argument("--ranks", type=int, default=2, help="ZeRO-3 ranks on CPU; on GPUs at most their number")
     parser.add_argument("--seed", type=int, help="another seed than the config's")

@@ -81,9 +81,11 @@ def print_tables(summary: dict[str, Any], output: Path, report: Path) -> None:
 
     console, metrics = Console(highlight=False), summary["metrics"]
     table = Table(
-        "model", "steps", *(f"{title(metric)} [95%]" for metric in (metrics[0], metrics[-1])),
+        "model",
+        "steps",
+        *(f"{title(metric)} [95%]" for metric in (metrics[0], metrics[-1])),
         title=f"{summary['questions']} drawings of the test split",
-    )  # fmt: skip
+    )
     for score in summary["scores"].values():
         cells = [_cell(score[m]) for m in (metrics[0], metrics[-1])]
         table.add_row(score["label"], str(score["optimizer_steps"] or ""), *cells)

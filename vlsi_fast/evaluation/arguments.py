@@ -12,22 +12,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `eval` command."""
     models = parser.add_argument_group("models", "one or more; with several, differences are taken from the first")
     models.add_argument(
-        "--run", dest="models", action="append", type=_run, metavar="FOLDER",
+        "--run",
+        dest="models",
+        action="append",
+        type=_run,
+        metavar="FOLDER",
         help="a run: its trained student; alone, it also says what to answer: data.eval of its config",
-    )  # fmt: skip
+    )
     models.add_argument(
-        "--model", dest="models", action="append", type=_model, metavar="FOLDER",
+        "--model",
+        dest="models",
+        action="append",
+        type=_model,
+        metavar="FOLDER",
         help="a stock checkpoint: a folder or a Hub name",
-    )  # fmt: skip
+    )
     rows = parser.add_argument_group("rows to answer")
     rows.add_argument("--config", help="YAML file of a run: its data.eval")
     rows.add_argument("--data", metavar="FILE", help="rows of a file or saved dataset, read by --reader")
     rows.add_argument("--reader", choices=READERS, help="format of --data; its fields: --data.eval.0.FIELD VALUE")
     rows.add_argument(
-        "--metric", nargs="+", metavar="NAME",
+        "--metric",
+        nargs="+",
+        metavar="NAME",
         help="how answers are scored, the headline first: exact_match, relaxed_accuracy or package.module:function of "
         "(prediction, answer) -> 0 to 1; default: the sources' own",
-    )  # fmt: skip
+    )
     rows.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows of each source, or benchmark")
     bench = parser.add_argument_group("the paper's benchmarks, by lmms-eval")
     bench.add_argument(
@@ -44,9 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answers.add_argument("--num-beams", type=_positive, default=1, metavar="N", help="beams; 1 (default) is greedy")
     answers.add_argument("--batch-size", type=_positive, metavar="N", help="rows at once (default 8; benchmarks: 1)")
     answers.add_argument(
-        "--max-new-tokens", type=_positive, default=128, metavar="N",
+        "--max-new-tokens",
+        type=_positive,
+        default=128,
+        metavar="N",
         help="tokens of an answer (default %(default)s); benchmarks have their own",
-    )  # fmt: skip
+    )
     answers.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 elsewhere"
     )

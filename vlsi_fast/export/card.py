@@ -86,7 +86,8 @@ def make_card(run: Run, stage: str, written: Written, choices: Choices) -> tuple
     )
     record = run.records[stage]
     card = ModelCard.from_template(
-        data, template_path=str(TEMPLATE),
+        data,
+        template_path=str(TEMPLATE),
         title=choices.title,
         student=f"`{parents[0].label}`",
         by=f"from `{parents[1].label}`" if len(parents) == 2 else "from no teacher (fine-tuned)",
@@ -107,7 +108,7 @@ def make_card(run: Run, stage: str, written: Written, choices: Choices) -> tuple
         results=_results(asked, summary, choices.scores),
         licences=_licences(license, parents),
         fill=FILL,
-    )  # fmt: skip
+    )
     return card, notices
 
 
@@ -298,8 +299,11 @@ def _eval_results(choices: Choices, run: Run, summary: list[tuple[str, float]]) 
     scores += [Score(name, "exact_match", value) for label, value in summary if label == THIS]
     return [
         EvalResult(
-            task_type="visual-question-answering", dataset_type=score.name, dataset_name=score.name,
-            metric_type=score.metric, metric_value=score.value,
+            task_type="visual-question-answering",
+            dataset_type=score.name,
+            dataset_name=score.name,
+            metric_type=score.metric,
+            metric_value=score.value,
         )
         for score in scores
-    ]  # fmt: skip
+    ]

@@ -13,6 +13,7 @@ from ..runs import Run
 
 THIS = "this model"
 
+
 @dataclass(frozen=True)
 class Score:
     """One number of a results table."""

@@ -17,10 +17,16 @@ from .speed import operations, over_pcie, speed, traffic
 from .walk import walk
 
 COLUMNS = {
-    "parameters": "parameters", "gradients": "gradients", "optimizer": "optimizer", "teacher": "teacher",
-    "gathered": "gathered layers, heads", "inputs": "inputs", "activations": "activations",
-    "targets": "KL targets", "workspace": "head workspace",
-}  # fmt: skip
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "teacher": "teacher",
+    "gathered": "gathered layers, heads",
+    "inputs": "inputs",
+    "activations": "activations",
+    "targets": "KL targets",
+    "workspace": "head workspace",
+}
 MAX_ROWS = 1024
 TEACHER_MODES = ("zero3", "replicated", "offload", "int8", "nf4")
 
@@ -96,13 +102,20 @@ def plan_stage(models: Models, stage: str, machine: Machine, rows: Rows, samples
         there = dataclasses.replace(setup, ranks=at.ranks)
         found = speed(step_of(models, stage, there, rows.batch(micro, mean=True)), at)
         total = walk(step_of(models, stage, there, rows.batch(micro))).peak.total
-        result["scaling"].append({
-            "nodes": nodes, "gpus": at.ranks, "peak_bytes": total, "compute_seconds": found.compute_seconds,
-            "communication_seconds": found.communication_seconds, "pcie_seconds": found.pcie_seconds,
-            "rows_per_step": found.samples,
-            "communication_share": found.communication_seconds / found.exposed,
-            "step_seconds": [found.hidden, found.exposed], "days": list(found.days(samples)),
-        })  # fmt: skip
+        result["scaling"].append(
+            {
+                "nodes": nodes,
+                "gpus": at.ranks,
+                "peak_bytes": total,
+                "compute_seconds": found.compute_seconds,
+                "communication_seconds": found.communication_seconds,
+                "pcie_seconds": found.pcie_seconds,
+                "rows_per_step": found.samples,
+                "communication_share": found.communication_seconds / found.exposed,
+                "step_seconds": [found.hidden, found.exposed],
+                "days": list(found.days(samples)),
+            }
+        )
     return result
 
 
@@ -149,9 +162,15 @@ def make_plan(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any
     if min(arguments.gpus, arguments.nodes) < 1:
         raise ConfigError("--gpus and --nodes must be at least 1")
     machine = Machine(
-        arguments.gpus, arguments.nodes, arguments.gpu_memory, arguments.peak_tflops * 1e12, arguments.utilisation,
-        arguments.link_gbs * 1e9, arguments.network_gbs * 1e9, arguments.pcie_gbs * 1e9,
-    )  # fmt: skip
+        arguments.gpus,
+        arguments.nodes,
+        arguments.gpu_memory,
+        arguments.peak_tflops * 1e12,
+        arguments.utilisation,
+        arguments.link_gbs * 1e9,
+        arguments.network_gbs * 1e9,
+        arguments.pcie_gbs * 1e9,
+    )
     models = Models(config, {"teacher": arguments.teacher_config, "student": arguments.student_config})
     rows = rows_of(config, models, arguments)
     return {
@@ -273,15 +292,33 @@ def _scaling_table(plan: dict[str, Any]):
 
     unit, size = _unit(max(at["peak_bytes"] for s in plan["stages"] for at in s["scaling"]), BYTES)
     days = f"days for {plan['samples'] / 1e6:g}M rows"
-    table = Table("stage", "nodes", f"{unit} a GPU", "compute s", "comm. s", "share", "step s", "rows a step", days,
-                  box=None, padding=(0, 2, 0, 0), pad_edge=False)  # fmt: skip
+    table = Table(
+        "stage",
+        "nodes",
+        f"{unit} a GPU",
+        "compute s",
+        "comm. s",
+        "share",
+        "step s",
+        "rows a step",
+        days,
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
     for s in plan["stages"]:
         for at in s["scaling"]:
             table.add_row(
-                s["stage"], str(at["nodes"]), _number(at["peak_bytes"] / size), _number(at["compute_seconds"]),
-                _number(at["communication_seconds"]), f"{at['communication_share']:.0%}", _span(*at["step_seconds"]),
-                str(at["rows_per_step"]), _span(*at["days"]),
-            )  # fmt: skip
+                s["stage"],
+                str(at["nodes"]),
+                _number(at["peak_bytes"] / size),
+                _number(at["compute_seconds"]),
+                _number(at["communication_seconds"]),
+                f"{at['communication_share']:.0%}",
+                _span(*at["step_seconds"]),
+                str(at["rows_per_step"]),
+                _span(*at["days"]),
+            )
     return table
 
 

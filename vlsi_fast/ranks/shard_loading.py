@@ -155,7 +155,7 @@ class _Group:
     def convert(self, read: Callable[[Path, str], Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Parameter name -> value, with `read` giving a stored tensor."""
         if self.converter is None:
-            (key, _, file), = self.stored  # fmt: skip
+            ((key, _, file),) = self.stored
             return {self.target: read(file, key)}
         from transformers.core_model_loading import WeightConverter
 

@@ -29,9 +29,13 @@ def colours(count: int) -> list[str]:
 
 
 def lines(
-    series: dict[str, tuple[list[float], list[float]]], title: str, ylabel: str, *, log: bool = False,
+    series: dict[str, tuple[list[float], list[float]]],
+    title: str,
+    ylabel: str,
+    *,
+    log: bool = False,
     xlabel: str = "optimizer step",
-) -> str:  # fmt: skip
+) -> str:
     """A line chart as the `src` of an `<img>`, transparent, and dark where the page is.
 
     Args:

@@ -141,21 +141,23 @@ def cost(run: Run) -> list[dict[str, Any]]:
         tokens = sum(r["tokens_per_second"] * r["step_seconds"] for r in steps)
         waited = sum(r.get("data_wait_share", math.nan) * r["step_seconds"] for r in steps)
         peaks = [r["peak_memory_bytes"] for r in steps]
-        rows.append({
-            "stage": stage,
-            "state": record["state"],
-            "device": record.get("summary", {}).get("device", "").split(":")[0],
-            "ranks": len(peaks[0]) if peaks else math.nan,
-            "optimizer_steps": len(steps),
-            "rows": sum(r["rows"] for r in steps),
-            "answer_tokens": sum(r["answer_tokens"] for r in steps),
-            "seconds": record.get("summary", {}).get("seconds", seconds),
-            "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds if seconds else math.nan,
-            "data_wait_share": waited / seconds if seconds else math.nan,
-            "peak_memory_bytes": max((max(p) for p in peaks), default=math.nan),
-            "skipped_rows": sum((record.get("summary", {}).get("skipped_rows") or {}).values()),
-        })  # fmt: skip
+        rows.append(
+            {
+                "stage": stage,
+                "state": record["state"],
+                "device": record.get("summary", {}).get("device", "").split(":")[0],
+                "ranks": len(peaks[0]) if peaks else math.nan,
+                "optimizer_steps": len(steps),
+                "rows": sum(r["rows"] for r in steps),
+                "answer_tokens": sum(r["answer_tokens"] for r in steps),
+                "seconds": record.get("summary", {}).get("seconds", seconds),
+                "step_seconds": seconds,
+                "tokens_per_second": tokens / seconds if seconds else math.nan,
+                "data_wait_share": waited / seconds if seconds else math.nan,
+                "peak_memory_bytes": max((max(p) for p in peaks), default=math.nan),
+                "skipped_rows": sum((record.get("summary", {}).get("skipped_rows") or {}).values()),
+            }
+        )
     return rows
 
 
@@ -187,10 +189,15 @@ def demo_scores(summary: dict[str, Any]) -> dict[str, Any]:
         for metric in summary["metrics"]
     ]
     differences = [
-        {"label": summary["scores"][each["second"]]["label"], "metric": title(each["metric"]),
-         "difference": 0.0 - each["difference"], "interval": [-bound for bound in reversed(each["interval"])]}
-        for each in summary["differences"] if summary["scores"][each["second"]]["optimizer_steps"]
-    ]  # fmt: skip
+        {
+            "label": summary["scores"][each["second"]]["label"],
+            "metric": title(each["metric"]),
+            "difference": 0.0 - each["difference"],
+            "interval": [-bound for bound in reversed(each["interval"])],
+        }
+        for each in summary["differences"]
+        if summary["scores"][each["second"]]["optimizer_steps"]
+    ]
     return {"tables": tables, "differences": differences}
 
 
@@ -264,11 +271,12 @@ def totals(cost: list[dict[str, Any]]) -> dict[str, Any]:
         "optimizer_steps": sum(c["optimizer_steps"] for c in cost),
         "answer_tokens": sum(c["answer_tokens"] for c in cost),
         "tokens_per_second": sum(c["tokens_per_second"] * c["step_seconds"] for c in measured) / busy
-        if busy else math.nan,
+        if busy
+        else math.nan,
         "peak_memory_bytes": max((c["peak_memory_bytes"] for c in measured), default=math.nan),
         "ranks": max((c["ranks"] for c in measured), default=math.nan),
         "device": cost[-1]["device"] if cost else "",
-    }  # fmt: skip
+    }
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

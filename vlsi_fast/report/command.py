@@ -17,9 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--results", nargs="+", type=Path, default=[], metavar="FILE", help="JSON files of `vlsi-fast eval --json`"
     )
     parser.add_argument(
-        "--samples", type=int, default=4, help="rows that every layer answers; 0: none, and no model is loaded "
-        "(default: %(default)s)",
-    )  # fmt: skip
+        "--samples",
+        type=int,
+        default=4,
+        help="rows that every layer answers; 0: none, and no model is loaded (default: %(default)s)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of such an answer (default: %(default)s)")
     parser.add_argument("--open", action="store_true", help="show it in the browser")
 

@@ -29,9 +29,12 @@ def build_page(runs: list[Run], results: list[dict[str, Any]] = (), samples: dic
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("vlsi_fast.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("vlsi_fast.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"number": number, "percent": percent, "gib": gib, "duration": duration, "points": points}
     environment.filters["together"] = together
     short = short_names(str(run.folder.resolve()) for run in runs)

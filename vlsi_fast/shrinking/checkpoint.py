@@ -113,9 +113,7 @@ def layer_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, int |
     return found
 
 
-def write_weights(
-    out: Path, tensors: dict[str, tuple[Path, int | None]], kept_layers: list[int]
-) -> tuple[int, int]:
+def write_weights(out: Path, tensors: dict[str, tuple[Path, int | None]], kept_layers: list[int]) -> tuple[int, int]:
     """Copy the tensors of the layers kept and of no layer, a file for each file of the checkpoint, with an index where
     there are several.
 
@@ -215,9 +213,12 @@ def write_card(folder: Path, out: Path, title: str, what: str, base: str | None)
     from ..export.card import license_of
 
     data = ModelCardData(
-        **license_of(folder), base_model=base, library_name="transformers", pipeline_tag="image-text-to-text",
+        **license_of(folder),
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
         tags=["vlsi-fast", "vision-language"],
-    )  # fmt: skip
+    )
     text = (
         f"# {title}\n\n{what[0].upper()}{what[1:]}, written by `vlsi-fast shrink` ([what it did](vlsi_shrink.json)). "
         "Nothing has been trained since: it is a start for distillation, not a model to use.\n"

@@ -20,9 +20,15 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     try:
         made = shrink(
-            arguments.model, arguments.out, arguments.keep_layers, arguments.by, rows,
-            arguments.limit or DEFAULT_ROWS, arguments.device, arguments.dtype,
-        )  # fmt: skip
+            arguments.model,
+            arguments.out,
+            arguments.keep_layers,
+            arguments.by,
+            rows,
+            arguments.limit or DEFAULT_ROWS,
+            arguments.device,
+            arguments.dtype,
+        )
     except (ValueError, ImportError, FileNotFoundError) as error:  # of checkpoints and readers: all say what to do
         print(f"vlsi-fast: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,7 @@
 """Block influence (ShortGPT, arXiv:2403.03853): how much each decoder layer changes what passes through it.
 
+It is
+
     1 - mean over tokens of cos(x, y)        x, y [T, d]  the layer's input and output, T tokens of a row, d width
 """
 

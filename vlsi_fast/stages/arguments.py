@@ -44,9 +44,18 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     arguments = {
         **t.model_dump(
             include={
-                "learning_rate", "warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-                "gradient_accumulation_steps", "weight_decay", "adam_beta2", "max_grad_norm", "optim",
-                "logging_steps", "save_steps",
+                "learning_rate",
+                "warmup_steps",
+                "num_train_epochs",
+                "max_steps",
+                "per_device_train_batch_size",
+                "gradient_accumulation_steps",
+                "weight_decay",
+                "adam_beta2",
+                "max_grad_norm",
+                "optim",
+                "logging_steps",
+                "save_steps",
             }
         ),
         **_loading_arguments(config.data.num_workers),

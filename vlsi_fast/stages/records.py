@@ -16,6 +16,7 @@ from .module import StageModule
 COUNTS = 8
 """Numbers in front of the parts of the loss in `sums_of`."""
 
+
 def sums_of(module: StageModule, output: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
     """Everything that is summed over micro-batches and ranks, as one float64 vector on the device."""
     n = facts["answer_tokens"]

@@ -289,10 +289,14 @@ class Stage:
     def _record(self) -> dict[str, Any]:
         facts = {name: role.facts for name, role in self.roles.items()}
         identity = identity_of(
-            self.config, self.name, self.sections, facts,
+            self.config,
+            self.name,
+            self.sections,
+            facts,
             rows_per_step=rows_per_step(self.config.stage_training(self.name), world_size()),
-            inputs=self.inputs(), data_start=self.data_start(),
-        )  # fmt: skip
+            inputs=self.inputs(),
+            data_start=self.data_start(),
+        )
         return {
             "stage": self.name,
             "state": "running",

@@ -86,9 +86,16 @@ class StageTrainer(HookedTrainer):
     """Trainer of one stage. Loss and metrics are sums over answer tokens of all micro-batches and ranks."""
 
     def __init__(
-        self, module: StageModule, args: TrainingArguments, config: RunConfig, stage: str, dataset, collator,
-        data_start: int = 0, deadline: float | None = None,
-    ):  # fmt: skip
+        self,
+        module: StageModule,
+        args: TrainingArguments,
+        config: RunConfig,
+        stage: str,
+        dataset,
+        collator,
+        data_start: int = 0,
+        deadline: float | None = None,
+    ):
         collator = StageCollator(collator, module.roles)
         grouped = config.stage_training(stage).group_by_length
         self.groups = LengthGroups(collator, module.roles) if grouped else None
@@ -113,8 +120,14 @@ class StageTrainer(HookedTrainer):
         self._pending: list[tuple[Tensor, dict[str, Any]]] = []
         self._scalars: dict[str, float] = {}
         self._step_began, self._waited = time.perf_counter(), 0.0
-        self.totals = {"answer_tokens": 0, "rows": 0, "skipped_rows": 0, "answered_rows": 0, "answered_tokens": 0,
-                       "step_seconds": 0.0}  # fmt: skip
+        self.totals = {
+            "answer_tokens": 0,
+            "rows": 0,
+            "skipped_rows": 0,
+            "answered_rows": 0,
+            "answered_tokens": 0,
+            "step_seconds": 0.0,
+        }
         self.wait_seconds = 0.0
 
     # ---- batches ----
@@ -173,9 +186,14 @@ class StageTrainer(HookedTrainer):
         self._pending.clear()
         now = time.perf_counter()
         record = step_record(
-            self.module, values, world_size(), stage=self.stage, step=self.state.global_step + 1,
-            learning_rate=self._get_learning_rate(), seconds=now - self._step_began,
-        )  # fmt: skip
+            self.module,
+            values,
+            world_size(),
+            stage=self.stage,
+            step=self.state.global_step + 1,
+            learning_rate=self._get_learning_rate(),
+            seconds=now - self._step_began,
+        )
         record |= self._schedule()
         self._step_began = now
         self._add_to_totals(record)

@@ -52,9 +52,12 @@ def sources_of(run: Run, compare: Sequence[str]) -> list[Source]:
         ConfigError: verbalizers that belong to another model.
     """
     distilled = Source(
-        "distilled", "student", str(run.student), _of_the_distilled(run),
+        "distilled",
+        "student",
+        str(run.student),
+        _of_the_distilled(run),
         "heard through " + ("its own verbalizers" if _trained_in_interact(run) else "the base student's verbalizers"),
-    )  # fmt: skip
+    )
     before = [_original(run, "base", "student")] if "base" in compare else []
     after = []
     for name in dict.fromkeys(compare):

@@ -60,9 +60,13 @@ _CARDS = """
 
 
 def render(
-    columns: Sequence[Column], images: Sequence[Image.Image], question: str, run: str, decoding: str,
+    columns: Sequence[Column],
+    images: Sequence[Image.Image],
+    question: str,
+    run: str,
+    decoding: str,
     answer: RightAnswer | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """The page. Every answer has its tokens' mean probability; they are folded below it where there are alternatives.
 
     Args:

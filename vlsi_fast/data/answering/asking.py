@@ -65,9 +65,14 @@ class Answerer:
     """
 
     def __init__(
-        self, model: nn.Module, processor, questions: Questions, decoding: Decoding, max_length: int | None = None,
+        self,
+        model: nn.Module,
+        processor,
+        questions: Questions,
+        decoding: Decoding,
+        max_length: int | None = None,
         max_image_pixels: int = PILLOW_MAX_IMAGE_PIXELS,
-    ):  # fmt: skip
+    ):
         self.model, self.processor, self.questions, self.decoding = model, processor, questions, decoding
         self.max_length, self.max_image_pixels = max_length, max_image_pixels
         self.lock = threading.Lock()  # a fast tokenizer may not be set up anew while another thread uses it

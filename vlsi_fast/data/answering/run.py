@@ -139,9 +139,11 @@ def _answer(teacher: Teacher, asked: Questions, decoding: Decoding, files: Files
 
     rank, todo, bar = share
     model, processor = teacher.load()
-    bounds = {} if teacher.data is None else {
-        "max_length": teacher.data.max_length, "max_image_pixels": teacher.data.max_image_pixels
-    }  # fmt: skip
+    bounds = (
+        {}
+        if teacher.data is None
+        else {"max_length": teacher.data.max_length, "max_image_pixels": teacher.data.max_image_pixels}
+    )
     answerer = Answerer(model, processor, asked, decoding, **bounds)
     size = decoding.batch_size
     done, total = bar or (0, None)

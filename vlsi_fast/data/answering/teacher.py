@@ -68,12 +68,17 @@ class Teacher:
             sections = {"data": config.data} | ({"teacher": config.teacher} if own else {})
             bounds = {k: {"min_pixels": s.min_pixels, "max_pixels": s.max_pixels} for k, s in sections.items()}
         return cls(
-            folder=folder, name=name, digest=checkpoint_digest(folder), dtype=dtype,
+            folder=folder,
+            name=name,
+            digest=checkpoint_digest(folder),
+            dtype=dtype,
             quantized=mode if mode in QUANTIZED else None,
             attention=attention_name(config.teacher.attn_implementation if own else "auto", dtype, device),
-            device=device, bounds=bounds, data=None if config is None else config.data,
+            device=device,
+            bounds=bounds,
+            data=None if config is None else config.data,
             spread=given is None and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1,
-        )  # fmt: skip
+        )
 
     def describe(self) -> dict[str, Any]:
         """What the answers follow from, of the model."""

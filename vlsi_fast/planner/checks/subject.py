@@ -96,11 +96,13 @@ class Subject:
             rows = rows_of(config, models)
             return {
                 stage: step_of(
-                    models, stage, setup_of(config, stage, self.ranks),
+                    models,
+                    stage,
+                    setup_of(config, stage, self.ranks),
                     rows.batch(config.stage_training(stage).per_device_train_batch_size),
                 )
                 for stage in self.stages
-            }  # fmt: skip
+            }
 
         return self._once("planner", "shapes", make)
 
