@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny import make_model, make_processor
 from torch.utils.data import DataLoader
 
 from vlsi_fast.config_data import DataConfig, SourceConfig
+from vlsi_fast.data import storage
 from vlsi_fast.data.collate import Collator
 from vlsi_fast.data.dataset import AnswerMismatchError, NoUsableRowError, VlsiDataset, equivalent
 from vlsi_fast.data.encoding import encode
@@ -66,6 +68,32 @@ def test_rows_are_replaced_by_the_next_usable_one_and_recorded(rows):
     assert dataset[-1]["id"] == "rows.json#0"
     with pytest.raises(IndexError):
         dataset[6]
+
+
+@pytest.mark.parametrize("where", ["header", "pixels", "path"])
+def test_a_file_system_that_fails_is_no_damaged_row(rows, monkeypatch, capsys, where):
+    """The read is made again; only a file system that goes on failing ends the run, and with its own words."""
+    dataset, slept, failures = dataset_of(rows, student=make_processor("tiny")), [], [0]
+    target, name = {"header": (Image, "open"), "pixels": (Image.Image, "load"), "path": (Path, "is_file")}[where]
+    call = getattr(target, name)
+
+    def failing(*args, **kwargs):
+        if failures[0] > 0:
+            failures[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return call(*args, **kwargs)
+
+    if where == "pixels":
+        target = type(Image.open(dataset.sources[2].images[0].root + "/a.png"))
+        call = getattr(target, name)
+    monkeypatch.setattr(target, name, failing)
+    monkeypatch.setattr(storage.time, "sleep", slept.append)
+    failures[0] = 2
+    assert dataset[2]["id"] == "rows.json#2" and dataset[2]["skipped"] == []
+    assert slept == [0.5, 2.0] and capsys.readouterr().err.count("Stale file handle") == 2
+    failures[0] = 10**9
+    with pytest.raises(storage.StorageError, match=r"failed 5 times within 30 seconds: .*Stale file handle.*--resume"):
+        dataset[2]
 
 
 def test_too_long_is_judged_for_each_role(rows):

@@ -15,6 +15,7 @@ from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.shared_images import SharedImages, share_images
 from vlsi_fast.data.skipped import SpecialTokenError, UnusableRow
 from vlsi_fast.data.sources import ConcatSource
+from vlsi_fast.data.storage import retried
 from vlsi_fast.errors import UserError
 
 ROLES = ("student", "teacher")
@@ -70,6 +71,7 @@ class VlsiDataset(Dataset):
     def __len__(self) -> int:
         return len(self.sources)
 
+    @retried
     def __getitem__(self, index: int) -> dict:
         """Row `index`, or the next usable one.
 
@@ -84,6 +86,7 @@ class VlsiDataset(Dataset):
                 and have not agreed in any row yet.
             NoUsableRowError: `MAX_TRIES` rows, or all there are, cannot be used.
             SpecialTokenError: a row's text holds a special token and `data.special_tokens` is error.
+            StorageError: the file system failed, again and again.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlsi_fast.config_data import PILLOW_MAX_IMAGE_PIXELS
 from vlsi_fast.data.skipped import UnusableRow, row_boundary
+from vlsi_fast.data.storage import is_transient
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF", "ICO", "TGA", "PCX")
 """Formats that are opened, by Pillow's names; JPEG covers MPO."""
@@ -61,6 +62,8 @@ def load_image(ref: ImageRef, max_image_pixels: int = PILLOW_MAX_IMAGE_PIXELS) -
         except MemoryError:
             raise
         except Exception as error:  # truncated or damaged data, in whichever decoder
+            if is_transient(error):
+                raise
             raise _damaged(ref, error) from error
 
 
@@ -114,6 +117,8 @@ def _open(ref: ImageRef, max_image_pixels: int) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # a damaged header can fail in any way inside Pillow
+        if is_transient(error):
+            raise
         raise _damaged(ref, error) from error
     width, height = image.size
     if width * height > max_image_pixels:
@@ -136,6 +141,8 @@ def image_bytes(ref: ImageRef) -> bytes:
     try:
         return Path(_safe_path(ref)).read_bytes()
     except OSError as error:
+        if is_transient(error):
+            raise
         raise UnusableRow("missing_image", f"{ref.name}: {error}") from error
 
 
@@ -146,6 +153,8 @@ def _safe_path(ref: ImageRef) -> str:
         path = Path(os.path.realpath(root / ref.path))
         inside, is_file = path.is_relative_to(root), path.is_file()
     except (ValueError, OSError) as error:  # a null byte, a name that is too long
+        if is_transient(error):
+            raise
         raise UnusableRow("missing_image", f"{ref.path!r}: {error}") from error
     if not inside:
         raise UnusableRow("path_outside_image_root", f"{ref.path} resolves to {path}, outside image_root {root}")

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlsi_fast.data.storage import is_transient
 from vlsi_fast.errors import UserError
 
 try:
@@ -91,18 +92,19 @@ _ALLOCATOR = "DefaultCPUAllocator: "
 def row_boundary() -> Iterator[None]:
     """What stands between a row and the program: anything that a row raises inside is an `UnusableRow`.
 
-    Out of memory, an interrupt and an exit are no fault of a row and pass. An exception that no check foresaw has the
-    cause unexpected_error; its type, message and place are the detail, since it may be the program's fault. Also a
-    decorator.
+    Out of memory, an interrupt, an exit and a file system that fails (`storage`) are no fault of a row and pass. An
+    exception that no check foresaw has the cause unexpected_error; its type, message and place are the detail, since it
+    may be the program's fault. Also a decorator.
     """
     try:
         yield
     except (UnusableRow, SpecialTokenError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError" or _ALLOCATOR in (
-            str(error) if type(error) is RuntimeError else ""
-        ):
+        out_of_memory = type(error).__name__ == "OutOfMemoryError" or (
+            type(error) is RuntimeError and _ALLOCATOR in str(error)
+        )
+        if out_of_memory or is_transient(error):
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.basename(last.filename)}:{last.lineno}"

@@ -75,11 +75,14 @@ class _TellSampler(TrainerCallback):
 
 
 class _Progress(ProgressCallback):
-    """The Trainer's progress bar with loss and learning rate behind it instead of a printed dictionary."""
+    """The Trainer's progress bar with loss, rate and speed behind it instead of a printed dictionary."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", lr=f"{logs.get('learning_rate', 0):.2g}")
+            told = {"loss": f"{logs['loss']:.4g}", "lr": f"{logs.get('learning_rate', 0):.2g}"}
+            if "tokens_per_second" in logs:
+                told["tokens/s"] = f"{logs['tokens_per_second']:,.0f}"
+            self.training_bar.set_postfix(told)
 
 
 class StageTrainer(HookedTrainer):
