@@ -4,7 +4,8 @@
 #   sbatch --nodes 4 scripts/launch_slurm.sh --stage all --config configs/qwen2vl_72b_to_7b.yaml [--field value ..]
 #
 # Submit it from the repository, in the environment that has vlsi-fast (sbatch hands it on). Models, data and output_dir
-# must be on a file system that all machines see.
+# must be on a file system that all machines see. Add --max_hours 11.5 to a job of 12 hours: a checkpoint is then saved
+# before Slurm ends it.
 #
 #SBATCH --job-name=vlsi
 #SBATCH --ntasks-per-node=1
