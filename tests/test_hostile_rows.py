@@ -83,7 +83,7 @@ def test_bad_rows_are_skipped_with_cause_file_and_line(bad, tmp_path):
     assert row["id"] == "rows.jsonl#0"
     assert places(row["skipped"]) == expected(bad)
     log = SkipLog(tmp_path / "skipped.jsonl", len(dataset), 1.0)
-    log.record(row["skipped"], len(BAD))
+    log.record(row["skipped"])
     written = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert places(written) == expected(bad)
     assert all(len(record["detail"]) < 1100 for record in written)

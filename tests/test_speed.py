@@ -9,7 +9,7 @@ import torch
 
 from vlsi_fast import load_config
 from vlsi_fast.data import VlsiDataset
-from vlsi_fast.stages import STAGE_CLASSES
+from vlsi_fast.stages import STAGE_CLASSES, leaving
 from vlsi_fast.stages import trainer as stages_trainer
 from vlsi_fast.stages.sft import SftModule
 
@@ -79,12 +79,12 @@ def test_workers_take_the_wait_away_and_end_with_the_stage(workspace, tmp_path, 
 
 def test_wait_is_the_mean_over_ranks(workspace, tmp_path, monkeypatch):
     """A second rank that waited 0.25 s in each step."""
-    steps = []
+    steps, waited = [], -5 - leaving.WISHES  # of two ranks: the wait, four peaks, the wishes
 
     def reduce_with_another_rank(total):
         if total.dim():  # the step's sums, not the count of answer tokens
-            steps.append(float(total[-5]))
-            total[-5] += 0.25
+            steps.append(float(total[waited]))
+            total[waited] += 0.25
 
     start_records = stages_trainer.StageTrainer._finish_step
 
