@@ -255,7 +255,7 @@ def test_the_time_left_is_by_shares(monkeypatch, capsys):
 def test_it_says_first_what_will_happen(tmp_path):
     chosen = arms.chosen(quick=True, control=True)
     told = run.introduction(load_config(DEMO, {"output_dir": str(tmp_path)}), chosen, 290)
-    assert "300 pictures have descriptions" in told and "3 ways (sft alone, best steps, " in told
+    assert "300 pictures have descriptions" in told and "3 ways (sft alone, best steps; " in told
     assert "about 5 minutes" in told and str(tmp_path / "report.html") in told
 
 

@@ -33,16 +33,16 @@ class Arm:
 
 RANKS = 2
 """That the configs' rows of a rank are meant for."""
-VLSI = Arm("student_after", "student after VLsI", 140, quick=True)
+VLSI = Arm("student_after", "student after VLsI", 195, quick=True)
 ARMS = (
-    Arm("sft_best", "sft alone, best steps", 45, control=True, quick=True),
-    Arm("sft_only", "sft alone, VLsI's steps", 95, control=True, quick=True),
-    Arm("last_layer", "last-layer KL", 115),
+    Arm("sft_best", "sft alone, best steps", 65, control=True, quick=True),
+    Arm("sft_only", "sft alone, VLsI's steps", 115, control=True, quick=True),
+    Arm("last_layer", "last-layer KL", 185),
     VLSI,
-    Arm("unlabelled", "VLsI, + unlabelled pictures", 140, answered=True),
+    Arm("unlabelled", "VLsI, + unlabelled pictures", 195, answered=True),
 )
 """In the order of their runs."""
-FURTHER = (Arm("unlabelled_sft", "sft alone, + unlabelled pictures", 95, control=True, answered=True),)
+FURTHER = (Arm("unlabelled_sft", "sft alone, + unlabelled pictures", 115, control=True, answered=True),)
 """Not part of the demo; `benchmarks/demo_seeds.py` runs them too."""
 BASES = {"teacher": "teacher", "student_before": "student before"}
 """What is scored as it is: name in summary.json -> label."""

@@ -94,7 +94,7 @@ def introduction(config: RunConfig, arms: list[Arm], seconds: float) -> str:
         arms: in the order of their runs.
         seconds: about what all takes on two cores.
     """
-    ways = ", ".join(arm.label.removeprefix("student after ") for arm in arms)
+    ways = "; ".join(arm.label.removeprefix("student after ") for arm in arms)
     return (
         f"A small vision-language model learns from a larger one to describe drawings: {inputs.LABELLED} pictures have"
         f" descriptions. It is trained in {len(arms)} ways ({ways}), and all are scored on the same unseen pictures.\n"
