@@ -31,7 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import study_curves  # noqa: E402
 import study_models  # noqa: E402
-from seeds import interval, machine, rank_correlation  # noqa: E402
+from seeds import interval, rank_correlation  # noqa: E402
 from study_jobs import Job, Study, run_jobs  # noqa: E402
 from study_rows import (  # noqa: E402
     EQUAL_STEPS,
@@ -214,7 +214,8 @@ def collect(runner: Runner, table: str, rows: list[Row], seeds: range, split: st
                 differences = [mine[s][measure] - theirs[s][measure] for s in common]
                 entry[f"{measure}_to_default"] = interval(differences)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    counts = [result["rows"] for found in by_seed.values() for result in found.values()]
+    scored = [result for found in by_seed.values() for result in found.values()]
+    counts = [result["rows"] for result in scored]
     return {
         "benchmark": "study",
         "table": table,
@@ -231,7 +232,7 @@ def collect(runner: Runner, table: str, rows: list[Row], seeds: range, split: st
         "students": study_models.STUDENTS,
         "overrides": study.overrides,
         "config": study.config.model_dump(mode="json"),
-        "machine": machine(),
+        "processors": sorted({result["processor"] for result in scored}),
         "versions": versions(),
         "commit": commit.strip(),
         "note": "The machine was shared: seconds are those of the processor, and indicative only.",

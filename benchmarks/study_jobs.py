@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from seeds import machine
 from study_models import CONFIG, rows_of, targets
 from study_rows import FULL, Row, Setting, training
 
@@ -33,7 +34,7 @@ from vlsi_fast.lineage import weights_digest
 
 MAX_ANSWER = 96
 """Tokens after which an answer is cut; the longest right one has fewer."""
-KEPT = ("stage", "steps", "flops", "exact", "f1", "rows", "cpu_seconds")
+KEPT = ("stage", "steps", "flops", "exact", "f1", "rows", "cpu_seconds", "processor")
 """Of a job's result, in the file of records."""
 
 
@@ -165,6 +166,7 @@ class Study:
         wall, cpu = time.perf_counter(), time.process_time()
         result = self._score(job, settings) if job.stage == "score" else self._stage(job, settings, folder)
         result |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        result |= {"processor": machine()["processor"]}  # results may come from several machines
         partial = folder / "job.json.partial"
         partial.write_text(json.dumps({"stage": job.stage, "settings": settings} | result, indent=1) + "\n")
         partial.rename(folder / "job.json")
