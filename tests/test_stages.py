@@ -15,6 +15,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from vlsi_fast import load_config, run
 from vlsi_fast.config import ConfigError
 from vlsi_fast.data import TooManySkippedRows
+from vlsi_fast.data.skipped import SkipLog
 from vlsi_fast.lineage import LineageError, read_record
 from vlsi_fast.loading import load_backbone
 from vlsi_fast.stages.trainer import NonFiniteLossError
@@ -510,3 +511,21 @@ def test_bad_input_on_the_command_line_is_one_line(workspace, tmp_path):
     done = runs.train(config, "verbalize", "--training.learning_rat", "1")
     assert done.returncode == 2
     assert "did you mean training.learning_rate?" in done.stdout and "Traceback" not in done.stdout
+
+
+def test_the_limit_on_skipped_rows_sees_all_ranks_counts(workspace, tmp_path, monkeypatch):
+    """What the log is asked to judge are the steps' own sums, those of a resumed run's earlier steps included."""
+    runs.make_rows(tmp_path / "data", 16)
+    for i in range(0, 16, 4):
+        (tmp_path / "data" / "images" / f"{i}.png").unlink()
+    train = [{"reader": "messages", "path": str(tmp_path / "data" / "rows.jsonl")}]
+    options = {"data": {"train": train, "max_skipped_share": 0.9}, "sft": {"start_from": "base"}}
+    judged = []
+    monkeypatch.setattr(SkipLog, "check", lambda self, *counts: judged.append(counts))
+    start(workspace, tmp_path / "run", "sft", training={"save_steps": 2}, **options)
+    records = runs.metrics(tmp_path / "run", "sft")
+    skipped, rows = ([sum(r[name] for r in records[: i + 1]) for i in range(3)] for name in ("skipped_rows", "rows"))
+    assert judged == [(s, s + r) for s, r in zip(skipped, rows)] and skipped[-1] > 0
+    runs.rewind(tmp_path / "run" / "sft", 2)
+    start(workspace, tmp_path / "run", "sft", resume=True, training={"save_steps": 2}, **options)
+    assert judged[3:] == judged[2:3]
