@@ -121,7 +121,10 @@ def _multinomial(kl, search_range, order_preservation, adaptive_temperature, sca
 
 def _uniforms(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
     source = generator.device if generator is not None else "cpu"
-    return torch.rand(count, dtype=torch.float64, generator=generator, device=source).to(device)
+    draws = torch.rand(count, dtype=torch.float64, generator=generator, device=source)
+    if device.type == "cuda" and draws.device.type == "cpu":
+        draws = draws.pin_memory()  # from other memory, the copy would wait for the device
+    return draws.to(device, non_blocking=True)
 
 
 def draw_generator(seed: int, step: int, micro_batch: int) -> torch.Generator:

@@ -98,8 +98,8 @@ class LengthGroups:
         return sum(row[role]["input_ids"].shape[1] for role in self.roles)
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch's tensors on the device, copied without waiting for what the device has to do before."""
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A tensor, or the tensors of a batch, on the device, copied without waiting for what it has to do before."""
     if device.type == "cpu":
         return batch
     return recursively_apply(lambda t: t.pin_memory().to(device, non_blocking=True), batch)

@@ -22,7 +22,7 @@ from transformers import Trainer
 from ..ranks.rescaling import universal_where_needed
 from ..ranks.sharding import world_size
 from ..unpickling import data_only
-from .batches import restore_shared
+from .batches import restore_shared, to_device
 
 FITS = "5.17 to 5.23"
 """Versions of transformers."""
@@ -54,7 +54,7 @@ class HookedTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Answer tokens of one optimizer step over all micro-batches and ranks."""
-        total = torch.tensor(sum(batch["facts"]["answer_tokens"] for batch in batch_samples), device=device)
+        total = to_device(torch.tensor(sum(batch["facts"]["answer_tokens"] for batch in batch_samples)), device)
         if world_size() > 1:
             dist.all_reduce(total)
         return total

@@ -14,19 +14,22 @@ from ..ranks.sharding import rank
 from .module import StageModule
 
 COUNTS = 8
-"""Numbers in front of the parts of the loss in `sums_of`."""
+"""Numbers of `counts_of`."""
+
+
+def counts_of(facts: dict[str, Any]) -> Tensor:
+    """What the host knows of a micro-batch and is summed over micro-batches and ranks, [COUNTS] float64."""
+    lengths = [len(facts["ids"]), len(facts["skipped"]), facts["positions"], facts["padding"], *facts["answered"]]
+    return torch.tensor([facts["answer_tokens"], facts["tokens"], *lengths], dtype=torch.float64)
 
 
 def sums_of(module: StageModule, output: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
-    """Everything that is summed over micro-batches and ranks, as one float64 vector on the device."""
+    """What the device knows of a micro-batch and is summed likewise, as one float64 vector there."""
     n = facts["answer_tokens"]
-    lengths = [len(facts["ids"]), len(facts["skipped"]), facts["positions"], facts["padding"], *facts["answered"]]
-    counts = torch.tensor([n, facts["tokens"], *lengths])
-    pieces = [counts, output["parts"] * n]
+    pieces = [output["parts"] * n]
     if module.matrix_shape is not None:
         pieces += [output["kl"].flatten() * n, output["matches"].flatten()]
-    device = output["parts"].device
-    return torch.cat([p.to(device, torch.float64) for p in pieces])
+    return torch.cat([piece.double() for piece in pieces])
 
 
 def own_numbers(waited: float, ranks: int, device: torch.device) -> Tensor:
@@ -39,7 +42,7 @@ def own_numbers(waited: float, ranks: int, device: torch.device) -> Tensor:
 def step_record(
     module: StageModule, values: list[float], ranks: int, *, stage: str, step: int, learning_rate: float, seconds: float
 ) -> dict[str, Any]:
-    """A line of metrics.jsonl from `sums_of` and `own_numbers`, added over micro-batches and ranks."""
+    """A line of metrics.jsonl from `counts_of`, `sums_of` and `own_numbers`, added over micro-batches and ranks."""
     counts = (int(v) for v in values[:COUNTS])
     answer_tokens, tokens, rows, skipped, positions, padding, answered_rows, answered_tokens = counts
     n, names = max(answer_tokens, 1), module.part_names
@@ -81,7 +84,7 @@ def non_finite(module: StageModule, pending: list[tuple[Tensor, dict[str, Any]]]
     names = module.part_names
     seen = []
     for micro, (sums, facts) in enumerate(pending):
-        bad = [name for name, v in zip(names, sums[COUNTS : COUNTS + len(names)].tolist()) if not math.isfinite(v)]
+        bad = [name for name, v in zip(names, sums[: len(names)].tolist()) if not math.isfinite(v)]
         if bad or not bool(torch.isfinite(sums).all()):
             seen.append(f"rank {rank()}, micro-batch {micro}: {', '.join(bad) or 'KL matrix'}; rows {facts['ids']}")
     return seen

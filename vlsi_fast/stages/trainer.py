@@ -30,11 +30,11 @@ from ..ranks.rescaling import require_same_engine
 from ..ranks.sharding import barrier, gathered_objects, rank, world_size
 from ..ranks.watch import TellPlace
 from ..terminal import say
-from .batches import LengthGroups, StageCollator, UncollatedRows
+from .batches import LengthGroups, StageCollator, UncollatedRows, to_device
 from .hooks import HookedTrainer, partial_checkpoints
 from .leaving import WISHES, Leaving
 from .module import StageModule
-from .records import non_finite, own_numbers, step_record, sums_of, tracker_scalars
+from .records import COUNTS, counts_of, non_finite, own_numbers, step_record, sums_of, tracker_scalars
 
 LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 
@@ -172,9 +172,11 @@ class StageTrainer(HookedTrainer):
 
     def _finish_step(self) -> None:
         """Once an optimizer step, before its last backward: reduce the sums, stop on bad numbers, write the record."""
-        own = torch.cat([own_numbers(self._waited, world_size(), self.args.device), self.leaving.wishes()])
+        counts = sum(counts_of(facts) for _, facts in self._pending)
+        own = torch.cat([counts, own_numbers(self._waited, world_size(), self.args.device), self.leaving.wishes()])
         self._waited = 0.0
-        total = torch.cat([sum(sums for sums, _ in self._pending), own.to(self.args.device)])
+        own = to_device(own, self.args.device)
+        total = torch.cat([own[:COUNTS], sum(sums for sums, _ in self._pending), own[COUNTS:]])
         if world_size() > 1:
             dist.all_reduce(total)
         values = total.tolist()
