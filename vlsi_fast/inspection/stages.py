@@ -15,7 +15,7 @@ from ..weights import read_weights
 from .looking import folder_bytes, parent, problem, read_json, step_of
 from .models import inspect_adapter, inspect_checkpoint, inspect_verbalizers
 
-SHOWN = ("loss", "learning_rate", "step_seconds", "answer_tokens_per_second", "data_wait_share")
+SHOWN = ("loss", "learning_rate", "step_seconds", "answer_tokens_per_second", "mfu", "data_wait_share", "eta_seconds")
 
 
 def inspect_run(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,19 @@ from torch import Tensor
 from ..ranks.sharding import rank
 from .module import StageModule
 
-COUNTS = 8
+if TYPE_CHECKING:
+    from .throughput import Throughput
+
+PER_ROLE = ("student", "teacher")
+"""Models whose tokens and images are counted, in this order."""
+COUNTS = 8 + 2 * len(PER_ROLE)
 """Numbers of `counts_of`."""
 
 
 def counts_of(facts: dict[str, Any]) -> Tensor:
     """What the host knows of a micro-batch and is summed over micro-batches and ranks, [COUNTS] float64."""
     lengths = [len(facts["ids"]), len(facts["skipped"]), facts["positions"], facts["padding"], *facts["answered"]]
+    lengths += [facts[name].get(role, 0) for name in ("role_tokens", "pixel_values") for role in PER_ROLE]
     return torch.tensor([facts["answer_tokens"], facts["tokens"], *lengths], dtype=torch.float64)
 
 
@@ -40,11 +46,19 @@ def own_numbers(waited: float, ranks: int, device: torch.device) -> Tensor:
 
 
 def step_record(
-    module: StageModule, values: list[float], ranks: int, *, stage: str, step: int, learning_rate: float, seconds: float
+    module: StageModule,
+    values: list[float],
+    ranks: int,
+    *,
+    stage: str,
+    step: int,
+    learning_rate: float,
+    seconds: float,
+    throughput: Throughput | None = None,
 ) -> dict[str, Any]:
     """A line of metrics.jsonl from `counts_of`, `sums_of` and `own_numbers`, added over micro-batches and ranks."""
     counts = (int(v) for v in values[:COUNTS])
-    answer_tokens, tokens, rows, skipped, positions, padding, answered_rows, answered_tokens = counts
+    answer_tokens, tokens, rows, skipped, positions, padding, answered_rows, answered_tokens, *per_role = counts
     n, names = max(answer_tokens, 1), module.part_names
     parts = [v / n for v in values[COUNTS : COUNTS + len(names)]]
     record = {
@@ -63,6 +77,9 @@ def step_record(
         "tokens_per_second": tokens / seconds,
         "answer_tokens_per_second": answer_tokens / seconds,
     }
+    if throughput is not None:
+        roles = len(PER_ROLE)
+        record |= throughput.of(seconds, rows, answer_tokens, per_role[:roles], per_role[roles:])
     if module.matrix_shape is not None:
         s, l = module.matrix_shape
         start = COUNTS + len(names)

@@ -60,6 +60,7 @@ from ..terminal import say
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
 from .module import StageModule
+from .throughput import Throughput
 from .trainer import StageTrainer
 
 
@@ -213,7 +214,11 @@ class Stage:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = record["identity"]["data_start"]
-        trainer = StageTrainer(module, self.args, self.config, self.name, dataset, collator, start, self.deadline)
+        configs = {name: role.config for name, role in self.roles.items()}
+        throughput = Throughput(self.config, self.name, configs, world_size(), self.args.device)
+        trainer = StageTrainer(
+            module, self.args, self.config, self.name, dataset, collator, start, self.deadline, throughput
+        )
         with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         made, wanted = result.global_step, trainer.state.max_steps

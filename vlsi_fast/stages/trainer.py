@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,11 @@ from .hooks import HookedTrainer, partial_checkpoints
 from .leaving import WISHES, Leaving
 from .module import StageModule
 from .records import COUNTS, counts_of, non_finite, own_numbers, step_record, sums_of, tracker_scalars
+from .throughput import Throughput
 
 LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
+ETA_STEPS = 50
+"""Latest steps, of this process, whose mean time the rest is expected to take."""
 
 
 class NonFiniteLossError(UserError, RuntimeError):
@@ -82,6 +86,8 @@ class _Progress(ProgressCallback):
             told = {"loss": f"{logs['loss']:.4g}", "lr": f"{logs.get('learning_rate', 0):.2g}"}
             if "tokens_per_second" in logs:
                 told["tokens/s"] = f"{logs['tokens_per_second']:,.0f}"
+            if "mfu" in logs:
+                told["MFU"] = f"{logs['mfu']:.0%}"
             self.training_bar.set_postfix(told)
 
 
@@ -98,6 +104,7 @@ class StageTrainer(HookedTrainer):
         collator,
         data_start: int = 0,
         deadline: float | None = None,
+        throughput: Throughput | None = None,
     ):
         collator = StageCollator(collator, module.roles)
         grouped = config.stage_training(stage).group_by_length
@@ -112,7 +119,7 @@ class StageTrainer(HookedTrainer):
         self.add_callback(TellPlace(stage, args.ddp_timeout))
         self.leaving = Leaving(deadline, config.stage_training(stage).save_minutes)
         self.add_callback(self.leaving)
-        self.config, self.stage = config, stage
+        self.config, self.stage, self.throughput = config, stage, throughput
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress)
@@ -123,6 +130,7 @@ class StageTrainer(HookedTrainer):
         self._pending: list[tuple[Tensor, dict[str, Any]]] = []
         self._scalars: dict[str, float] = {}
         self._step_began, self._waited = time.perf_counter(), 0.0
+        self._made: deque[float] = deque(maxlen=ETA_STEPS)
         self.totals = {
             "answer_tokens": 0,
             "rows": 0,
@@ -198,8 +206,12 @@ class StageTrainer(HookedTrainer):
             step=self.state.global_step + 1,
             learning_rate=self._get_learning_rate(),
             seconds=now - self._step_began,
+            throughput=self.throughput,
         )
         record |= self._schedule()
+        self._made.append(record["step_seconds"])
+        left = self.state.max_steps - record["step"]
+        record["eta_seconds"] = left * sum(self._made) / len(self._made)
         self._step_began = now
         self._add_to_totals(record)
         self.skip_log.check(self.totals["skipped_rows"], self.totals["skipped_rows"] + self.totals["rows"])
