@@ -14,7 +14,8 @@ from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.config import ConfigError
 from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import Collator
-from vlsi_fast.data.encoding import encode
+from vlsi_fast.data.collate import blank_image
+from vlsi_fast.data.encoding import configure_image_bounds, encode
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.packing import Packer
 from vlsi_fast.hidden_states import VerbalizedBackbone
@@ -117,6 +118,18 @@ def test_a_blank_image_is_a_row_of_its_own(name):
     assert not any(other[2][n].any() for n in vision)
     assert family_of(model.config).vision(model)
     compare(one, (*other[:2], {n: g for n, g in other[2].items() if n not in vision}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_blank_image_is_as_small_as_the_processor_allows(name):
+    """A run's lower bound on pixels makes it no larger, and holds for the run's images afterwards."""
+    made, image = families.make_processor(name), Image.new("RGB", (32, 32))
+    if name != "llava_onevision":
+        configure_image_bounds(made, 8192, 16384)
+    usual = made(text=[made.image_token], images=[image], return_tensors="pt")["input_ids"]
+    tokens = int((blank_image(made)["input_ids"] == made.image_token_id).sum())
+    assert tokens <= 4 if name != "llava_onevision" else tokens < usual.shape[1]
+    assert torch.equal(made(text=[made.image_token], images=[image], return_tensors="pt")["input_ids"], usual)
 
 
 def test_the_last_token_of_a_row_does_not_predict_the_next_rows_first():

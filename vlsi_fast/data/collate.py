@@ -103,11 +103,27 @@ class Collator:
         return batch
 
 
+BLANK_SIZES = ((32, 32), (384, 16))
+"""Width and height of white images, pixels. The flat one has fewer tokens where tiles of an image are cut to its shape
+(LLaVA-OneVision)."""
+
+
 def blank_image(processor) -> dict[str, torch.Tensor]:
-    """A processor's tensors for one small white image and nothing else."""
+    """A processor's tensors for one white image and nothing else: of `BLANK_SIZES`, the one with the fewest tokens.
+
+    The run's lower bound on pixels does not hold for it: enlarged to that, nothing would cost hundreds of tokens.
+    """
     turns = [{"role": "user", "content": [{"type": "image"}]}]
     text = processor.apply_chat_template(turns, tokenize=False)
-    return dict(processor(text=[text], images=[Image.new("RGB", (32, 32), "white")], return_tensors="pt"))
+    images = (Image.new("RGB", shape, "white") for shape in BLANK_SIZES)
+    bounds = processor.image_processor.size
+    try:
+        if bounds and {"shortest_edge", "longest_edge"} <= dict(bounds).keys():
+            processor.image_processor.size = {**dict(bounds), "shortest_edge": 1}
+        rows = [dict(processor(text=[text], images=[image], return_tensors="pt")) for image in images]
+    finally:
+        processor.image_processor.size = bounds
+    return min(rows, key=lambda row: row["input_ids"].shape[1])
 
 
 def _append_masked(row: dict[str, torch.Tensor], blank: dict[str, torch.Tensor], vision: set[str]) -> dict:
