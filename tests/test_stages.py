@@ -1,5 +1,6 @@
 """The three stages end to end on tiny models: results, lineage, resumption, counts, failures."""
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from vlsi_fast.data import TooManySkippedRows
 from vlsi_fast.data.skipped import SkipLog
 from vlsi_fast.lineage import LineageError, read_record
 from vlsi_fast.loading import load_backbone
+from vlsi_fast.stages.arguments import DEEPSPEED_FLOOR
 from vlsi_fast.stages.trainer import NonFiniteLossError
 
 
@@ -128,6 +130,27 @@ def test_records_hold_what_the_readme_promises(finished):
     assert all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(parts[:3], matched))
     for name in ("learning_rate", "answer_tokens", "tokens_per_second", "step_seconds", "peak_memory_bytes"):
         assert record[name]
+
+
+@pytest.mark.parametrize("version, message", [("0.19.1", "rounds a model's buffers.*deepspeed>=0.19.2"), (None, "not")])
+def test_a_deepspeed_that_cannot_serve_is_named(workspace, tmp_path, monkeypatch, version, message):
+    find = importlib.metadata.version
+
+    def found(name):
+        if name != "deepspeed":
+            return find(name)
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    with pytest.raises(ConfigError, match=message):
+        start(workspace, tmp_path / "run", "verbalize", training={"deepspeed": str(runs.ROOT / "configs/zero3.json")})
+
+
+def test_the_floor_of_deepspeed_is_that_of_the_package():
+    assert f"deepspeed>={DEEPSPEED_FLOOR}" in (runs.ROOT / "pyproject.toml").read_text()
 
 
 def test_tensorboard_has_the_layers(workspace, tmp_path):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 from typing import Any
 
 import torch
+from packaging.version import Version
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..config import ConfigError, RunConfig
 from ..named_files import read_deepspeed
 from ..terminal import say
+
+DEEPSPEED_FLOOR = "0.19.2"
+"""The first that casts parameters alone; as in pyproject.toml."""
 
 
 def launched() -> bool:
@@ -33,8 +37,8 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     if deepspeed is not None and not launched():
         say("no launcher, so training.deepspeed is not used (start with `deepspeed` or `torchrun`)")
         deepspeed = None
-    if deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("training.deepspeed is set but deepspeed is not installed: pip install deepspeed")
+    if deepspeed is not None:
+        _require_deepspeed()
     schedule, schedule_kwargs = t.lr_scheduler_type, {}
     if schedule == "cosine":
         schedule, schedule_kwargs = "cosine_with_min_lr", {"min_lr_rate": t.min_learning_rate / t.learning_rate}
@@ -83,6 +87,18 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     if not launched():
         args._n_gpu = 1  # one process, one GPU: the Trainer would wrap several in DataParallel
     return args
+
+
+def _require_deepspeed() -> None:
+    try:
+        found = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError("training.deepspeed is set but deepspeed is not installed: pip install deepspeed") from None
+    if Version(found) < Version(DEEPSPEED_FLOOR):
+        raise ConfigError(
+            f"deepspeed {found} rounds a model's buffers to bfloat16, its rotary frequencies among them, and positions "
+            f"beyond a few hundred tokens are lost: pip install 'deepspeed>={DEEPSPEED_FLOOR}'"
+        )
 
 
 def _require_trackers(names: list[str]) -> None:
