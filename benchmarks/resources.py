@@ -18,9 +18,7 @@ import json
 import pkgutil
 import platform
 import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,10 +31,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import vlsi_kernels
+from vlsi_kernels._resources import SHARED_LIMIT_KIB, assemble
 from vlsi_kernels._triton import Build
 
-SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
-"""Shared memory that one block may ask for, by compute capability (CUDA programming guide, compute capabilities)."""
 WGMMA_ROWS = 64
 """wgmma takes tiles of 64 rows or more; below that Triton falls back to mma.sync on Hopper too."""
 
@@ -127,7 +124,7 @@ def measure(build: Build, capability: int, module: str = "") -> Resources:
         options={"num_warps": build.num_warps, "num_stages": build.num_stages},
     )
     ptx = compiled.asm["ptx"]
-    registers, spills, stack = _assemble(ptx)
+    registers, spills, stack = assemble(ptx)
     return Resources(
         module=module,
         build=build.name,
@@ -140,22 +137,6 @@ def measure(build: Build, capability: int, module: str = "") -> Resources:
         mma=len(re.findall(r"\bmma\.sync", ptx)),
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
     )
-
-
-def _assemble(ptx: str) -> tuple[int, int, int]:
-    """Registers per thread, bytes spilled (stores and loads) and bytes of stack, from ptxas -v."""
-    architecture = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE).group(1)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", architecture, str(source)]
-        log = subprocess.run([*command, "-o", f"{folder}/kernel.cubin"], capture_output=True, text=True, check=True)
-    text = log.stdout + log.stderr
-    stack, stores, loads = re.search(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text
-    ).groups()
-    registers = re.search(r"Used (\d+) registers", text).group(1)
-    return int(registers), int(stores) + int(loads), int(stack)
 
 
 def problems_of(build: Build, resources: Resources) -> list[str]:

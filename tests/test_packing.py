@@ -5,6 +5,7 @@ import tiny_families as families
 import torch
 import varlen_standin
 from packed_rows import NAMES, ROWS, TEXT, batches, compare, encoded, processor, spoken
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask

@@ -77,6 +77,8 @@ class Setup:
     """`teacher.mode`, auto resolved."""
     accumulate_bytes: int = 4
     """Bytes of DeepSpeed's gradient accumulation (`data_types.grad_accum_dtype`)."""
+    whole: bool = False
+    """DeepSpeed's numbers without its sharding: nothing is gathered, no bucket reduces (the dry run's one device)."""
 
     def number(self, name: str, default: float) -> float:
         value = (self.zero or {}).get(name, default)
@@ -106,7 +108,7 @@ class Spoken:
 
     def is_gathered(self, setup: Setup) -> bool:
         """Whether ZeRO-3 gathers the backbone's tensors."""
-        return setup.zero is not None and self.placement in (None, "offload")
+        return setup.zero is not None and not setup.whole and self.placement in (None, "offload")
 
     @property
     def grad(self) -> bool:
@@ -183,13 +185,13 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
                 columns["parameters"] += e * sum(n for n in trained)
         else:
             _add_sharded(columns, role, trained, frozen, setup)
-    # The Trainer takes all micro-batches of a step at once. Each role's are moved to a GPU on their own; on the CPU
-    # roles share them, and accelerate's loader has read one more ahead.
+    # The Trainer takes all micro-batches of a step at once; on the CPU accelerate's loader has read one more ahead. Roles
+    # whose images are cut into the same patches share them.
     on_gpu = setup.device == "cuda"
-    sources = batch if on_gpu else dict(list(batch.items())[:1])
+    shapes = {role: spoken.shape for role, spoken in student_and_teacher.items()}
+    sources = {(s.patch_values, s.image_size, s.merge): batch[role] for role, s in reversed(shapes.items())}
     columns["inputs"] += (setup.accumulation + (not on_gpu)) * sum(
-        4 * b.patches * student_and_teacher[role].shape.patch_values + 8 * 3 * b.positions
-        for role, b in sources.items()
+        4 * b.patches * values + 8 * 3 * b.positions for (values, _, _), b in sources.items()
     )
     return dict(columns)
 
@@ -199,7 +201,7 @@ def _add_sharded(columns: Counter, role: str, trained: list[int], frozen: list[i
     if not setup.offloads("optimizer"):
         columns["optimizer"] += 12 * mine
         columns["gradients"] += setup.accumulate_bytes * mine
-    if trained and "bucket" not in columns:
+    if trained and "bucket" not in columns and not setup.whole:
         columns["gradients"] += e * int(setup.number("reduce_bucket_size", 5e8))
         columns["bucket"] = 0  # one for all
     limit = setup.number("stage3_param_persistence_threshold", 1e5)
@@ -207,7 +209,7 @@ def _add_sharded(columns: Counter, role: str, trained: list[int], frozen: list[i
     if not setup.offloads("param"):
         columns["parameters"] += e * mine
         columns["teacher" if role == "teacher" else "parameters"] += e * shards(frozen, setup.ranks)
-    columns["gathered"] += whole
+    columns["gathered"] += 0 if setup.whole else whole
 
 
 # ---- pieces of the curve ----
@@ -318,7 +320,7 @@ def gathered_for(spoken: Spoken, setup: Setup, backward: bool, ahead: int) -> in
 
 def kept_for_backward(spoken: Spoken, setup: Setup, between: int) -> int:
     """Bytes of the last modules of the forward that stay whole: `stage3_max_reuse_distance` looks that far ahead."""
-    if setup.zero is None:
+    if setup.zero is None or setup.whole:
         return 0
     tensors = [spoken.shape.head] if spoken.mode == "full" else []
     tensors += [n for layer in reversed(spoken.shape.layers) for n in layer]
@@ -354,6 +356,8 @@ def gradient_scratch(spoken: Spoken, setup: Setup, largest: int) -> int:
     e = setup.compute_bytes
     if setup.zero is None:
         return 4 * largest
+    if setup.whole:
+        return e * largest
     bucket = int(setup.number("reduce_bucket_size", 5e8))
     return e * (3 * largest if largest > bucket else min(bucket, sum(trained)) + largest)
 

@@ -3,7 +3,8 @@
 Nothing here is measured. Operations count a multiply and an add as two; letters as in memory.py, T tokens of a row.
 
     decoder layer forward      2 x parameters a token + 4 q T a token (all of T: a mask hides, it saves nothing)
-    backward, frozen weights   as much as forward (gradients of activations); trained weights: twice that
+    backward, frozen weights   as much as forward (gradients of activations), of attention twice that, since both sides
+                               of its products are activations; trained weights: twice all that has weights
     gradient checkpointing     the decoder layers' forward once more
     verbalizer                 forward 2, backward 2 x parameters a token: of weights or of inputs, 4 where of both
     heads                      2 N V (d_l + d_s) a teacher layer, 4 N V d_s a student layer or answer loss; a trained
@@ -42,7 +43,7 @@ def operations(step: Step) -> dict[str, float]:
             weights = 2.0 * batch.positions * sum(_trained_in_layers(spoken))
             lora = 2.0 * batch.positions * sum(_trained_in_layers(spoken)) if spoken.mode == "lora" else 0.0
             parts[f"{role} forward"] += lora
-            parts[f"{role} backward"] += forward + lora + weights
+            parts[f"{role} backward"] += forward + _attention(spoken, batch.positions, batch.tokens) + lora + weights
             if step.setup.checkpointing:
                 parts[f"{role} recomputation"] += forward + lora
         if spoken.verbalizer:
@@ -56,9 +57,13 @@ def operations(step: Step) -> dict[str, float]:
 
 
 def _decoder_forward(spoken: Spoken, positions: int, tokens: int) -> float:
-    shape = spoken.shape
-    products = 2.0 * sum(n for layer in shape.layers for n in layer)
-    return positions * (products + 4.0 * shape.queries * tokens * shape.depth)
+    products = 2.0 * sum(n for layer in spoken.shape.layers for n in layer)
+    return positions * products + _attention(spoken, positions, tokens)
+
+
+def _attention(spoken: Spoken, positions: int, tokens: int) -> float:
+    """Of a forward: scores, and their product with the values."""
+    return positions * 4.0 * spoken.shape.queries * tokens * spoken.shape.depth
 
 
 def _trained_in_layers(spoken: Spoken) -> list[int]:

@@ -161,7 +161,8 @@ def _speak(curve: Curve, step: Step, role: str, grad: bool) -> None:
     spoken, batch, setup = step.roles[role], step.batches[role], step.setup
     e, rows = setup.compute_bytes, spoken.layers * batch.answers
     out = spoken.output or spoken.shape.width
-    gathered = setup.compute_bytes * max((sum(v) for v in spoken.verbalizers), default=0) if setup.zero else 0
+    gathered = setup.compute_bytes * max((sum(v) for v in spoken.verbalizers), default=0)
+    gathered = gathered if setup.zero and not setup.whole else 0
     saved = verbalizer_saved(spoken, batch, setup) if grad else 0
     # the layers' outputs, and their stack
     curve.moment(f"{role} verbalizers", activations=saved + 2 * e * rows * out, gathered=gathered)
@@ -188,7 +189,7 @@ def _answer_loss(curve: Curve, step: Step, role: str, layers: int, trained_head:
     if trained_head:
         scratch = statistics_scratch(rows, d, 0, step.vocab, 1, setup) + 4 * d * min(step.vocab, 8192)
         size = e if setup.zero is not None or e < 4 else 4
-        gradients = size * shape.head + (size * shape.head if setup.zero is not None else 0)
+        gradients = size * shape.head * (2 if setup.zero is not None and not setup.whole else 1)
         curve.moment("head backward", workspace=scratch, gradients=gradients, gathered=head)
         if setup.zero is None and setup.accumulation == 1:
             curve.hold("gradients", size * shape.head)

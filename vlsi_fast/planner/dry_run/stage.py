@@ -1,0 +1,390 @@
+"""A stage of the config without checkpoints or rows: its own module at real sizes, and one step of it.
+
+The stage's `build` runs as it is; only what reads a folder is replaced. The step is a forward and a backward of the
+longest micro-batch and the optimizer step behind it, in the state of a run under way: moments exist, and so do
+gradients of earlier micro-batches. It takes one of two forms:
+
+* training.deepspeed set: weights in `dtype`, without autocast; float32 masters, moments and gradients beside them,
+  stepped a sub-group at a time as DeepSpeed's stage3.py does. Nothing is sharded or gathered: one rank has it all
+* else: trained weights in float32 under autocast, `torch.optim.AdamW`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from ...acceleration import attention_name, use_packing
+from ...attention import VARLEN, set_varlen
+from ...backbones import family_of
+from ...config import ConfigError, RunConfig
+from ...data.collate import Collator
+from ...data.packing import Packer
+from ...hidden_states import Held, VerbalizedBackbone
+from ...loading import cut_config
+from ...losses import AnswerLoss, LogitL2, MatchedDivergence, OwnOutputLoss, PairwiseKL
+from ...matching import draw_generator
+from ...ranks.shard_loading import model_class
+from ...stages import STAGE_CLASSES
+from ...stages import stage as stages
+from ...stages.batches import StageCollator, restore_shared, to_device
+from ...verbalizer import Verbalizers
+from ..build import Models
+from ..memory import Setup
+from ..report import Rows
+from .device import DEVICE
+from .tape import Tape
+
+LOSSES = (AnswerLoss, LogitL2, MatchedDivergence, OwnOutputLoss, PairwiseKL)
+
+
+class _Role(stages.Role):
+    """A role whose checkpoint is not there."""
+
+    facts: dict[str, Any] = {}
+
+    def __init__(self, name: str, config: RunConfig, models: Models):
+        self.name, self.run, self.settings = name, config, getattr(config, name)
+        self.folder = Path(self.settings.path)
+        self.config, self.layers = models.configs[name], models.layers[name]
+
+    def trained_verbalizers(self) -> Verbalizers:
+        """Theirs in shape."""
+        return Verbalizers(self.spec(), self.run.impl).requires_grad_(False)
+
+
+class DryStage:
+    """One stage of a config on the device.
+
+    Args:
+        models: the planner's, whose configs are those of the models that are built.
+        name: of the stage.
+        setup: how it runs, as the planner sees it.
+        rows: lengths of a row.
+    """
+
+    def __init__(self, models: Models, name: str, setup: Setup, rows: Rows):
+        self.config, self.models, self.setup, self.rows = models.config, models, setup, rows
+        self.training = self.config.stage_training(name)
+        self.notes: list[str] = []
+        stage = self.stage = STAGE_CLASSES[name](self.config)
+        stage.roles = {role: _Role(role, self.config, models) for role in stage.role_names()}
+        stage.args = SimpleNamespace(device=DEVICE, deepspeed=self.training.deepspeed)
+        stage.teacher_mode = setup.teacher_mode
+        self.packed = {role: use_packing(self.config.data.padding_free, self._attention(role)) for role in stage.roles}
+
+    def _attention(self, name: str) -> str:
+        """As the stage chooses it on a machine without flash-attn, whose operators take no tensors without storage."""
+        asked, role = self.stage.roles[name].settings.attn_implementation, self.stage.roles[name]
+        if asked.startswith("flash_attention"):
+            self._note(f"{name}: flash_varlen in place of {asked}")
+            asked = "auto"
+        with (
+            mock.patch("transformers.utils.is_flash_attn_2_available", lambda: False),
+            mock.patch("transformers.utils.is_flash_attn_3_available", lambda: False),
+        ):
+            return attention_name(asked, self.config.dtype, DEVICE, self.config.data.padding_free, role.config)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    # ---- what is built ----
+
+    def build(self, tape: Tape) -> nn.Module:
+        """The stage's module on the device, and its optimizer."""
+        with (
+            mock.patch.object(stages, "load_backbone", self._student),
+            mock.patch.object(stages, "load_teacher", self._teacher),
+            mock.patch.object(stages.Stage, "_attention", lambda stage, name: self._attention(name)),
+            torch.device("meta"),
+        ):
+            module = self.module = self.stage.build()
+        if self.setup.zero is not None:
+            for parameter in module.parameters():  # as DeepSpeed does
+                parameter.data = parameter.data.to(getattr(torch, self.config.dtype))
+        else:
+            stages._keep_master_weights(module)
+        module.train()
+        self._hold(tape)
+        self._watch(tape)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        lone = self.setup.zero is None
+        self.optimizer = _Plain(trained, self, tape) if lone else _Masters(trained, self, tape)
+        return module
+
+    def _student(self, folder, dtype: str, attention: str, depth: int | None = None) -> nn.Module:
+        return self._empty("student", dtype, attention, depth)
+
+    def _teacher(self, folder, mode: str, dtype: str, attention: str, depth: int | None, args) -> nn.Module | Held:
+        model = self._empty("teacher", dtype, attention, depth)
+        if mode == "zero3":
+            return model
+        if mode != "replicated":
+            self._note(f"the teacher is on the GPU in {dtype}, as in teacher.mode replicated and not {mode}")
+        family = family_of(model.config)
+        backbone = family.backbone(model)
+
+        def run(inputs: dict) -> Tensor:
+            return backbone(**inputs, use_cache=False).last_hidden_state
+
+        return Held(model, run, family.final_norm(model), family.head(model).weight)
+
+    def _empty(self, role: str, dtype: str, attention: str, depth: int | None) -> nn.Module:
+        config = copy.deepcopy(self.models.configs[role])
+        if depth is not None:
+            cut_config(config, depth)
+        stock = "sdpa" if attention == VARLEN else attention
+        with torch.device("meta"), no_init_weights():
+            model = model_class(config)._from_config(config, dtype=getattr(torch, dtype), attn_implementation=stock)
+        model.tie_weights()
+        if attention == VARLEN:
+            set_varlen(model)
+        return model.requires_grad_(False).eval()
+
+    def backbones(self) -> dict[str, VerbalizedBackbone]:
+        """Role -> its backbone in the stage's module."""
+        found = getattr(self.module, "backbones", None)
+        roles = self.module.roles
+        return {role: found[role] if found is not None else getattr(self.module, role) for role in roles}
+
+    def _hold(self, tape: Tape) -> None:
+        """Weights to the columns of the planner."""
+        for role, backbone in self.backbones().items():
+            for tensor in (*backbone.model.parameters(), *backbone.model.buffers(), *backbone.parameters()):
+                frozen = role == "teacher" and not tensor.requires_grad
+                tape.hold(tensor, "teacher" if frozen else "parameters")
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            if not tape.holds(tensor):
+                tape.hold(tensor, "parameters")
+
+    def _watch(self, tape: Tape) -> None:
+        """Name the parts of a step by the modules that run."""
+        for role, backbone in self.backbones().items():
+            family = backbone.family
+            _part(tape, family.backbone(backbone.model), f"{role} forward")
+            for part in family.vision(backbone.model):
+                if isinstance(part, nn.Module):
+                    _part(tape, part, f"{role} vision")
+            if backbone.verbalizers is not None:
+                _part(tape, backbone.verbalizers, f"{role} verbalizers")
+        for module in self.module.modules():
+            if isinstance(module, LOSSES):
+                _part(tape, module, "heads")
+
+    # ---- what is read ----
+
+    def batch(self, tape: Tape) -> dict[str, Any]:
+        """The longest micro-batch on the device, as `StageModule.forward` takes it. All those of an optimizer step are
+        there at once; the others are `self.waiting`."""
+        count = self.training.per_device_train_batch_size
+        made: dict[tuple, list[dict]] = {}
+        rows: list[dict] = [{"id": str(i), "skipped": []} for i in range(count)]
+        for name, role in self.stage.roles.items():
+            found = _row(role.config, self.rows)
+            key = tuple(tuple(value.shape) for value in found.values())
+            # padded rows of one length would need no mask, and hardly ever are
+            others = found if self.packed[name] else _shorter(found)
+            same = made.setdefault(key, [found] + [dict(others) for _ in range(count - 1)])
+            for row, encoded in zip(rows, same):
+                row[name] = encoded
+        packers = {name: Packer(role.config) for name, role in self.stage.roles.items() if self.packed[name]}
+        vision = ["pixel_values", "image_grid_thw"]
+        stub = SimpleNamespace(
+            tokenizer=SimpleNamespace(pad_token_id=0), image_processor=SimpleNamespace(model_input_names=vision)
+        )
+        collate = Collator(dict.fromkeys(self.stage.roles, stub), packers=packers)
+        whole = StageCollator(collate, tuple(self.stage.roles))(rows)
+        batch = to_device(whole["batch"], DEVICE)
+        restore_shared(batch, whole["facts"])
+        own = list({id(tensor): tensor for tensor in _tensors(batch)}.values())
+        self.waiting = [torch.empty_like(tensor) for tensor in own for _ in range(self.setup.accumulation - 1)]
+        for tensor in (*own, *self.waiting):
+            tape.hold(tensor, "inputs")
+        self.answers = whole["facts"]["answer_tokens"]
+        return batch
+
+    # ---- the step ----
+
+    def micro_step(self, batch: dict[str, Any], tape: Tape) -> None:
+        """Forward and backward."""
+        options = dict(self.module.schedule(0.0))
+        if self.module.matrix_shape is not None:
+            options["generator"] = draw_generator(self.config.seed, 0, 0)
+        low = self.setup.zero is None and self.config.dtype != "float32"
+        with torch.autocast("cuda", torch.bfloat16) if low else contextlib.nullcontext():
+            output = self.module(**batch, **options)
+        loss = output["loss"] * (self.answers / (self.answers * self.setup.accumulation))
+        del output
+        with tape.backward():
+            loss.backward()
+
+    def step(self, tape: Tape) -> None:
+        """The optimizer's."""
+        with tape.inside("optimizer", column="optimizer"):
+            self.optimizer.step()
+
+
+def _part(tape: Tape, module: nn.Module, name: str) -> None:
+    """What a module's forward runs is a part of its own."""
+    open_: list[contextlib.ExitStack] = []
+
+    def enter(*_):
+        stack = contextlib.ExitStack()
+        stack.enter_context(tape.inside(name))
+        open_.append(stack)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(lambda *_: open_.pop().close(), always_call=True)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+# ---- optimizers ----
+
+
+class _Plain:
+    """AdamW on float32 weights, with gradients that stay between micro-batches where there are several."""
+
+    def __init__(self, trained: list[nn.Parameter], stage: DryStage, tape: Tape):
+        self.trained, self.tape, training = trained, tape, stage.training
+        self.keep, self.norm = stage.setup.accumulation > 1, training.max_grad_norm
+        self.adam = torch.optim.AdamW(trained, training.learning_rate)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self.step()
+        for state in self.adam.state.values():
+            for tensor in _tensors(state):
+                if tensor.dim():
+                    tape.hold(tensor, "optimizer")
+        for parameter in trained:
+            if self.keep:
+                parameter.grad = torch.zeros_like(parameter)
+                tape.hold(parameter.grad, "gradients")
+            parameter.register_post_accumulate_grad_hook(lambda p: tape.hold(p.grad, "gradients"))
+
+    def step(self) -> None:
+        if self.norm:
+            nn.utils.clip_grad_norm_(self.trained, self.norm)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+
+
+class _Masters:
+    """DeepSpeed's on one rank: float32 masters in flat sub-groups; gradients go into float32 sums as they come."""
+
+    def __init__(self, trained: list[nn.Parameter], stage: DryStage, tape: Tape):
+        limit = int(stage.setup.number("sub_group_size", 1e9))
+        kind = {4: torch.float32, 2: torch.bfloat16}[stage.setup.accumulate_bytes]
+        self.groups, self.flats, self.tape = _groups(trained, limit), [], tape
+        self.sums = {id(p): torch.zeros_like(p, dtype=kind) for p in trained}
+        for group in self.groups:
+            size = sum(p.numel() for p in group)
+            self.flats.append(nn.Parameter(torch.empty(size, dtype=torch.float32, device=DEVICE)))
+        self.adam = torch.optim.AdamW(self.flats, stage.training.learning_rate)
+        self.step()
+        for tensor in (*self.flats, *_tensors(dict(self.adam.state))):
+            if tensor.dim():
+                tape.hold(tensor, "optimizer")
+        for parameter in trained:
+            tape.hold(self.sums[id(parameter)], "gradients")
+            parameter.register_post_accumulate_grad_hook(self._add)
+
+    def _add(self, parameter: nn.Parameter) -> None:
+        self.tape.hold(parameter.grad, "gradients")
+        self.sums[id(parameter)].add_(parameter.grad)
+        parameter.grad = None
+
+    def step(self) -> None:
+        for group, flat in zip(self.groups, self.flats):
+            flat.grad = torch.cat([self.sums[id(p)].flatten() for p in group]).float()
+            self.tape.hold(flat.grad, "gradients")
+            self.adam.param_groups[0]["params"] = [flat]
+            self.adam.step()
+            flat.grad = None
+            with torch.no_grad():
+                for parameter, part in zip(group, flat.split([p.numel() for p in group])):
+                    parameter.copy_(part.view_as(parameter))
+        torch._foreach_zero_(list(self.sums.values()))
+
+
+def _groups(parameters: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
+    """Sub-groups of at most `limit` elements, or of one parameter."""
+    groups: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in parameters:
+        if not groups or size + parameter.numel() > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(parameter)
+        size += parameter.numel()
+    return groups
+
+
+# ---- rows ----
+
+
+def rows_that_fit(rows: Rows, config: RunConfig) -> Rows:
+    """The planner's rows with room for the answer behind the image, whose patches make a rectangle."""
+    answers = max(1, min(rows.answers, rows.tokens // 4))
+    image = max(1, min(rows.image_tokens, rows.tokens - answers - 3))
+    while _sides(image)[1] > 2 * _sides(image)[0] and image > 4:
+        image -= 1
+    return dataclasses.replace(rows, answers=answers, image_tokens=image)
+
+
+def _sides(count: int) -> tuple[int, int]:
+    """The most nearly square rectangle of so many."""
+    short = next(n for n in range(int(count**0.5), 0, -1) if count % n == 0)
+    return short, count // short
+
+
+def _shorter(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A row with one token less."""
+    tokens = row["input_ids"].shape
+    cut = {name: value[:, :-1] if value.shape == tokens else value for name, value in row.items()}
+    cut["labels"] = torch.where(row["labels"][:, 1:] != -100, cut["input_ids"], -100)
+    return cut
+
+
+def _row(config, rows: Rows) -> dict[str, Tensor]:
+    """A row as `data.encoding` would make it: an image, a question, an answer.
+
+    Raises:
+        ConfigError: the family's images cannot be made here.
+    """
+    vision = config.vision_config
+    if not hasattr(vision, "spatial_merge_size"):
+        raise ConfigError(
+            f"a dry run has no rows for {config.model_type}, whose images are cut into tiles by its processor"
+        )
+    merge, side = vision.spatial_merge_size, vision.patch_size
+    down, across = (merge * n for n in _sides(rows.image_tokens))
+    ids = torch.arange(rows.tokens)[None] % 1000
+    ids[:, 0], ids[:, 1 : 1 + rows.image_tokens] = config.vision_start_token_id, config.image_token_id
+    ids[:, 1 + rows.image_tokens] = config.vision_end_token_id
+    kinds = torch.zeros_like(ids)
+    kinds[:, 1 : 1 + rows.image_tokens] = 1
+    labels = torch.full_like(ids, -100)
+    labels[:, -rows.answers :] = ids[:, -rows.answers :]
+    values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * side**2
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": kinds,
+        "labels": labels,
+        "pixel_values": torch.zeros(down * across, values),
+        "image_grid_thw": torch.tensor([[1, down, across]]),
+    }
