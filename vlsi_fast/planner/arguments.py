@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from ..sizes import parse_size
+from .dry_run.gpus import GPUS
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,11 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--rows", type=int, default=16, help="rows sampled of each source (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="instead: one step of each stage at real sizes on a GPU that is not there; needs no weights and no rows",
+    )
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="of the dry run (default: %(default)s)")
+    parser.add_argument("--teacher-config", help="config.json of the teacher, for a dry run without teacher.path")
+    parser.add_argument("--student-config", help="config.json of the student, for a dry run without student.path")

@@ -185,8 +185,8 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
                 columns["parameters"] += e * sum(n for n in trained)
         else:
             _add_sharded(columns, role, trained, frozen, setup)
-    # The Trainer takes all micro-batches of a step at once; on the CPU accelerate's loader has read one more ahead. Roles
-    # whose images are cut into the same patches share them.
+    # The Trainer takes all micro-batches of a step at once; on the CPU accelerate's loader has read one more ahead.
+    # Roles whose images are cut into the same patches share them.
     on_gpu = setup.device == "cuda"
     shapes = {role: spoken.shape for role, spoken in student_and_teacher.items()}
     sources = {(s.patch_values, s.image_size, s.merge): batch[role] for role, s in reversed(shapes.items())}

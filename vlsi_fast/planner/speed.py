@@ -5,8 +5,9 @@ Nothing here is measured. Operations count a multiply and an add as two; letters
     decoder layer forward      2 x parameters a token + 4 q T a token (all of T: a mask hides, it saves nothing)
     backward, frozen weights   as much as forward (gradients of activations), of attention twice that, since both sides
                                of its products are activations; trained weights: twice all that has weights
-    gradient checkpointing     the decoder layers' forward once more
-    verbalizer                 forward 2, backward 2 x parameters a token: of weights or of inputs, 4 where of both
+    gradient checkpointing     the decoder layers' forward once more, up to the last number that backward needs
+    verbalizer                 forward 2, backward 2 x parameters a token: of weights or of inputs, 4 where of both;
+                               2 x the weights behind the first layers where only weights are trained
     heads                      2 N V (d_l + d_s) a teacher layer, 4 N V d_s a student layer or answer loss; a trained
                                head 4 N V d_s more. Verbalized against the own last layer: 4 N V d for that one more
     other divergences          2 N V (d_l + 3 d_s) a matched pair, Jensen-Shannon 2 N V (d_l + d_s) more; the matching
@@ -45,12 +46,16 @@ def operations(step: Step) -> dict[str, float]:
             parts[f"{role} forward"] += lora
             parts[f"{role} backward"] += forward + _attention(spoken, batch.positions, batch.tokens) + lora + weights
             if step.setup.checkpointing:
-                parts[f"{role} recomputation"] += forward + lora
+                # a layer's last product is not made again: nothing behind it is kept (of LoRA's, its input is)
+                last = 2.0 * batch.positions * shape.inner * shape.width * shape.depth * (spoken.mode == "full")
+                parts[f"{role} recomputation"] += forward + lora - last
         if spoken.verbalizer:
             tokens = batch.positions if spoken.verbalizer.startswith("decoder") else batch.answers
             backward = 2 if spoken.verbalizers_trained or spoken.grad else 0
             backward += 2 if spoken.verbalizers_trained and spoken.grad else 0
             size = sum(n for layer in spoken.verbalizers for n in layer)
+            if spoken.verbalizers_trained and not spoken.grad:
+                backward += 2 * _behind(spoken.verbalizer)
             parts[f"{role} verbalizers"] += (2.0 + backward) * tokens * size
     parts["heads"] = _heads(step)
     return {name: value for name, value in parts.items() if value}
@@ -64,6 +69,12 @@ def _decoder_forward(spoken: Spoken, positions: int, tokens: int) -> float:
 def _attention(spoken: Spoken, positions: int, tokens: int) -> float:
     """Of a forward: scores, and their product with the values."""
     return positions * 4.0 * spoken.shape.queries * tokens * spoken.shape.depth
+
+
+def _behind(architecture: str) -> float:
+    """Share of a verbalizer's weights through which a gradient runs back to its first layers' weights."""
+    first = {"mlp": 0.0, "verb_ffn": 1 / 3, "ffn": 1 / 3, "decoder": 1.0}[architecture.removesuffix("_x2")]
+    return (first + 1) / 2 if architecture.endswith("_x2") else first
 
 
 def _trained_in_layers(spoken: Spoken) -> list[int]:

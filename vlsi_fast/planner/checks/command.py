@@ -97,6 +97,10 @@ def require_ready(config: RunConfig, stage: str, roles: dict[str, Any], ranks: i
 def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`vlsi-fast check`. Returns the exit code: 1 where a check failed."""
     config = load_config(arguments.config, overrides)
+    if arguments.dry_run:
+        from ..dry_run.command import main as dry_run
+
+        return dry_run(config, arguments)
     if arguments.rows < 1:
         raise ConfigError("--rows must be at least 1")
     ranks = max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1

@@ -5,6 +5,7 @@ Rests on Triton's public `driver.set_active` and on what its `JITFunction.run` a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ...config import ConfigError
 from .gpus import Gpu
 from .tape import Tape
 
+_NUMBERS = itertools.count(10_000)
 THREADS = 1024
 """Of a block, at most, on every GPU."""
 
@@ -49,14 +51,15 @@ class FakeDriver:
 
     def __init__(self, gpu: Gpu, tape: Tape):
         self.gpu, self.tape, self.utils = gpu, tape, self
+        self.device = next(_NUMBERS)
         self.launches: dict[str, Launches] = {}
         self.functions: dict[str, Any] = {}
 
     # ---- the driver ----
 
     def get_current_device(self) -> int:
-        """Kernels are kept by device: one number a kind of GPU, which no real one has."""
-        return 10_000 + self.gpu.target
+        """Triton keeps compiled kernels, with the launcher that they got, by device: a number that none had before."""
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -97,11 +100,6 @@ class FakeDriver:
 
     # ---- what is told of it ----
 
-    def begin(self) -> None:
-        """Forget launches so far; what is compiled stays."""
-        for launches in self.launches.values():
-            launches.count = 0
-
     def table(self) -> list[Launches]:
         """Kernels that were launched, with what the assembler says of them."""
         for key, function in self.functions.items():
@@ -124,7 +122,7 @@ def _signature(source) -> str:
 
 @contextmanager
 def compiling_for(gpu: Gpu, tape: Tape) -> Iterator[FakeDriver | None]:
-    """Inside, Triton compiles for the GPU. None where Triton is not installed.
+    """Inside, Triton compiles for the GPU. None where Triton is not installed, which `impl: auto` then does without.
 
     Raises:
         ConfigError: kernels are interpreted in this process, so that there is nothing to compile.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import time
@@ -9,17 +10,18 @@ import traceback
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+
+from vlsi_kernels import resolve_impl
 
 from ...config import RunConfig
 from ..build import Models, setup_of, step_of
 from ..report import Rows
 from ..speed import operations
 from ..walk import walk
-from .device import on, require_torch
+from .device import DEVICE, on, require_torch
 from .gpus import Gpu
-from .kernels import compiling_for
-from .stage import DryStage, rows_that_fit
+from .kernels import Launches, compiling_for
+from .stage import DryStage
 from .tape import Tape, place_of
 
 TOLERANCE = 0.05
@@ -44,7 +46,7 @@ class Found:
     flops: dict[str, int] = field(default_factory=dict)
     planned_flops: dict[str, float] = field(default_factory=dict)
     operators: dict[str, int] = field(default_factory=dict)
-    kernels: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[Launches] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -55,14 +57,13 @@ class Found:
 
 
 def dry_run(config: RunConfig, models: Models, rows: Rows, gpu: Gpu) -> list[Found]:
-    """One step of every stage of the config, without weights.
+    """One step of every stage of the config, without weights; `rows`: from `rows_that_fit`.
 
     Raises:
         TorchChangedError: this torch lacks what it rests on.
         ConfigError: the config cannot be run dry.
     """
     require_torch()
-    rows = rows_that_fit(rows, config)
     return [run_stage(config, models, stage, rows, gpu) for stage in config.stages]
 
 
@@ -71,7 +72,8 @@ def run_stage(config: RunConfig, models: Models, name: str, rows: Rows, gpu: Gpu
     found, began, tape = Found(name), time.perf_counter(), Tape()
     setup = dataclasses.replace(setup_of(config, name, 1), whole=True)
     try:
-        with warnings.catch_warnings(), compiling_for(gpu, tape) as driver, on(gpu, tape):
+        compiling = compiling_for(gpu, tape) if uses_triton(config) else contextlib.nullcontext()
+        with warnings.catch_warnings(), compiling as driver, on(gpu, tape):
             warnings.simplefilter("ignore")
             stage = DryStage(models, name, setup, rows)
             stage.build(tape)
@@ -83,7 +85,7 @@ def run_stage(config: RunConfig, models: Models, name: str, rows: Rows, gpu: Gpu
             found.waits = dict(tape.waits)
             found.flops, found.operators = _by_part(tape.flops), _by_part(tape.operators)
             found.notes = stage.notes
-            found.kernels = [] if driver is None else [dataclasses.asdict(each) for each in driver.table()]
+            found.kernels = [] if driver is None else driver.table()
             packed = all(stage.packed.values())
             del stage, batch
     except Exception as error:
@@ -101,6 +103,11 @@ def run_stage(config: RunConfig, models: Models, name: str, rows: Rows, gpu: Gpu
     gc.collect()
     found.seconds = time.perf_counter() - began
     return found
+
+
+def uses_triton(config: RunConfig) -> bool:
+    """Whether kernels would be launched on a GPU."""
+    return config.liger is not False or resolve_impl(config.impl, DEVICE) == "triton"
 
 
 def _working_as_one(columns: dict[str, int]) -> dict[str, int]:

@@ -34,6 +34,8 @@ KNOWN_ELEMENTS = 2**20
 """Tensors of whole numbers up to this size keep their values on the host as well."""
 BLOCK_BYTES = 512
 """CUDA's allocator gives out multiples of it."""
+WITHOUT_KERNEL = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh", "_unsafe_view", "alias"}
+"""Operators, beside views, that launch nothing."""
 CROSSING = {aten._to_copy.default, aten.copy_.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 """Operators whose indices may be on the host: they are copied, which waits."""
@@ -275,17 +277,7 @@ class Tape(TorchDispatchMode):
                 self.hold(leaf, self.column)
         if func.is_view or func.namespace in ("prim", "profiler"):
             return
-        name = func.overloadpacket.__name__
-        if name in (
-            "detach",
-            "empty",
-            "empty_like",
-            "empty_strided",
-            "new_empty",
-            "lift_fresh",
-            "_unsafe_view",
-            "alias",
-        ):
+        if func.overloadpacket.__name__ in WITHOUT_KERNEL:
             return
         part = self._part_of_operator()
         self.operators[part] += 1
@@ -341,7 +333,7 @@ def _place() -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """file:line of the innermost frame of an error outside torch and this package; the innermost where there is none."""
+    """file:line of an error: the innermost frame outside torch and this package, else the innermost."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith(HERE)]
     frame = (own or frames)[-1]
@@ -378,8 +370,8 @@ def _product(a: Tensor, b: Tensor) -> int:
 
 def _formulas() -> dict:
     """Operator -> a function of its arguments and `out_val`. All pairs of positions count, those that a causal mask
-    hides too, as in the planner. Of attention's backward four products count: the fifth makes the scores again, which is
-    recomputation of the kernel's own."""
+    hides too, as in the planner. Of attention's backward four products count: the fifth makes the scores again, the
+    kernel's own recomputation."""
     torch_attn = torch.ops.torch_attn
     return dict(flop_registry) | {
         aten.mm: lambda a, b, *_, **__: _product(a, b),  # those of torch do not know all of their arguments
