@@ -63,8 +63,11 @@ class ModelShape:
     """Image patches that become one token of the language model."""
     image_size: int
     """Side of a patch, pixels."""
-    vision_flops: tuple[float, float]
-    """FLOPs of the vision tower's products for one patch, and the factor of patches squared (attention)."""
+    vision_flops: float
+    """FLOPs of the vision tower's products with weights, for one patch."""
+    vision_attention: list[tuple[float, float]]
+    """FLOPs of its attention for one patch and one that it looks at, with the most patches that it looks at: windows
+    (Qwen2.5-VL), tiles (LLaVA-OneVision), or inf: the whole image."""
 
     @property
     def depth(self) -> int:
@@ -207,7 +210,8 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         patch_values=getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * side**2,
         merge=merge,
         image_size=side,
-        vision_flops=_vision_flops(tower, width, depth, merge),
+        vision_flops=_vision_flops(tower, depth, merge),
+        vision_attention=_vision_attention(vision, width, depth, side),
     )
 
 
@@ -215,9 +219,17 @@ def _linears(layer: nn.Module) -> list[tuple[int, int]]:
     return [(m.in_features, m.out_features) for m in layer.modules() if isinstance(m, nn.Linear)]
 
 
-def _vision_flops(tower: nn.Module, width: int, depth: int, merge: int) -> tuple[float, float]:
-    """Products of a patch: layers of the blocks run on every patch, those outside (the projector) on a `merge`-th."""
-    lists = [child for child in tower.modules() if isinstance(child, nn.ModuleList) and child is not tower]
+def _vision_attention(vision, width: int, depth: int, side: int) -> list[tuple[float, float]]:
+    """Scores and their product with the values, 4 x width a block."""
+    windows = depth - len(vision.fullatt_block_indexes) if hasattr(vision, "window_size") else 0
+    whole = (vision.image_size // side) ** 2 if hasattr(vision, "image_size") else math.inf
+    found = [(4.0 * width * (depth - windows), whole)]
+    return [*found, (4.0 * width * windows, (vision.window_size // side) ** 2)] if windows else found
+
+
+def _vision_flops(tower: nn.Module, depth: int, merge: int) -> float:
+    """Products of a patch: the blocks run on every patch, layers outside (projectors) on a `merge`-th."""
+    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and m is not tower and len(m) == depth]
     blocks = {id(inner) for child in lists for inner in child.modules()}
     per_patch = 0.0
     for module in tower.modules():
@@ -225,7 +237,7 @@ def _vision_flops(tower: nn.Module, width: int, depth: int, merge: int) -> tuple
             per_patch += 2.0 * module.weight.numel() / (1 if id(module) in blocks else merge)
         elif isinstance(module, nn.Conv2d | nn.Conv3d):
             per_patch += 2.0 * module.weight.numel()
-    return per_patch, 4.0 * width * depth
+    return per_patch
 
 
 def verbalizer_sizes(config, layers: list[int], settings: VerbalizerConfig, output: int | None) -> list[list[int]]:

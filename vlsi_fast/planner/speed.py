@@ -34,9 +34,9 @@ def operations(step: Step) -> dict[str, float]:
     parts: Counter[str] = Counter()
     for role, spoken in step.roles.items():
         batch, shape = step.batches[role], spoken.shape
-        per_patch, attention = shape.vision_flops
         seen = batch.patches / max(1, batch.rows)  # an image a row: patches attend to those of their image
-        vision = batch.patches * (per_patch + attention * seen)
+        attention = sum(each * min(seen, most) for each, most in shape.vision_attention)
+        vision = batch.patches * (shape.vision_flops + attention)
         forward = _decoder_forward(spoken, batch.positions, batch.tokens)
         parts[f"{role} vision"] += vision * (3 if spoken.train_vision else 1)
         parts[f"{role} forward"] += forward

@@ -86,17 +86,13 @@ def run_stage(config: RunConfig, models: Models, name: str, rows: Rows, gpu: Gpu
             found.flops, found.operators = _by_part(tape.flops), _by_part(tape.operators)
             found.notes = stage.notes
             found.kernels = [] if driver is None else driver.table()
-            packed = all(stage.packed.values())
+            planned = stage.planned
             del stage, batch
     except Exception as error:
         found.problem = f"{type(error).__name__}: {error} ({place_of(error)})"
         found.notes.append(traceback.format_exc())
     else:
-        micro = rows.batch(config.stage_training(name).per_device_train_batch_size)
-        if packed:
-            step = step_of(models, name, setup, lambda shape: dataclasses.replace(micro(shape), masked=False))
-        else:  # rows of one length
-            step = step_of(models, name, setup, micro)
+        step = step_of(models, name, setup, lambda shape: planned[shape.name])
         peak = walk(step).peak
         found.planned_peak, found.planned_moment = _working_as_one(peak.columns), peak.moment
         found.planned_flops = operations(step)

@@ -40,8 +40,9 @@ from ...stages import stage as stages
 from ...stages.batches import StageCollator, restore_shared, to_device
 from ...verbalizer import Verbalizers
 from ..build import Models
-from ..memory import Setup
+from ..memory import Batch, Setup
 from ..report import Rows
+from ..shapes import ModelShape
 from .device import DEVICE
 from .tape import Tape
 
@@ -77,6 +78,8 @@ class DryStage:
         self.config, self.models, self.setup, self.rows = models.config, models, setup, rows
         self.training = self.config.stage_training(name)
         self.notes: list[str] = []
+        self.planned: dict[str, Batch] = {}
+        """Role -> its micro-batch, for the planner."""
         stage = self.stage = STAGE_CLASSES[name](self.config)
         stage.roles = {role: _Role(role, self.config, models) for role in stage.role_names()}
         stage.args = SimpleNamespace(device=DEVICE, deepspeed=self.training.deepspeed)
@@ -192,14 +195,15 @@ class DryStage:
         rows: list[dict] = [{"id": str(i), "skipped": []} for i in range(count)]
         for name, role in self.stage.roles.items():
             found = _row(role.config, self.rows)
-            key = tuple(tuple(value.shape) for value in found.values())
+            self.planned[name] = self._planned(found, self.models.shapes[name], count, self.packed[name])
+            key = (role.config.model_type, *(tuple(value.shape) for value in found.values()))
             # padded rows of one length would need no mask, and hardly ever are
             others = found if self.packed[name] else _shorter(found)
             same = made.setdefault(key, [found] + [dict(others) for _ in range(count - 1)])
             for row, encoded in zip(rows, same):
                 row[name] = encoded
         packers = {name: Packer(role.config) for name, role in self.stage.roles.items() if self.packed[name]}
-        vision = ["pixel_values", "image_grid_thw"]
+        vision = ["pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"]
         stub = SimpleNamespace(
             tokenizer=SimpleNamespace(pad_token_id=0), image_processor=SimpleNamespace(model_input_names=vision)
         )
@@ -213,6 +217,15 @@ class DryStage:
             tape.hold(tensor, "inputs")
         self.answers = whole["facts"]["answer_tokens"]
         return batch
+
+    @staticmethod
+    def _planned(row: dict[str, Tensor], shape: ModelShape, rows: int, packed: bool) -> Batch:
+        """The same micro-batch for the planner."""
+        tokens, answers = row["input_ids"].shape[1], int((row["labels"][:, 1:] != -100).sum())
+        patches = row["pixel_values"].shape[0]
+        if "image_sizes" in row:
+            patches = row["pixel_values"].shape[1] * (row["pixel_values"].shape[-1] // shape.image_size) ** 2
+        return Batch(rows, tokens, rows * answers, rows * patches, masked=rows > 1 and not packed)
 
     # ---- the step ----
 
@@ -363,28 +376,50 @@ def _row(config, rows: Rows) -> dict[str, Tensor]:
     """A row as `data.encoding` would make it: an image, a question, an answer.
 
     Raises:
-        ConfigError: the family's images cannot be made here.
+        ConfigError: no image of the family is as small as the row asks for.
     """
-    vision = config.vision_config
-    if not hasattr(vision, "spatial_merge_size"):
+    tiled = hasattr(config, "image_grid_pinpoints")
+    image, vision = _tiles(config, rows.image_tokens) if tiled else _patches(config.vision_config, rows.image_tokens)
+    if image + 2 + rows.answers > rows.tokens:
         raise ConfigError(
-            f"a dry run has no rows for {config.model_type}, whose images are cut into tiles by its processor"
+            f"the smallest image of {config.model_type} has {image} tokens, and rows of {rows.tokens} tokens have no "
+            "room for it: raise data.max_length"
         )
-    merge, side = vision.spatial_merge_size, vision.patch_size
-    down, across = (merge * n for n in _sides(rows.image_tokens))
-    ids = torch.arange(rows.tokens)[None] % 1000
-    ids[:, 0], ids[:, 1 : 1 + rows.image_tokens] = config.vision_start_token_id, config.image_token_id
-    ids[:, 1 + rows.image_tokens] = config.vision_end_token_id
-    kinds = torch.zeros_like(ids)
-    kinds[:, 1 : 1 + rows.image_tokens] = 1
+    ids = torch.arange(rows.tokens)[None] % 100
+    ids[:, 1 : 1 + image] = config.image_token_id
     labels = torch.full_like(ids, -100)
     labels[:, -rows.answers :] = ids[:, -rows.answers :]
-    values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * side**2
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": kinds,
-        "labels": labels,
+    row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **vision}
+    if not tiled:
+        ids[:, 0], ids[:, 1 + image] = config.vision_start_token_id, config.vision_end_token_id
+        row["mm_token_type_ids"] = (ids == config.image_token_id).long()
+    return row
+
+
+def _patches(vision, tokens: int) -> tuple[int, dict[str, Tensor]]:
+    """Qwen-VL: an image of so many tokens, each of several patches."""
+    down, across = (vision.spatial_merge_size * n for n in _sides(tokens))
+    values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
+    return tokens, {
         "pixel_values": torch.zeros(down * across, values),
         "image_grid_thw": torch.tensor([[1, down, across]]),
+    }
+
+
+def _tiles(config, tokens: int) -> tuple[int, dict[str, Tensor]]:
+    """LLaVA-OneVision: the largest image of at most so many tokens, else the smallest. It is cut into tiles, and seen
+    once more as a whole; a token ends each line of patches."""
+    side = config.vision_config.image_size
+    line = side // config.vision_config.patch_size
+    found = {}
+    for height, width in config.image_grid_pinpoints:
+        down, across = height // side, width // side
+        if down * across <= 9:  # more tiles are made smaller again ("anyres_max_9")
+            found[line**2 + line * down * (line * across + 1)] = (height, width, down * across)
+    count = max((n for n in found if n <= tokens), default=min(found))
+    height, width, tiles = found[count]
+    return count, {
+        "pixel_values": torch.zeros(1, 1 + tiles, 3, side, side),
+        "image_sizes": torch.tensor([[height, width]]),
+        "batch_num_images": torch.tensor([1]),
     }
