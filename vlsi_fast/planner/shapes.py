@@ -229,8 +229,8 @@ def _vision_attention(vision, width: int, depth: int, side: int) -> list[tuple[f
 
 def _vision_flops(tower: nn.Module, depth: int, merge: int) -> float:
     """Products of a patch: the blocks run on every patch, layers outside (projectors) on a `merge`-th."""
-    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and m is not tower and len(m) == depth]
-    blocks = {id(inner) for child in lists for inner in child.modules()}
+    found = (m for m in tower.modules() if isinstance(m, nn.ModuleList) and m is not tower and len(m) == depth)
+    blocks = {id(inner) for inner in next(found, nn.ModuleList()).modules()}
     per_patch = 0.0
     for module in tower.modules():
         if isinstance(module, nn.Linear):

@@ -48,7 +48,7 @@ class Autocast:
         self._kept.clear()
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(value, Tensor) or not value.is_cuda or not value.is_floating_point():
+        if not isinstance(value, Tensor) or not value.is_meta or not value.is_floating_point():
             return value
         if value.dtype in (dtype, torch.float64):
             return value
