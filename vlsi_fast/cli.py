@@ -75,7 +75,8 @@ COMMANDS = (
         "look at everything that a run needs, before it starts",
         ".planner.arguments:add_check_arguments",
         ".planner.checks.command:main",
-        "vlsi-fast check --config configs/demo.yaml",
+        "vlsi-fast check --config configs/demo.yaml\n"
+        "  vlsi-fast check --config configs/qwen2vl_72b_to_7b.yaml --dry-run --gpu h200",
         takes_overrides=True,
     ),
     Command(

@@ -181,7 +181,7 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
             columns["optimizer"] += 8 * sum(trained)
             columns["gradients"] += 4 * sum(trained) if setup.accumulation > 1 or setup.ranks > 1 else 0
             columns["teacher" if role == "teacher" else "parameters"] += e * sum(frozen)
-            if e < 4:  # autocast keeps converted copies of the trained weights until the step ends
+            if e < 4:  # autocast keeps converted copies of the trained weights while there is a graph
                 columns["parameters"] += e * sum(n for n in trained)
         else:
             _add_sharded(columns, role, trained, frozen, setup)
@@ -384,7 +384,10 @@ def optimizer_moment(curve: Curve, roles: dict[str, Spoken], setup: Setup) -> No
         gradients = 0 if curve.held["gradients"] else 4 * sum(sizes)
         # one tensor at a time on the CPU (square root and quotient), all square roots at once on a GPU
         scratch = 8 * max(sizes) if setup.device == "cpu" else 4 * sum(sizes)
-        curve.moment("optimizer step", gradients=gradients, optimizer=scratch)
+        copies = (
+            setup.compute_bytes * sum(sizes) if setup.compute_bytes < 4 else 0
+        )  # autocast's are gone with the graph
+        curve.moment("optimizer step", gradients=gradients, optimizer=scratch, parameters=-copies)
     elif not setup.offloads("optimizer"):
         group = min(setup.number("sub_group_size", 1e9), shards(sizes, setup.ranks))
         # a flat float32 copy of a group's gradients, and the square root of its second moments

@@ -27,8 +27,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...errors import UserError
-
 aten = torch.ops.aten
 KNOWN_ELEMENTS = 2**20
 """Tensors of whole numbers up to this size keep their values on the host as well."""
@@ -47,10 +45,8 @@ SIZED_BY_VALUES = {
 HERE = str(Path(__file__).parent)
 
 
-class DeviceMixError(UserError, RuntimeError):
+class DeviceMixError(RuntimeError):
     """An operator was given tensors of the device and of the host."""
-
-    exit_code = 1
 
 
 class Tape(TorchDispatchMode):
