@@ -384,9 +384,8 @@ def optimizer_moment(curve: Curve, roles: dict[str, Spoken], setup: Setup) -> No
         gradients = 0 if curve.held["gradients"] else 4 * sum(sizes)
         # one tensor at a time on the CPU (square root and quotient), all square roots at once on a GPU
         scratch = 8 * max(sizes) if setup.device == "cpu" else 4 * sum(sizes)
-        copies = (
-            setup.compute_bytes * sum(sizes) if setup.compute_bytes < 4 else 0
-        )  # autocast's are gone with the graph
+        # autocast's copies are gone with the graph
+        copies = setup.compute_bytes * sum(sizes) if setup.compute_bytes < 4 else 0
         curve.moment("optimizer step", gradients=gradients, optimizer=scratch, parameters=-copies)
     elif not setup.offloads("optimizer"):
         group = min(setup.number("sub_group_size", 1e9), shards(sizes, setup.ranks))
