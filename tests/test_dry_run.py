@@ -86,6 +86,14 @@ def test_waits_are_noted_with_their_line(tape, waits, expected):
     assert found.startswith(f"test_dry_run.py:{waits.__code__.co_firstlineno} ") and found.endswith(expected)
 
 
+def test_waits_of_autograd_itself_name_their_node(tape):
+    x = torch.ones(3, device="cuda", requires_grad=True)
+    y = x[x > 0].sum()
+    tape.begin()
+    y.backward()
+    assert all(place.startswith("backward of Index") for place in tape.waits) and tape.waits
+
+
 def test_what_does_not_wait_is_not_noted(tape):
     x = torch.ones(3).pin_memory().to("cuda", non_blocking=True)
     y = x[torch.tensor([0, 1]).pin_memory().to("cuda", non_blocking=True)] * 2 + torch.tensor(1.0)

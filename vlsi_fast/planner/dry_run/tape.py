@@ -318,10 +318,13 @@ def _may_be_known(tensor: Tensor) -> bool:
 
 
 def _place() -> str:
-    """file:line of the innermost frame outside torch and this package."""
+    """file:line of the innermost frame outside torch and this package; in autograd's own backward, the node."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
+        if frame.f_code.co_name == "_engine_run_backward":
+            node = torch._C._current_autograd_node()
+            return f"backward of {node.name() if node is not None else 'the loss'}"
         if "/torch/" not in name and not name.startswith(HERE) and "/contextlib" not in name:
             return f"{_short(name)}:{frame.f_lineno}"
         frame = frame.f_back
