@@ -184,6 +184,16 @@ class VerbalizedBackbone(nn.Module):
                 hook.remove()
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Gradient checkpointing of a stock model's decoder layers, in place."""
+    # the newer name of the same method, without the older one's warning
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    # It also makes the outputs of both embeddings require a gradient, which only re-entrant checkpoints need:
+    # the frozen vision tower would be computed again and run backwards for nothing.
+    model.disable_input_require_grads()
+
+
 def match_attention(model: nn.Module, verbalizers: Verbalizers) -> None:
     """Decoder verbalizers attend by the backbone's implementation, since they get the mask that the backbone made."""
     attention = model.config.get_text_config()._attn_implementation

@@ -12,8 +12,6 @@ from .config_stages import InteractConfig
 from .lineage import FORMAT, RECORD_NAME, read_record
 
 METRICS_NAME = "metrics.jsonl"
-VERBALIZER_CONFIG = "verbalizer_config.json"
-VERBALIZER_WEIGHTS = "verbalizer.safetensors"
 
 
 @dataclass(frozen=True)

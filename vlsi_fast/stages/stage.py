@@ -26,7 +26,7 @@ from ..data.sources import build_source
 from ..data.tokens import SharedTokens
 from ..disk import checkpoint_size, explained_full_disk, result_size
 from ..errors import StoppedEarly
-from ..hidden_states import Held
+from ..hidden_states import Held, checkpoint_activations
 from ..lineage import (
     LineageError,
     checkpoint_digest,
@@ -364,12 +364,7 @@ class Stage:
     def enable_checkpointing(self, model: nn.Module) -> None:
         """Gradient checkpointing on a trained backbone. Re-entrant checkpoints would cut target layers' gradients."""
         if self.config.stage_training(self.name).gradient_checkpointing:
-            # the newer name of the same method, without the older one's warning
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            # It also makes the outputs of both embeddings require a gradient, which only re-entrant checkpoints need:
-            # the frozen vision tower would be computed again and run backwards for nothing.
-            model.disable_input_require_grads()
+            checkpoint_activations(model)
 
     def save_student(self, model: nn.Module, source: Path, adapter: nn.Module | None) -> None:
         """Write the trained student as a stock checkpoint with its processor to `<stage>/student`.
