@@ -8,8 +8,8 @@
 # torch-profiler traces of training steps and, where ncu is on the PATH, Nsight Compute on one operator. --pack leaves the
 # seven JSON files and pack.tar.gz with all else.
 #
-# Estimates on an H200, seconds (limit): resources 40 (90), tests 60 (120), layer KL 150 (200), cross-entropy 90 (120),
-# divergence 50 (80), verb-FFN 25 (60), memory 40 (60), throughput 50 (80): some 505. The whole suite stops at LIMIT
+# Estimates on an H200, seconds (limit): resources 40 (90), tests 75 (120), layer KL 150 (200), cross-entropy 90 (120),
+# divergence 50 (80), verb-FFN 25 (60), memory 40 (60), throughput 50 (80): some 520. The whole suite stops at LIMIT
 # seconds (540): a step gets at most what is left of it, and those that find nothing left are told as skipped.
 # Where the checkout has no .git, BENCH_COMMIT in the environment names the commit in the results.
 set -uo pipefail
