@@ -321,8 +321,9 @@ class RunConfig(Section):
                 if getattr(self.data, name) is not None and getattr(getattr(self, role), name) is not None:
                     raise ValueError(f"data.{name} is for both models, {role}.{name} for one: remove one of the two")
         self._check_stages()
-        self._check_evaluations()
         for stage in STAGES:
+            if self.stage_training(stage).eval_steps is not None and not self.data.eval:
+                raise ValueError("training.eval_steps needs rows to evaluate on: add data.eval, or remove eval_steps")
             if self.stage_training(stage).group_by_length and self.data.padding_free is True:
                 raise ValueError(
                     "with data.padding_free true there is no padding that training.group_by_length could save; "
@@ -347,17 +348,6 @@ class RunConfig(Section):
                 f"verbalize, name trained ones ({', '.join(f'{role}.verbalizers' for role in mute)}), or set "
                 "interact.intermediate to none"
             )
-
-    def _check_evaluations(self) -> None:
-        for stage in self.stages:
-            training = self.stage_training(stage)
-            if training.eval_steps is not None and not self.data.eval:
-                raise ValueError("training.eval_steps needs rows to evaluate on: add data.eval, or remove eval_steps")
-            if stage == "verbalize" and training.metric_for_best_model == "exact_match":
-                raise ValueError(
-                    "training.metric_for_best_model exact_match is of a model's own answers, which stage verbalize "
-                    "does not train: set verbalize.training.metric_for_best_model to loss"
-                )
 
     def stage_training(self, stage: str) -> TrainingConfig:
         """`training` with the overrides of one stage. Raises ConfigError where an override is wrong."""

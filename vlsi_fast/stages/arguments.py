@@ -72,7 +72,7 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
         "logging_nan_inf_filter": False,
         "disable_tqdm": False,
         "ddp_find_unused_parameters": False,
-        **_evaluation_arguments(t),
+        **_evaluation_arguments(t, stage),
         **t.extra,
     }
     arguments["run_name"] = f"{run_group(config, stage)}-{stage}"
@@ -110,11 +110,16 @@ def _loading_arguments(workers: int) -> dict[str, Any]:
     return arguments
 
 
-def _evaluation_arguments(training: TrainingConfig) -> dict[str, Any]:
+def _evaluation_arguments(training: TrainingConfig, stage: str) -> dict[str, Any]:
     """The best checkpoint is not the Trainer's matter: it would save one only at a multiple of eval_steps, and load it
     also where a run has to leave before its end."""
     if training.eval_steps is None:
         return {}
+    if stage == "verbalize" and training.metric_for_best_model == "exact_match":
+        raise ConfigError(
+            "training.metric_for_best_model exact_match is of a model's own answers, which stage verbalize does not "
+            "train: set verbalize.training.metric_for_best_model to loss"
+        )
     return {
         "eval_strategy": "steps",
         "eval_steps": training.eval_steps,
