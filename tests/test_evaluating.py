@@ -246,7 +246,7 @@ def test_a_stage_that_gets_no_better_ends(workspace, tmp_path, monkeypatch, two_
     }
     assert record["summary"]["stopped_early_at"] == record["summary"]["optimizer_steps"] == 4
     assert same(weights(tmp_path / "run"), two_steps)
-    assert rows_used(tmp_path / "run" / "sft") == 4 * 4
+    assert rows_used(tmp_path / "run" / "sft") == 4 * 4 and checkpoints(tmp_path / "run") == [2, 4]
     assert [record["step"] for record in evaluations(tmp_path / "run")] == [1, 2, 3, 4]
 
 

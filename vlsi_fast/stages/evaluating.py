@@ -182,11 +182,13 @@ class Evaluation:
         right = torch.zeros(1, dtype=torch.float64, device=self.device)
         if student is not None:
             right += self._right(model, student.head_weight, seen[0], inputs["student"]["labels"], facts)
-        if number >= len(self.batches):
-            return torch.zeros(4 + len(output["parts"]), dtype=torch.float64, device=self.device)
-        tokens, rows = facts["answer_tokens"] * facts["counted"], len(facts["ids"]) * facts["counted"]
-        counts = torch.tensor([tokens, rows, facts["unusable"]], dtype=torch.float64).to(self.device)
-        return torch.cat([counts, right * facts["counted"], output["parts"].double() * tokens])
+        own, tokens = number < len(self.batches), facts["answer_tokens"]
+        if not (own and facts["counted"]):
+            zeros = torch.zeros(4 + len(output["parts"]), dtype=torch.float64)
+            zeros[2] = facts["unusable"] * own
+            return zeros.to(self.device)
+        counts = torch.tensor([tokens, len(facts["ids"]), facts["unusable"]], dtype=torch.float64).to(self.device)
+        return torch.cat([counts, right, output["parts"].double() * tokens])
 
     def _right(self, model: nn.Module, head: Tensor, hidden: Tensor, labels: Tensor, facts: dict[str, Any]) -> Tensor:
         """How many rows' last answers are the likeliest token by token, a scalar on the device."""
@@ -212,10 +214,14 @@ def _last_states(student: nn.Module | None) -> Iterator[list[Tensor]]:
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' own; but the best weights are loaded by the stage, not by the Trainer, which it would miss."""
+    """transformers' own, with a checkpoint at the end, from which a run that dies before its result goes on."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        pass
+        pass  # it would miss the Trainer's load_best_model_at_end: the stage loads the best
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        control.should_save |= self.over
 
     @property
     def over(self) -> bool:
