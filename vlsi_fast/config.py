@@ -32,9 +32,9 @@ ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 NOT_EXTRA = {
     *("output_dir", "seed", "data_seed", "bf16", "fp16", "use_cpu", "remove_unused_columns", "logging_nan_inf_filter"),
-    *("lr_scheduler_kwargs", "dataloader_num_workers", "ddp_find_unused_parameters", "metric_for_best_model"),
-    *("dataloader_persistent_workers", "train_sampling_strategy"),
-    *("load_best_model_at_end", "greater_is_better", "save_only_model", "save_safetensors", "label_smoothing_factor"),
+    *("lr_scheduler_kwargs", "dataloader_num_workers", "ddp_find_unused_parameters"),
+    *("dataloader_persistent_workers", "train_sampling_strategy", "restore_callback_states_from_checkpoint"),
+    *("greater_is_better", "save_only_model", "save_safetensors", "label_smoothing_factor"),
     *("label_names", "per_device_eval_batch_size", "batch_eval_metrics", "group_by_length", "resume_from_checkpoint"),
     *("average_tokens_across_devices", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile"),
     "enable_jit_checkpoint",  # max_hours, save_minutes and SIGTERM do what it does
@@ -180,13 +180,38 @@ class TrainingConfig(Section):
     save_minutes: float | None = Field(30, gt=0)
     """Minutes after which a checkpoint is saved at the end of the step, whatever save_steps says; null: never."""
     save_total_limit: int | None = Field(2, ge=1)
-    """Checkpoints kept; null: all."""
+    """Checkpoints kept, the newest, and the best beside them (load_best_model_at_end); null: all."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between evaluations on data.eval, and one at the end, into eval.jsonl: the loss of every layer,
+    and in interact and sft exact match; null: never."""
+    max_eval_samples: int | None = Field(None, ge=1)
+    """Rows of an evaluation while training, taken evenly from all of data.eval; null: all rows."""
+    load_best_model_at_end: bool = False
+    """The stage's result has the weights of the best evaluation instead of the last. A new best is saved where it is
+    found, whatever save_steps says, and its checkpoint stays."""
+    metric_for_best_model: str = "loss"
+    """What decides which evaluation is best, for load_best_model_at_end and early stopping: loss, loss/PART (as in
+    eval.jsonl, such as loss/last), or exact_match. Of losses the lowest is best, of exact_match the highest."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """The stage ends after so many evaluations in a row that are no better than the best; null: never early."""
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    """By how much an evaluation must be better for early_stopping_patience to count it so."""
     report_to: list[str] = ["tensorboard"]
     """Trackers, by their transformers names: tensorboard, wandb, mlflow, ..; []: none."""
     deepspeed: str | dict | None = None
     """DeepSpeed JSON (path or mapping), used where a launcher started the ranks; null: plain data parallelism."""
     extra: dict[str, Any] = {}
     """Any further field of transformers.TrainingArguments, by its own name."""
+
+    @property
+    def evaluations_decide(self) -> bool:
+        """Whether evaluations change what a stage makes."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Of `metric_for_best_model`."""
+        return not self.metric_for_best_model.startswith("loss")
 
     @model_validator(mode="after")
     def _check(self):
@@ -197,6 +222,7 @@ class TrainingConfig(Section):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if self.group_by_length and getattr(self, name) == 1:
                 raise ValueError(f"group_by_length changes nothing where {name} is 1; raise that, or set it to false")
+        self._check_evaluation()
         if set(self.report_to) - {"tensorboard"}:  # as below: seconds of import that most configs do not need
             from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -215,6 +241,24 @@ class TrainingConfig(Section):
             if name not in known:
                 raise ValueError(f"extra.{name} is no field of transformers.TrainingArguments{nearest(name, known)}")
         return self
+
+    def _check_evaluation(self) -> None:
+        """What needs evaluations has them, and what decides by them has a metric."""
+        metric = self.metric_for_best_model
+        for name in ("load_best_model_at_end", "early_stopping_patience", "max_eval_samples"):
+            if getattr(self, name) and self.eval_steps is None:
+                raise ValueError(f"{name} needs evaluations; set eval_steps (steps between them), or remove it")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_threshold belongs to early_stopping_patience; set that, or remove it")
+        if metric not in ("loss", "exact_match") and not metric.startswith("loss/"):
+            raise ValueError(
+                f"metric_for_best_model is {metric!r}; use loss, loss/PART (the names in eval.jsonl) or exact_match"
+            )
+        if metric != "loss" and not self.evaluations_decide:
+            raise ValueError(
+                "metric_for_best_model decides nothing without load_best_model_at_end or early_stopping_patience; set "
+                "one of them, or remove it"
+            )
 
 
 class RunConfig(Section):
@@ -279,6 +323,8 @@ class RunConfig(Section):
                     raise ValueError(f"data.{name} is for both models, {role}.{name} for one: remove one of the two")
         self._check_stages()
         for stage in STAGES:
+            if self.stage_training(stage).eval_steps is not None and not self.data.eval:
+                raise ValueError("training.eval_steps needs rows to evaluate on: add data.eval, or remove eval_steps")
             if self.stage_training(stage).group_by_length and self.data.padding_free is True:
                 raise ValueError(
                     "with data.padding_free true there is no padding that training.group_by_length could save; "

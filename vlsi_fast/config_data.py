@@ -133,7 +133,7 @@ class DataConfig(BaseModel):
     train: list[SourceConfig]
     """Sources to train on: a list of them, a mix file (configs/data/vlsi_mix.yaml is one), or a list with mix files."""
     eval: list[SourceConfig] = []
-    """Sources to measure on, by `vlsi-fast eval` and the demo; training does not read them."""
+    """Sources to measure on, by `vlsi-fast eval` and the demo; training reads them where training.eval_steps is set."""
     root: str | None = None
     """Folder that sources' relative paths start from; default: the working directory. Joined to them at load."""
     stopping_strategy: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"

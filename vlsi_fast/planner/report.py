@@ -182,6 +182,7 @@ def make_plan(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any
         "reserve_bytes": RESERVE_BYTES,
         "parameters": {role: sum(shape.parameters) for role, shape in models.shapes.items()},
         "stages": [plan_stage(models, stage, machine, rows, arguments.samples) for stage in config.stages],
+        "evaluated": [stage for stage in config.stages if config.stage_training(stage).eval_steps is not None],
         "teacher_modes": compare_modes(models, machine, rows, arguments.samples),
     }
 
@@ -232,6 +233,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     print_table(_work_table(plan))
     print_table(_scaling_table(plan))
     say("step s, days: from communication wholly hidden behind computation to not at all; PCIe's copies too")
+    if plan["evaluated"]:
+        say(f"evaluations while training ({', '.join(plan['evaluated'])}: training.eval_steps) are not counted")
     if plan["teacher_modes"]:
         print_table(_modes_table(plan))
         say("int8 and nf4: the time of their conversions is not counted")

@@ -51,6 +51,14 @@ def gathered(parameters: Iterable[Tensor], writer: int | None = None):
         yield
 
 
+def release_gathered(model: nn.Module) -> None:
+    """Free what DeepSpeed's engine holds of gathered parameters after a forward without a backward, so that `gathered`
+    finds none of them on its way."""
+    optimizer = getattr(model, "optimizer", None)
+    if hasattr(optimizer, "empty_partition_cache"):  # the engine's own also empties CUDA's cache
+        optimizer.empty_partition_cache()
+
+
 @contextlib.contextmanager
 def sharded_init():
     """Modules built inside are partitioned as they are made, so no rank ever holds them whole."""

@@ -142,6 +142,8 @@ class Stage:
         self.padding_free: dict[str, bool] = {}
         self.liger: dict[str, str | None] = {}
         self._held: list[Held] = []
+        self.eval_dataset: VlsiDataset | None = None
+        """Rows of `data.eval`, where the stage evaluates."""
 
     # ---- what a subclass says ----
 
@@ -215,20 +217,30 @@ class Stage:
             torch.cuda.reset_peak_memory_stats()
         start = record["identity"]["data_start"]
         configs = {name: role.config for name, role in self.roles.items()}
-        throughput = Throughput(self.config, self.name, configs, world_size(), self.args.device)
         trainer = StageTrainer(
-            module, self.args, self.config, self.name, dataset, collator, start, self.deadline, throughput
+            module,
+            self.args,
+            self.config,
+            self.name,
+            dataset,
+            collator,
+            start,
+            self.deadline,
+            Throughput(self.config, self.name, configs, world_size(), self.args.device),
+            self.eval_dataset,
         )
         with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         made, wanted = result.global_step, trainer.state.max_steps
-        if made < wanted:
+        if made < wanted and not trainer.is_over():
             why = trainer.leaving.reason or "the Trainer ended"
             _release(trainer, self._held)
             raise StoppedEarly(
                 f"stopped in stage {self.name} after optimizer step {made} of {wanted}, since {why}; continue from the "
                 "last checkpoint with --resume"
             )
+        if trainer.keeps_best:
+            trainer.load_best()
         record["summary"] = {
             "seconds": trainer.totals["step_seconds"],
             "data_wait_share": trainer.wait_seconds / max(trainer.totals["step_seconds"], 1e-9),
@@ -242,6 +254,7 @@ class Stage:
             "attention": self.attention,
             "padding_free": self.padding_free,
             "liger": self.liger,
+            **trainer.summary(),
         }
         if rank() == 0 and trainer.skip_log.total():
             say(f"stage {self.name}: {trainer.skip_log.total()}")
@@ -266,6 +279,9 @@ class Stage:
             self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
         self.check_predecessors()
         dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data)
+        if self.config.stage_training(self.name).eval_steps is not None:
+            rows = build_source(self.config.data.eval, "data.eval")
+            self.eval_dataset = VlsiDataset(rows, processors, self.config.data)
         packers = {name: Packer(role.config) for name, role in self.roles.items() if self._packed(name)}
         return dataset, Collator(processors, always_image=world_size() > 1, packers=packers)
 
@@ -412,7 +428,7 @@ def _release(trainer: StageTrainer, held: list[Held]) -> None:
     if engine is not None:
         engine.destroy()
     trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.module = None
+    trainer.model = trainer.model_wrapped = trainer.module = trainer.evaluation = None
     while held:
         held.pop().release()
     gc.collect()
