@@ -24,7 +24,8 @@ one layer at a time is computed again. Its backward adds d + 2 f numbers at its 
 its own gradient exists, and with it stand the gradients of silu(gate) and up.
 
 **A forward without gradient** holds d of the residual, d of the norm's output and the largest of 3 f (FFN) and
-q + 2 k + 3 q (rotary embedding), and the hidden states of the target layers, R d e each.
+q + 2 k + 3 q (rotary embedding), and the hidden states of the target layers, N d e each (R d e for decoder
+verbalizers).
 
 **Losses**: N rows a layer, see `_kl` and `_answer_loss`; scratch is that of `vlsi_kernels`, by its own arithmetic.
 
@@ -111,6 +112,15 @@ class Spoken:
     @property
     def grad(self) -> bool:
         return self.mode != "frozen"
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether verbalizers read the target layers' states at all positions, not at answers alone."""
+        return (self.verbalizer or "").startswith("decoder")
+
+    def recorded(self, batch: Batch) -> int:
+        """Hidden states, d numbers each, that the forward takes from its target layers."""
+        return self.layers * (batch.positions if self.reads_all else batch.answers)
 
     def split(self) -> tuple[list[int], list[int]]:
         """Sizes of trained and of frozen tensors in the module tree, verbalizers included."""

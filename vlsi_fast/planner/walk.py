@@ -78,16 +78,17 @@ def after(step: Step, role: str) -> int:
 
 
 def _frozen_forward(curve: Curve, step: Step, role: str) -> None:
-    """A backbone without gradient; holds on to its answer positions, (L + 1) N d, at the end."""
+    """A backbone without gradient; holds on to its answer positions, (L + 1) N d, at the end (L R d + N d for decoder
+    verbalizers)."""
     spoken, batch, setup = step.roles[role], step.batches[role], step.setup
     e, d, shape = setup.compute_bytes, spoken.shape.width, spoken.shape
     around = _mask_and_positions(spoken, batch, setup) + _model_inputs(spoken, batch, setup)
     _vision(curve, step, role)
-    recorded = spoken.layers * batch.positions * d * e
+    recorded = spoken.recorded(batch) * d * e
     gathered = _gathered(step, role)
     inside = recorded + layer_forward(shape, batch, setup) + running_layer(shape, spoken.placement, batch.positions)
     curve.moment(f"{role} forward", activations=around + inside, gathered=gathered)
-    taken = (spoken.layers + spoken.needs_last) * batch.answers * d * e
+    taken = (spoken.recorded(batch) + spoken.needs_last * batch.answers) * d * e
     # the last hidden state, its float32 norm and the norm's output beside all that is recorded
     norm = batch.positions * d * (2 * e + (8 if e < 4 else 4))
     curve.moment(f"{role} final norm", activations=around + recorded + norm)
@@ -106,7 +107,7 @@ def _trained_forward(curve: Curve, step: Step, role: str) -> int:
     inside = layer_forward(shape, batch, setup) if setup.checkpointing else 0
     inside += _model_inputs(spoken, batch, setup)
     if e < 4 and not setup.checkpointing:  # a norm keeps a float32 copy, so the hooks hold a tensor of their own
-        inside += spoken.layers * batch.positions * d * e
+        inside += spoken.recorded(batch) * d * e
     curve.moment(f"{role} forward", activations=inside, gathered=_gathered(step, role))
     curve.hold("activations", 4 * batch.positions * d)  # the final norm's input in float32
     curve.moment(f"{role} final norm", activations=batch.positions * d * (4 + 2 * e))
@@ -169,7 +170,7 @@ def _speak(curve: Curve, step: Step, role: str, grad: bool) -> None:
     curve.moment(f"{role} verbalized norm", activations=saved + rows * out * (e + (8 if e < 4 else 4) + 2 * e))
     curve.hold("activations", saved + (4 * rows * out if grad and not step.headless else 0) + e * rows * out)
     if not grad:
-        curve.hold("activations", -e * rows * spoken.shape.width)  # their inputs are free
+        curve.hold("activations", -e * spoken.recorded(batch) * spoken.shape.width)  # their inputs are free
 
 
 # ---- losses ----
@@ -276,8 +277,9 @@ def _student_backward(curve: Curve, step: Step, each: int, between: int) -> None
     spoken, batch, setup = step.roles["student"], step.batches["student"], step.setup
     e, shape = setup.compute_bytes, spoken.shape
     hidden = e * batch.positions * shape.width
-    # index_select's gradient is a full [R, d] for each target layer and the last, made before the first layer's turn
-    waiting = spoken.layers
+    # where verbalizers read all positions, the gradients of all target layers' states are there before the first
+    # layer's turn; else index_select makes a layer's [R, d] when its turn comes
+    waiting = spoken.layers if spoken.reads_all else 0
     recomputed = layer_saved(spoken, batch, setup) if setup.checkpointing else 0
     inside = recomputed + e * batch.positions * (shape.width + 2 * shape.inner)
     if spoken.mode == "lora" and e < 4:  # the float32 gradient of the adapted input beside the frozen layer's
