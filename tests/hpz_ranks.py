@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 4 tests/hpz_ranks.py OUT.json NAME=STAGE=CONFIG ..
 
-A job whose name begins with "resumed" continues its folder, a copy of the folder named behind it (NAME:SOURCE:STEP) as a
-run that died after checkpoint-STEP leaves it. Rank 0 writes bytes and calls of all-gathers of each job by the number of
+A job named NAME:SOURCE:STEP continues a copy of the folder SOURCE, as a run that died after checkpoint-STEP leaves it.
+Rank 0 writes bytes and calls of all-gathers of each job by the number of
 ranks that take part, from its second optimizer step on, and whether DeepSpeed still needs `ranks.secondary`.
 """
 

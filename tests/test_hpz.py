@@ -114,8 +114,12 @@ def state_of(checkpoint):
 def test_deepspeed_still_needs_the_workaround(four_ranks):
     """Where this fails, DeepSpeed has changed: see the head of ranks/secondary.py, and take out what is not needed."""
     found = json.loads((four_ranks / "found.json").read_text())["deepspeed"]
-    assert "already initialized" in found["second Init"], "zero.Init may be entered twice with hpZ: no group to hand over"
-    assert found["gathers over all ranks"], "GatheredParameters reads second shards: gather_from_secondary is not needed"
+    assert "already initialized" in found["second Init"], (
+        "zero.Init may be entered twice with hpZ: no group to hand over"
+    )
+    assert found["gathers over all ranks"], (
+        "GatheredParameters reads second shards: gather_from_secondary is not needed"
+    )
 
 
 # ---- what the config may say ----

@@ -5,6 +5,7 @@ Letters as in memory.py; S, L target layers of student and teacher. Each functio
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from ..config_stages import InteractConfig, SftConfig, VerbalizeConfig
@@ -43,6 +44,11 @@ class Step:
     """Teacher layers of a student layer (matching.k)."""
 
     @property
+    def windowed(self) -> bool:
+        """Whether the teacher runs once for several micro-batches, before them."""
+        return self.setup.window > 1 and self.stage == "interact" and "teacher" in self.roles
+
+    @property
     def headless(self) -> bool:
         """Whether verbalizers' outputs are compared as they are, without norm and head."""
         return self.stage == "interact" and self.settings.headless
@@ -65,7 +71,7 @@ def walk(step: Step) -> Curve:
 
 def after(step: Step, role: str) -> int:
     """Elements that ZeRO-3's trace passes between a role's forward and its backward: those of the roles behind it."""
-    names = list(step.roles)
+    names = [name for name in step.roles if not (name == "teacher" and step.windowed)]  # it has an engine of its own
     total = 0
     for spoken in (step.roles[name] for name in names[names.index(role) + 1 :]):
         verbalizers = sum(n for layer in spoken.verbalizers for n in layer)
@@ -128,8 +134,9 @@ def _vision(curve: Curve, step: Step, role: str) -> None:
 def _gathered(step: Step, role: str) -> int:
     """In a forward: prefetching may run ahead with this role, those behind it and what backward needs of the others."""
     spoken, names = step.roles[role], list(step.roles)
-    if spoken.placement:  # an engine of its own
+    if spoken.placement or (role == "teacher" and step.windowed):  # an engine of its own
         return gathered_for(spoken, step.setup, backward=False, ahead=sum(spoken.shape.parameters))
+    names = [name for name in names if not (name == "teacher" and step.windowed)]
     ahead = 0
     for name in names:
         trained, frozen = step.roles[name].split()
@@ -195,19 +202,33 @@ def _answer_loss(curve: Curve, step: Step, role: str, layers: int, trained_head:
             curve.hold("gradients", size * shape.head)
 
 
+def _heads_gathered(step: Step) -> int:
+    return step.setup.compute_bytes * sum(s.shape.head for s in step.roles.values() if s.is_gathered(step.setup))
+
+
+def _teacher_statistics(curve: Curve, step: Step, teachers: int) -> None:
+    """Targets of `teachers` layers for one micro-batch: holds L N (d_s + 1) float32 numbers."""
+    student, teacher = step.roles["student"].shape, step.roles["teacher"].shape
+    n, d = step.batches["student"].answers, student.width
+    curve.hold("targets", 4 * teachers * n * (d + 1))
+    scratch = statistics_scratch(teachers * n, teacher.width, d, step.vocab, 2, step.setup)
+    curve.moment("teacher statistics", workspace=scratch, gathered=_heads_gathered(step))
+
+
 def _kl(curve: Curve, step: Step, students: int, teachers: int, grad: bool = True) -> None:
-    """KL matrix of `students` x `teachers` layers: holds both expectations, float32 (teacher: L N (d_s + 1)).
+    """KL matrix of `students` x `teachers` layers: holds both expectations, float32 (teacher: L N (d_s + 1), which a
+    window has made before).
 
     Without gradient it only drives the matching: nothing of it stays.
     """
     student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
     e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
-    heads = e * sum(spoken.shape.head for spoken in step.roles.values() if spoken.is_gathered(setup))
-    joined = e * n * (students * d + teachers * teacher.width) if grad else 0  # torch.cat of the layers and the last
+    heads = e * student.head if step.windowed and step.roles["student"].is_gathered(setup) else _heads_gathered(step)
+    read = 0 if step.windowed else teachers
+    joined = e * n * (students * d + read * teacher.width) if grad else 0  # torch.cat of the layers and the last
     curve.hold("activations", joined)
-    curve.hold("targets", 4 * teachers * n * (d + 1))
-    scratch = statistics_scratch(teachers * n, teacher.width, d, step.vocab, 2, setup)
-    curve.moment("teacher statistics", workspace=scratch, gathered=heads)
+    if not step.windowed:
+        _teacher_statistics(curve, step, teachers)
     curve.hold("targets", 4 * students * n * d if grad else 0)
     scratch = statistics_scratch(students * n, d, d if grad else 0, step.vocab, 1, setup)
     curve.moment("student statistics", workspace=scratch, gathered=heads)
@@ -216,7 +237,7 @@ def _kl(curve: Curve, step: Step, students: int, teachers: int, grad: bool = Tru
     curve.hold("activations", -joined)
     if grad:
         curve.moment("KL backward", workspace=students * n * d * (2 * 4 + e))
-    else:
+    elif not step.windowed:
         curve.hold("targets", -4 * teachers * n * (d + 1))
 
 
@@ -224,8 +245,7 @@ def _divergence(curve: Curve, step: Step) -> None:
     """`linear_divergence` of the matched pairs: holds the gradient's direction in the inputs' dtype."""
     student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
     e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
-    heads = e * sum(spoken.shape.head for spoken in step.roles.values() if spoken.is_gathered(setup))
-    settings = step.settings
+    heads, settings = _heads_gathered(step), step.settings
     calls = [step.roles["student"].layers] * step.matched if settings.layers_by_other_divergence else []
     for rows in [*calls, 1] if settings.last_by_other_divergence else calls:
         chosen = e * rows * n * teacher.width  # the matched layers, copied
@@ -338,22 +358,54 @@ def _verbalize(curve: Curve, step: Step) -> None:
         _verbalizers_backward(curve, step, role)
 
 
+def _window(curve: Curve, step: Step, teachers: int) -> int:
+    """The teacher's forward for a window, before the student's: holds what the losses of its micro-batches read.
+
+    Returns bytes of one micro-batch's share.
+    """
+    spoken, one, count, setup = step.roles["teacher"], step.batches["teacher"], step.setup.window, step.setup
+    window = dataclasses.replace(
+        one, rows=count * one.rows, answers=count * one.answers, patches=count * one.patches, masked=True
+    )
+    inputs = 4 * window.patches * spoken.shape.patch_values + 8 * 3 * window.positions  # joined, beside their parts
+    curve.hold("inputs", inputs)
+    before, targets = curve.held["activations"], curve.held["targets"]
+    joined = dataclasses.replace(step, batches=step.batches | {"teacher": window})
+    _frozen_forward(curve, joined, "teacher")
+    if spoken.verbalizer:
+        _speak(curve, joined, "teacher", grad=False)
+    row = setup.compute_bytes * one.answers * spoken.shape.width
+    if teachers:
+        curve.hold("activations", row * teachers)  # torch.cat of the layers and the last, a micro-batch at a time
+        for _ in range(count):
+            _teacher_statistics(curve, step, teachers)
+        curve.hold("activations", -row * teachers)
+    settings = step.settings
+    kept = spoken.layers * settings.reads_teacher_layers + settings.reads_teacher_last
+    curve.hold("targets", count * kept * row)
+    curve.moment("teacher's window")
+    curve.hold("activations", before - curve.held["activations"])
+    curve.hold("inputs", -inputs)
+    return (curve.held["targets"] - targets) // count
+
+
 def _interact(curve: Curve, step: Step) -> None:
     student, taught, settings = step.roles["student"], "teacher" in step.roles, step.settings
+    students = student.layers * settings.matches_by_kl
+    last = settings.last_by_forward_kl
+    teachers = (step.roles["teacher"].layers if students else 0) + last if taught else 0
+    waiting = _window(curve, step, teachers) * (step.setup.window - 1) if step.windowed else 0
     each = _trained_forward(curve, step, "student")
     if student.verbalizer:
         _speak(curve, step, "student", grad=True)
-    if taught:
-        before = curve.held["activations"]
+    before = curve.held["activations"]
+    if taught and not step.windowed:
         _frozen_forward(curve, step, "teacher")
         if step.roles["teacher"].verbalizer:
             _speak(curve, step, "teacher", grad=False)
     n, width = step.batches["student"].answers, student.shape.width
-    students = student.layers * settings.matches_by_kl
-    last = settings.last_by_forward_kl
     if students or last:
-        teachers = step.roles["teacher"].layers if students else 0
-        _kl(curve, step, students + last, teachers + last, grad=settings.kld_is_forward)
+        _kl(curve, step, students + last, teachers, grad=settings.kld_is_forward)
     if step.pairs:
         _divergence(curve, step)
     if settings.headless:  # the differences of all pairs, kept by square()
@@ -368,7 +420,7 @@ def _interact(curve: Curve, step: Step) -> None:
         _answer_loss(curve, step, "student", rows, trained_head=False)
     if taught:
         curve.hold("activations", before - curve.held["activations"])  # the teacher's part and the losses' are free
-    curve.hold("targets", -curve.held["targets"])
+    curve.hold("targets", waiting - curve.held["targets"])  # those of the window's further micro-batches stay
     if student.verbalizer:
         _verbalizers_backward(curve, step, "student")
     _student_backward(curve, step, each, after(step, "student"))

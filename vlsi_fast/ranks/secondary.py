@@ -65,8 +65,8 @@ def resolved(deepspeed: dict[str, Any], ranks: int, node: int) -> dict[str, Any]
     if size != node or ranks % node:
         raise ConfigError(
             f"{where} is {size}, with {ranks} ranks, {node} of them on this machine: second shards are gathered inside "
-            "a machine, so it must be the number of its GPUs, and divide the ranks; use auto with as many GPUs on every "
-            "machine, or 1 to switch it off"
+            "a machine, so it must be the number of its GPUs, and divide the ranks; use auto with as many GPUs on "
+            "every machine, or 1 to switch it off"
         )
     zero[KEY] = size
     return deepspeed

@@ -19,8 +19,8 @@ class StageCollator:
     Returns `batch`: for each role `{"inputs", "index", "labels"}` as `StageModule.forward` takes them, and `facts`: row
     ids, rows skipped, the numbers of answer tokens and of tokens (of the first role), `answered`: how many rows and
     answer tokens a model wrote, the number of `positions` (of all roles) and of those that are `padding` or a blank
-    image, and `shared`: for each further role the names of inputs that are
-    the first role's own tensors. Those are left out, so that they are pinned and copied to the device once, and put
+    image, `blank`: roles whose only image is a blank one, and `shared`: for each further role the names of inputs that
+    are the first role's own tensors. Those are left out, so that they are pinned and copied to the device once, and put
     back by `restore_shared`.
     """
 
@@ -44,6 +44,7 @@ class StageCollator:
             "tokens": joined["tokens"][self.roles[0]],
             "positions": positions,
             "padding": positions - sum(joined["tokens"][role] for role in self.roles),
+            "blank": joined["blank"],
             "shared": {},
         }
         for role in self.roles[1:]:

@@ -35,6 +35,7 @@ from .hooks import HookedTrainer, partial_checkpoints
 from .leaving import WISHES, Leaving
 from .module import StageModule
 from .records import non_finite, own_numbers, step_record, sums_of, tracker_scalars
+from .window import TeacherWindow
 
 LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 
@@ -99,6 +100,7 @@ class StageTrainer(HookedTrainer):
         data_start: int = 0,
         deadline: float | None = None,
     ):
+        self.window = TeacherWindow(module, collator, self._prepare_inputs) if module.window > 1 else None
         collator = StageCollator(collator, module.roles)
         grouped = config.stage_training(stage).group_by_length
         self.groups = LengthGroups(collator, module.roles) if grouped else None
@@ -139,7 +141,10 @@ class StageTrainer(HookedTrainer):
         """The Trainer's own, with the time that the batches took; not that of the ranks' exchange of counts."""
         if self.groups is not None:
             epoch_iterator = self.groups(epoch_iterator, num_batches, device)
-        return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+        batches, count = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+        if self.window is not None:
+            self.window.begin(batches)
+        return batches, count
 
     def _timed(self, batches):
         while True:
@@ -157,6 +162,9 @@ class StageTrainer(HookedTrainer):
             # Numbered over ranks as the data are, so that another number of ranks draws the same.
             micro = len(self._pending) * world_size() + rank()
             batch["generator"] = draw_generator(self.config.seed, self.state.global_step, micro)
+        if self.window is not None:
+            del batch["teacher"]
+            batch["taught"] = self.window.next()
         output = model(**batch, **self._schedule())
         self._pending.append((sums_of(self.module, output, facts), facts))
         if self.accelerator.sync_gradients:
