@@ -10,12 +10,14 @@ import tiny_runs as runs
 import torch
 
 from vlsi_fast.config import ConfigError
+from vlsi_fast.loading import load_backbone
 from vlsi_fast.ranks.secondary import KEY, require_same_nodes, resolved
+from vlsi_fast.verbalizer import Verbalizers
 
 STAGES = ("verbalize", "interact", "sft")
 
 
-def config_of(workspace, output, size=None):
+def config_of(workspace, output, size=None, window=1):
     """Four steps of two micro-batches; sampled matches, AdamW, checkpoints every two."""
     preset = runs.zero3()
     preset["zero_optimization"].pop(KEY, None)
@@ -31,6 +33,7 @@ def config_of(workspace, output, size=None):
         deepspeed=preset,
         gradient_checkpointing=True,
     ) | {"matching": {}}
+    tree["teacher"]["window"] = window
     return runs.write_config(tree, output.parent / f"{output.name}.yaml")
 
 
@@ -42,6 +45,8 @@ def four_ranks(workspace, tmp_path_factory):
     for stage in ("interact", "sft"):
         again = config_of(workspace, folder / f"resumed_{stage}", 2)
         jobs.append(f"resumed:hpz:2={stage}={again}")
+    both = config_of(workspace, folder / "window", "auto", window=2)
+    jobs += [f"window={stage}={both}" for stage in ("verbalize", "interact")]
     port, script = str(26000 + os.getpid() % 1000), runs.ROOT / "tests" / "hpz_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", port]
     search = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "kernels"), str(runs.ROOT / "tests")])
@@ -98,10 +103,23 @@ def test_frozen_weights_stay_inside_a_machine(four_ranks, stage):
     found = json.loads((four_ranks / "found.json").read_text())
     plain, hpz = found[f"plain {stage}"], found[f"hpz {stage}"]
     assert "bytes of 2" not in plain
-    print(stage, plain, hpz)
     trained = sum(v.numel() for v in state_of(four_ranks / "hpz" / stage / "checkpoint-4"))
     assert hpz["bytes of 4"] <= 3 * 4 * trained * 1.01
     assert hpz["bytes of 2"] + hpz["bytes of 4"] == pytest.approx(plain["bytes of 4"], rel=0.2)
+
+
+@pytest.mark.slow
+def test_a_window_gathers_the_teacher_once(four_ranks, workspace):
+    """Of two micro-batches, whole layers and verbalizers: with second shards, and with the same losses."""
+    found, expected = (runs.losses(four_ranks / name, "interact") for name in ("window", "hpz"))
+    assert found == pytest.approx(expected, rel=1e-5)
+    moved = json.loads((four_ranks / "found.json").read_text())
+    total = {name: sum(v for k, v in moved[f"{name} interact"].items() if "bytes" in k) for name in ("window", "hpz")}
+    teacher = load_backbone(workspace / "teacher", "float32")
+    spoken = Verbalizers.from_pretrained(four_ranks / "hpz" / "verbalize" / "teacher")
+    once = 4 * sum(p.numel() for module in (teacher, spoken) for p in module.parameters())
+    print(total, once)
+    assert total["hpz"] - total["window"] == pytest.approx(3 * once, rel=0.05)
 
 
 def state_of(checkpoint):

@@ -9,12 +9,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..config_stages import InteractConfig, SftConfig, VerbalizeConfig
+from .loss_memory import answer_loss, divergence, kl, own_output, teacher_statistics
 from .memory import (
     Batch,
     Curve,
     Setup,
     Spoken,
-    divergence_scratch,
     gathered_for,
     gradient_scratch,
     held,
@@ -22,7 +22,6 @@ from .memory import (
     layer_forward,
     layer_saved,
     optimizer_moment,
-    statistics_scratch,
     verbalizer_saved,
     vision_forward,
 )
@@ -180,107 +179,6 @@ def _speak(curve: Curve, step: Step, role: str, grad: bool) -> None:
         curve.hold("activations", -e * spoken.recorded(batch) * spoken.shape.width)  # their inputs are free
 
 
-# ---- losses ----
-
-
-def _answer_loss(curve: Curve, step: Step, role: str, layers: int, trained_head: bool) -> None:
-    """Cross-entropy of `layers` N rows: holds the gradient's direction in the inputs' dtype."""
-    shape, batch, setup = step.roles[role].shape, step.batches[role], step.setup
-    e, d, rows = setup.compute_bytes, shape.width, layers * batch.answers
-    scratch = statistics_scratch(rows, d, d, step.vocab, 1, setup)
-    # float32 expectation of a block, the labels' rows of the head, and their product with the hidden states
-    block = min(rows, 2048) * d * 4 * (3 if setup.device == "cpu" else 1)
-    curve.hold("activations", e * rows * d)
-    head = e * shape.head if step.roles[role].is_gathered(setup) else 0
-    curve.moment(f"{role} answer loss", workspace=scratch + block, gathered=head)
-    if trained_head:
-        scratch = statistics_scratch(rows, d, 0, step.vocab, 1, setup) + 4 * d * min(step.vocab, 8192)
-        size = e if setup.zero is not None or e < 4 else 4
-        gradients = size * shape.head + (size * shape.head if setup.zero is not None else 0)
-        curve.moment("head backward", workspace=scratch, gradients=gradients, gathered=head)
-        if setup.zero is None and setup.accumulation == 1:
-            curve.hold("gradients", size * shape.head)
-
-
-def _heads_gathered(step: Step) -> int:
-    return step.setup.compute_bytes * sum(s.shape.head for s in step.roles.values() if s.is_gathered(step.setup))
-
-
-def _teacher_statistics(curve: Curve, step: Step, teachers: int) -> None:
-    """Targets of `teachers` layers for one micro-batch: holds L N (d_s + 1) float32 numbers."""
-    student, teacher = step.roles["student"].shape, step.roles["teacher"].shape
-    n, d = step.batches["student"].answers, student.width
-    curve.hold("targets", 4 * teachers * n * (d + 1))
-    scratch = statistics_scratch(teachers * n, teacher.width, d, step.vocab, 2, step.setup)
-    curve.moment("teacher statistics", workspace=scratch, gathered=_heads_gathered(step))
-
-
-def _kl(curve: Curve, step: Step, students: int, teachers: int, grad: bool = True) -> None:
-    """KL matrix of `students` x `teachers` layers: holds both expectations, float32 (teacher: L N (d_s + 1), which a
-    window has made before).
-
-    Without gradient it only drives the matching: nothing of it stays.
-    """
-    student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
-    e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
-    heads = e * student.head if step.windowed and step.roles["student"].is_gathered(setup) else _heads_gathered(step)
-    read = 0 if step.windowed else teachers
-    joined = e * n * (students * d + read * teacher.width) if grad else 0  # torch.cat of the layers and the last
-    curve.hold("activations", joined)
-    if not step.windowed:
-        _teacher_statistics(curve, step, teachers)
-    curve.hold("targets", 4 * students * n * d if grad else 0)
-    scratch = statistics_scratch(students * n, d, d if grad else 0, step.vocab, 1, setup)
-    curve.moment("student statistics", workspace=scratch, gathered=heads)
-    pairs = 3 * 8 * students * teachers * n  # float64: the KLs, masked, and weighted
-    curve.moment("KL of pairs", workspace=pairs + _pair_block(students, teachers, n, d, setup))
-    curve.hold("activations", -joined)
-    if grad:
-        curve.moment("KL backward", workspace=students * n * d * (2 * 4 + e))
-    elif not step.windowed:
-        curve.hold("targets", -4 * teachers * n * (d + 1))
-
-
-def _divergence(curve: Curve, step: Step) -> None:
-    """`linear_divergence` of the matched pairs: holds the gradient's direction in the inputs' dtype."""
-    student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
-    e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
-    heads, settings = _heads_gathered(step), step.settings
-    calls = [step.roles["student"].layers] * step.matched if settings.layers_by_other_divergence else []
-    for rows in [*calls, 1] if settings.last_by_other_divergence else calls:
-        chosen = e * rows * n * teacher.width  # the matched layers, copied
-        curve.hold("activations", e * rows * n * d)
-        scratch = divergence_scratch(rows * n, d, teacher.width, step.vocab, setup)
-        curve.moment("divergence of pairs", workspace=scratch, activations=chosen, gathered=heads)
-
-
-def _own_output(curve: Curve, step: Step, role: str) -> None:
-    """KL of a role's layers from its own last one: holds both expectations, float32; the answers' are a row of W."""
-    spoken, batch, setup = step.roles[role], step.batches[role], step.setup
-    e, n, d = setup.compute_bytes, batch.answers, spoken.shape.width
-    head = e * spoken.shape.head if spoken.is_gathered(setup) else 0
-    columns = 1 + (step.settings.objective == "both")
-    curve.hold("targets", 4 * columns * n * (d + 1))
-    scratch = statistics_scratch(n, d, d, step.vocab, 2, setup)
-    curve.moment(f"{role} last layer's statistics", workspace=scratch, gathered=head)
-    curve.hold("targets", 4 * spoken.layers * n * d)
-    scratch = statistics_scratch(spoken.layers * n, d, d, step.vocab, 1, setup)
-    curve.moment(f"{role} statistics", workspace=scratch, gathered=head)
-    pairs = 3 * 8 * spoken.layers * columns * n + _pair_block(spoken.layers, columns, n, d, setup)
-    curve.moment(f"{role} KL of layers", workspace=pairs)
-
-
-def _pair_block(students: int, teachers: int, n: int, d: int, setup: Setup) -> int:
-    """float64 copies of a block of tokens, on the CPU's path only; as many tokens as the workspace takes."""
-    if setup.device != "cpu":
-        return 0
-    from vlsi_kernels._common import DEFAULT_WORKSPACE_BYTES
-
-    budget = setup.workspace or DEFAULT_WORKSPACE_BYTES["cpu"]
-    token = 8 * d * (students + teachers)
-    return token * min(n, max(1, budget // token))
-
-
 # ---- backward ----
 
 
@@ -349,9 +247,9 @@ def _verbalize(curve: Curve, step: Step) -> None:
         _frozen_forward(curve, step, role)
         _speak(curve, step, role, grad=True)
         if step.settings.needs_last:
-            _own_output(curve, step, role)
+            own_output(curve, step, role)
         else:
-            _answer_loss(curve, step, role, spoken.layers, trained_head=False)
+            answer_loss(curve, step, role, spoken.layers, trained_head=False)
     for role in reversed(step.roles):
         if step.settings.needs_last:
             _own_output_backward(curve, step, role)
@@ -378,7 +276,7 @@ def _window(curve: Curve, step: Step, teachers: int) -> int:
     if teachers:
         curve.hold("activations", row * teachers)  # torch.cat of the layers and the last, a micro-batch at a time
         for _ in range(count):
-            _teacher_statistics(curve, step, teachers)
+            teacher_statistics(curve, step, teachers)
         curve.hold("activations", -row * teachers)
     settings = step.settings
     kept = spoken.layers * settings.reads_teacher_layers + settings.reads_teacher_last
@@ -405,9 +303,9 @@ def _interact(curve: Curve, step: Step) -> None:
             _speak(curve, step, "teacher", grad=False)
     n, width = step.batches["student"].answers, student.shape.width
     if students or last:
-        _kl(curve, step, students + last, teachers, grad=settings.kld_is_forward)
+        kl(curve, step, students + last, teachers, grad=settings.kld_is_forward)
     if step.pairs:
-        _divergence(curve, step)
+        divergence(curve, step)
     if settings.headless:  # the differences of all pairs, kept by square()
         teacher = step.roles["teacher"]
         curve.hold("activations", 4 * student.layers * teacher.layers * n * teacher.shape.width)
@@ -417,7 +315,7 @@ def _interact(curve: Curve, step: Step) -> None:
         curve.hold("workspace", 4 * (width**2 + width * other + other**2))  # Gram matrices
     if settings.learns_answers:
         rows = student.layers if settings.intermediate == "ce" else 1
-        _answer_loss(curve, step, "student", rows, trained_head=False)
+        answer_loss(curve, step, "student", rows, trained_head=False)
     if taught:
         curve.hold("activations", before - curve.held["activations"])  # the teacher's part and the losses' are free
     curve.hold("targets", waiting - curve.held["targets"])  # those of the window's further micro-batches stay
@@ -428,5 +326,5 @@ def _interact(curve: Curve, step: Step) -> None:
 
 def _sft(curve: Curve, step: Step) -> None:
     each = _trained_forward(curve, step, "student")
-    _answer_loss(curve, step, "student", 1, trained_head=step.roles["student"].mode == "full")
+    answer_loss(curve, step, "student", 1, trained_head=step.roles["student"].mode == "full")
     _student_backward(curve, step, each, 0)

@@ -71,10 +71,8 @@ def join(parts: list[dict[str, Any]], blank: list[bool], padding: int, vision: s
     if "packed" in inputs[0]:
         return _join_packed(inputs, indices, vision)
     # The masked image of a micro-batch without one must go: models count rows' images by the tokens that they see.
-    kept = blank.index(True) if all(blank) else None
-    inputs = [
-        _without_blank(p, padding, vision) if b and i != kept else p for i, (p, b) in enumerate(zip(inputs, blank))
-    ]
+    gone = [False, *blank[1:]] if all(blank) else blank
+    inputs = [_without_blank(part, padding, vision) if drop else part for part, drop in zip(inputs, gone)]
     rows, lengths = zip(*(part["input_ids"].shape for part in inputs))
     longest, first = max(lengths), list(accumulate(rows, initial=0))
     index = [(old // length + row) * longest + old % length for old, length, row in zip(indices, lengths, first)]
