@@ -1,4 +1,4 @@
-"""What the losses add to the memory curve of a micro-batch, in the order of `vlsi_fast.losses`. Letters as in memory.py."""
+"""What the losses add to the memory curve, in the order of `vlsi_fast.losses`. Letters as in memory.py."""
 
 from __future__ import annotations
 
