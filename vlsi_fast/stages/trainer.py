@@ -162,7 +162,7 @@ class StageTrainer(HookedTrainer):
             # Numbered over ranks as the data are, so that another number of ranks draws the same.
             micro = len(self._pending) * world_size() + rank()
             batch["generator"] = draw_generator(self.config.seed, self.state.global_step, micro)
-        if self.window is not None:
+        if self.window is not None and self.window.waiting:
             del batch["teacher"]
             batch["taught"] = self.window.next()
         output = model(**batch, **self._schedule())

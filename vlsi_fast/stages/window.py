@@ -39,6 +39,11 @@ class TeacherWindow:
         """Take the micro-batches of the next optimizer step, on the device."""
         self._coming, self._taught = list(batches), []
 
+    @property
+    def waiting(self) -> bool:
+        """Whether micro-batches of a step are still to come."""
+        return bool(self._coming or self._taught)
+
     def next(self) -> Any:
         """`taught` of the next micro-batch, as the module's forward takes it. Collective."""
         if not self._taught:
