@@ -119,6 +119,8 @@ def traffic(step: Step) -> dict[str, float]:
             total += shape.head if shape.tied else 0  # as embedding and as head
         if role == "teacher" and step.windowed:
             total *= setup.windows / setup.accumulation
+        elif step.windowed and (step.settings.matches_by_kl or step.settings.last_by_forward_kl):
+            total += shape.head * setup.windows / setup.accumulation  # for the targets, beside each micro-batch's own
         if spoken.grad:
             total += _for_backward(step, role, limit)
         moved[f"{role} gathers"] += e * total
