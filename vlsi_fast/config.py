@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -83,6 +83,11 @@ class TeacherConfig(BackboneConfig):
     """How it is held (`vlsi_fast.teacher`): sharded over the ranks, whole on every rank, in CPU memory, or quantised by
     bitsandbytes. auto: zero3 where training.deepspeed is ZeRO stage 3, else replicated. A run may be continued in
     another mode; int8 and nf4 change the numbers, so what was made with one of them belongs to it."""
+    window: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Micro-batches of one optimizer step for which it runs at once in stage interact, so that its weights are gathered
+    once for all of them. auto, on CUDA with mode zero3 or offload: as many as fit on paper (`vlsi-fast plan`); else 1.
+    More than there are in a step are as many as there are. Kept of each answer token and layer are 4 (1 + d) bytes, d
+    the student's width; with l2 or another divergence the teacher's hidden states as well."""
 
 
 class VerbalizerConfig(Section):

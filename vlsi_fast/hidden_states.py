@@ -112,11 +112,9 @@ class VerbalizedBackbone(nn.Module):
         """
         decoder = self.verbalizers is not None and self.verbalizers.spec.is_decoder
         with contextlib.nullcontext() if self.train_backbone else torch.no_grad():
-            with self._record(decoder) as (hidden, attention):
+            with self._record(None if decoder else index) as (hidden, attention):
                 last = self._run(inputs)
             last = _take(last, index) if self.needs_last else None
-            if not decoder:
-                hidden = [_take(h, index) for h in hidden]
         if self.verbalizers is None:
             return None, last
         spoken = self.verbalizers(hidden, attention if decoder else None)
@@ -152,8 +150,9 @@ class VerbalizedBackbone(nn.Module):
             hook.remove()
 
     @contextlib.contextmanager
-    def _record(self, all_positions: bool):
-        """Collect the target layers' outputs and call arguments while the backbone runs.
+    def _record(self, index: Tensor | None):
+        """Collect the target layers' outputs while the backbone runs: [N, d] each at the positions `index`, so that
+        what a layer says elsewhere is free with the next layer; without `index`, [B, T, d] each and call arguments.
 
         Hooks live for one forward only, for two reasons: gradient checkpointing runs the layers again in backward,
         and ZeRO-3 wraps outputs in hooks of its own, so ours must come after those to hold what autograd sees.
@@ -167,10 +166,14 @@ class VerbalizedBackbone(nn.Module):
 
         def keep(module, arguments, keywords, output=None):
             state = arguments[0] if output is None else output
-            hidden.append(state[0] if isinstance(state, tuple) else state)
+            state = state[0] if isinstance(state, tuple) else state
+            if index is not None:
+                hidden.append(_take_in_layer(state, index))
+                return
+            hidden.append(state)
             attention.append({**keywords, "past_key_values": None, "use_cache": False})
 
-        late = self.family.layers_added_to(self.model.config) if all_positions else 0
+        late = self.family.layers_added_to(self.model.config) if index is None else 0
         hooks = [
             layers[k].register_forward_pre_hook(keep, with_kwargs=True)
             if k <= late and k < len(layers)
@@ -204,3 +207,10 @@ def match_attention(model: nn.Module, verbalizers: Verbalizers) -> None:
 
 def _take(hidden: Tensor, index: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, index)
+
+
+def _take_in_layer(hidden: Tensor, index: Tensor) -> Tensor:
+    """`_take` in a hook of a decoder layer. Older transformers (5.17) checkpoint a layer with its hooks: what is saved
+    here is kept from the checkpoint, which would miss it in the recomputation, where no hook takes anything."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        return _take(hidden, index)

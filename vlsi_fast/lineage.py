@@ -146,6 +146,8 @@ def identity_of(
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length"):
         del training[name]  # may change with the number of ranks; the rows of a step, so the product, may not
     training["extra"].pop("ddp_timeout", None)
+    if isinstance(training["deepspeed"], dict):  # where second shards lie is no part of what is computed
+        (training["deepspeed"].get("zero_optimization") or {}).pop("zero_hpz_partition_size", None)
     loose = ("num_workers", "max_skipped_share", "padding_free") + ("eval",) * (not settings.evaluations_decide)
     data = {name: value for name, value in dump["data"].items() if name not in loose}
     # what counts rows apart changes none of them

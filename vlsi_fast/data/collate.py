@@ -42,7 +42,8 @@ class Collator:
 
         Returns:
             `ids`: B row names. `skipped`: the rows' records of unusable rows, in order. `answered`: how many rows, and
-            tokens to predict, have answers that a model wrote. `tokens`: role -> the rows' tokens. Each role:
+            tokens to predict, have answers that a model wrote. `tokens`: role -> the rows' tokens. `blank`: roles that
+            got a blank image, and have no other. Each role:
             `input_ids` [B, T] padded with the padding id, `labels` [B, T] with -100, `attention_mask` and every
             other per-token tensor [B, T] with 0; vision tensors joined along their first axis, absent where no row has
             an image, and padded with zeros along the second where images have different numbers of patches there
@@ -60,9 +61,12 @@ class Collator:
         joined: dict[tuple[int, ...], torch.Tensor] = {}  # vision tensors by the identities of their rows' tensors
         parts = {role: [row[role] for row in rows] for role in roles}
         batch["tokens"] = {role: sum(row["input_ids"].shape[1] for row in parts[role]) for role in roles}
+        batch["blank"] = []
         alike = len({role in self._packers for role in roles}) == 1
         for role in roles:
             full = self._with_image(parts[role], role)
+            if full is not parts[role]:
+                batch["blank"].append(role)
             if role != roles[0] and alike and all(a is b for a, b in zip(parts[roles[0]], parts[role])):
                 batch[role] = dict(batch[roles[0]])
             else:
@@ -72,6 +76,10 @@ class Collator:
                 if "image_grid_thw" in batch[role]:
                     batch[role] |= self._packers[role].image_inputs(batch[role]["image_grid_thw"])
         return batch
+
+    def token_and_names(self, role: str) -> tuple[int, set[str]]:
+        """A role's padding token, and the names of its vision tensors, which are joined along their first axis."""
+        return self._pad_ids[role], self._vision_names[role]
 
     def _with_image(self, rows: list[dict[str, torch.Tensor]], role: str) -> list[dict[str, torch.Tensor]]:
         """The rows, with the blank image where it is asked for and no row has one."""

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .secondary import gather_from_secondary, partitioned_init
+
 
 def rank() -> int:
     """This process's rank, 0 without a process group."""
@@ -47,6 +49,8 @@ def gathered(parameters: Iterable[Tensor], writer: int | None = None):
         return
     import deepspeed
 
+    if writer is None:
+        gather_from_secondary(sharded)
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer):
         yield
 
@@ -67,9 +71,7 @@ def sharded_init():
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    import deepspeed
-
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config()):
+    with partitioned_init(deepspeed_config()):
         yield
 
 

@@ -14,6 +14,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..config import ConfigError, RunConfig, TrainingConfig
 from ..named_files import read_deepspeed
+from ..ranks.secondary import KEY, ranks_per_node, require_same_nodes, resolved
+from ..ranks.sharding import gathered_objects
 from ..terminal import say
 
 DEEPSPEED_FLOOR = "0.19.2"
@@ -29,17 +31,17 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     """`TrainingArguments` of one stage. Made before any model, since it switches ZeRO-3 loading on.
 
     Raises:
-        ConfigError: DeepSpeed asked for but not installed or not readable.
+        ConfigError: DeepSpeed asked for but not installed or not readable, or its hpZ does not fit the machines.
     """
     t = config.stage_training(stage)
-    deepspeed = t.deepspeed
-    read_deepspeed(deepspeed)
+    deepspeed = read_deepspeed(t.deepspeed)
     _require_trackers(t.report_to)
     if deepspeed is not None and not launched():
         say("no launcher, so training.deepspeed is not used (start with `deepspeed` or `torchrun`)")
         deepspeed = None
     if deepspeed is not None:
         _require_deepspeed()
+        deepspeed = resolved(deepspeed, int(os.environ.get("WORLD_SIZE", 1)), ranks_per_node())
     schedule, schedule_kwargs = t.lr_scheduler_type, {}
     if schedule == "cosine":
         schedule, schedule_kwargs = "cosine_with_min_lr", {"min_lr_rate": t.min_learning_rate / t.learning_rate}
@@ -87,6 +89,8 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     _ = args.device  # starts the process group
     if deepspeed is not None:
         _start_deepspeed(on_cpu)
+        if KEY in read_deepspeed(t.deepspeed).get("zero_optimization", {}):
+            require_same_nodes(gathered_objects(ranks_per_node()))
     if not launched():
         args._n_gpu = 1  # one process, one GPU: the Trainer would wrap several in DataParallel
     return args

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..data.sources import build_source
 from ..data.tokens import SharedTokens
 from ..disk import checkpoint_size, explained_full_disk, result_size
 from ..errors import StoppedEarly
-from ..hidden_states import Held, checkpoint_activations
+from ..hidden_states import Held, VerbalizedBackbone, checkpoint_activations
 from ..lineage import (
     LineageError,
     checkpoint_digest,
@@ -55,7 +56,7 @@ from ..ranks.sharding import barrier, gather_state, rank, unsharded, world_size
 from ..ranks.watch import watch
 from ..resuming import checkpoint_to_resume
 from ..shrinking.record import carry_record
-from ..teacher import load_teacher, resolve_mode
+from ..teacher import load_teacher, resolve_mode, run_apart
 from ..terminal import say
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
@@ -141,7 +142,7 @@ class Stage:
         self.attention: dict[str, str] = {}
         self.padding_free: dict[str, bool] = {}
         self.liger: dict[str, str | None] = {}
-        self._held: list[Held] = []
+        self._releases: list[Callable[[], None]] = []
         self.eval_dataset: VlsiDataset | None = None
         """Rows of `data.eval`, where the stage evaluates."""
 
@@ -234,7 +235,7 @@ class Stage:
         made, wanted = result.global_step, trainer.state.max_steps
         if made < wanted and not trainer.is_over():
             why = trainer.leaving.reason or "the Trainer ended"
-            _release(trainer, self._held)
+            _release(trainer, self._releases)
             raise StoppedEarly(
                 f"stopped in stage {self.name} after optimizer step {made} of {wanted}, since {why}; continue from the "
                 "last checkpoint with --resume"
@@ -254,6 +255,7 @@ class Stage:
             "attention": self.attention,
             "padding_free": self.padding_free,
             "liger": self.liger,
+            "teacher_window": module.window,
             **trainer.summary(),
         }
         if rank() == 0 and trainer.skip_log.total():
@@ -265,7 +267,7 @@ class Stage:
         record["state"] = "finished"
         if rank() == 0:
             write_record(self.folder, record)
-        _release(trainer, self._held)
+        _release(trainer, self._releases)
         return record
 
     def _check_inputs(self) -> tuple[VlsiDataset, Collator]:
@@ -355,13 +357,21 @@ class Stage:
         else:
             model = load_teacher(role.folder, self.teacher_mode, *options, self.args)
         if isinstance(model, Held):
-            self._held.append(model)
+            self._releases.append(model.release)
         # what offloads or quantises has replaced the forwards that liger-kernel would replace
         plain = name == "student" or self.teacher_mode in ("zero3", "replicated")
         if plain and use_liger(self.config.liger, self.args.device):
             stock = model.model if isinstance(model, Held) else model
             self.liger[name] = apply_liger(stock, required=self.config.liger is True)
         return model
+
+    def apart(self, teacher: VerbalizedBackbone) -> Callable | None:
+        """What runs a teacher between the training engine's forwards; None: it may be called itself. Collective."""
+        if self.args.deepspeed is None:
+            return None
+        call, release = run_apart(teacher, self.config.dtype, self.args)
+        self._releases.append(release)
+        return call
 
     def add_lora(self, model: nn.Module) -> nn.Module:
         """Inject trainable LoRA into the language model, in place. Returns the peft wrapper.
@@ -422,15 +432,15 @@ def _keep_master_weights(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _release(trainer: StageTrainer, held: list[Held]) -> None:
+def _release(trainer: StageTrainer, releases: list[Callable[[], None]]) -> None:
     """Give memory back for the next stage of the same process."""
     engine = getattr(trainer, "deepspeed", None)
     if engine is not None:
         engine.destroy()
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.module = trainer.evaluation = None
-    while held:
-        held.pop().release()
+    while releases:
+        releases.pop()()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -48,6 +48,7 @@ from .module import StageModule
 from .records import COUNTS, counts_of, non_finite, own_numbers, step_record, sums_of, tracker_scalars
 from .throughput import Throughput
 from .trackers import tensorboard_in, tracked
+from .window import TeacherWindow
 
 ETA_STEPS = 50
 """Latest steps, of this process, whose mean time the rest is expected to take."""
@@ -117,6 +118,7 @@ class StageTrainer(EvaluatingTrainer):
         throughput: Throughput | None = None,
         eval_dataset=None,
     ):
+        self.window = TeacherWindow(module, collator, self._prepare_inputs) if module.window > 1 else None
         collator = StageCollator(collator, module.roles)
         grouped = config.stage_training(stage).group_by_length
         self.groups = LengthGroups(collator, module.roles) if grouped else None
@@ -173,7 +175,10 @@ class StageTrainer(EvaluatingTrainer):
         """The Trainer's own, with the time that the batches took; not that of the ranks' exchange of counts."""
         if self.groups is not None:
             epoch_iterator = self.groups(epoch_iterator, num_batches, device)
-        return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+        batches, count = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+        if self.window is not None:
+            self.window.begin(batches)
+        return batches, count
 
     def _timed(self, batches):
         while True:
@@ -191,6 +196,9 @@ class StageTrainer(EvaluatingTrainer):
             # Numbered over ranks as the data are, so that another number of ranks draws the same.
             micro = len(self._pending) * world_size() + rank()
             batch["generator"] = draw_generator(self.config.seed, self.state.global_step, micro)
+        if self.window is not None and self.window.waiting:
+            del batch["teacher"]
+            batch["taught"] = self.window.next()
         output = model(**batch, **self._schedule())
         self._pending.append((sums_of(self.module, output, facts), facts))
         if self.accelerator.sync_gradients:
