@@ -13,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from numpy import ndarray
 from torch import Tensor, nn
 
 from .backbones import family_of
+from .backbones.unwaiting import spare_waits
 from .verbalizer import Verbalizers
 
 
@@ -77,6 +79,7 @@ class VerbalizedBackbone(nn.Module):
         else:
             self.model = model
         self.family = family_of(model.config)
+        spare_waits(model, self.family)
         self.needs_last = needs_last
         self.target_layers = list(layers) if verbalizers is not None else []
         self.verbalizers = verbalizers
@@ -126,7 +129,8 @@ class VerbalizedBackbone(nn.Module):
         return spoken, last
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
-        inputs = dict(inputs)
+        # arrays are what the stock model reads on the host; tensors have been copied to the device
+        inputs = {n: torch.from_numpy(value) if isinstance(value, ndarray) else value for n, value in inputs.items()}
         with self._bounded(inputs.pop("packed", None)):
             if self.held is not None:
                 return self.held.run(inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -52,7 +53,7 @@ class Collator:
 
             A packed role has the same with per-token tensors [1, S], S all rows' tokens and a blank image's, and
             instead of `attention_mask` has `position_ids` and what follows from image sizes (`Packer`), and `packed`
-            (`row_bounds`).
+            (`row_bounds`). The sizes themselves are numpy arrays, since the stock model reads them on the host.
         """
         batch = {"ids": [row["id"] for row in rows], "skipped": [record for row in rows for record in row["skipped"]]}
         roles = [role for role in ROLES if role in self._pad_ids]
@@ -74,7 +75,9 @@ class Collator:
             if role in self._packers:
                 batch[role]["position_ids"] = self._packers[role].position_ids(full)
                 if "image_grid_thw" in batch[role]:
-                    batch[role] |= self._packers[role].image_inputs(batch[role]["image_grid_thw"])
+                    grid = torch.as_tensor(batch[role]["image_grid_thw"])
+                    batch[role] |= self._packers[role].image_inputs(grid)
+                batch[role] |= {name: np.asarray(batch[role][name]) for name in SIZES if name in batch[role]}
         return batch
 
     def token_and_names(self, role: str) -> tuple[int, set[str]]:
@@ -114,6 +117,8 @@ class Collator:
         return batch
 
 
+SIZES = ("image_grid_thw", "image_sizes", "batch_num_images")
+"""Vision inputs that a stock model reads on the host."""
 BLANK_SIZES = ((32, 32), (384, 16))
 """Width and height of white images, pixels. The flat one has fewer tokens where tiles of an image are cut to its shape
 (LLaVA-OneVision)."""

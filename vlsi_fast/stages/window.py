@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -120,4 +121,5 @@ def _join_packed(inputs: list[dict[str, Any]], indices: list[Tensor], vision: se
 def _vision(inputs: list[dict[str, Any]], vision: set[str]) -> dict[str, Tensor]:
     """Vision tensors of all micro-batches, in the order of their rows."""
     names = dict.fromkeys(name for part in inputs for name in part if name in vision)
-    return {name: join_vision([part[name] for part in inputs if name in part]) for name in names}
+    values = {name: [part[name] for part in inputs if name in part] for name in names}
+    return {n: np.concatenate(v) if isinstance(v[0], np.ndarray) else join_vision(v) for n, v in values.items()}
