@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from .attention import VARLEN, varlen_problem
 from .config import ConfigError
 
 LIGER_NAMES = {"qwen2": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -15,39 +16,59 @@ LIGER_NAMES = {"qwen2": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "q
 liger-kernel patches it. Its patches of the Qwen-VL families (0.8.5) need classes that transformers no longer has."""
 
 
-def attention_name(asked: str, dtype: str, device: torch.device) -> str:
+def attention_name(
+    asked: str, dtype: str, device: torch.device, padding_free: bool | Literal["auto"] = False, config=None
+) -> str:
     """The attention of a backbone, by its transformers name.
 
     Args:
-        asked: `attn_implementation` of the config; "auto" is flash_attention_2 where flash-attn is installed, the
-            device is a CUDA one and `dtype` is not float32 (which it does not take), else sdpa. Others: as given.
+        asked: `attn_implementation` of the config. "auto", on a CUDA device and unless `dtype` is float32: the first of
+            flash_attention_3 (installed, and the GPU is a Hopper), flash_attention_2 (installed) and flash_varlen
+            (`attention.VARLEN`: in torch itself; packed rows alone). Where none of them runs: sdpa. Others: as given.
         dtype: of the run.
         device: that the stage runs on.
+        padding_free: `data.padding_free` of the config; False where the model is given padded rows, or writes.
+        config: the model's transformers config; not needed without packed rows.
+
+    Raises:
+        ConfigError: flash_varlen is asked for and cannot run.
     """
+    packs = padding_free is not False
+    if asked == VARLEN:
+        padded = "it takes packed rows alone: set data.padding_free to auto, or attn_implementation to sdpa"
+        problem = varlen_problem(dtype, device, config) if packs else padded
+        if problem is not None:
+            raise ConfigError(f"attn_implementation is {VARLEN}, but {problem}")
     if asked != "auto":
         return asked
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-    flash = device.type == "cuda" and dtype != "float32" and is_flash_attn_2_available()
-    return "flash_attention_2" if flash else "sdpa"
+    if device.type != "cuda" or dtype == "float32":
+        return "sdpa"
+    if is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9:
+        return "flash_attention_3"
+    if is_flash_attn_2_available():
+        return "flash_attention_2"
+    return VARLEN if packs and varlen_problem(dtype, device, config) is None else "sdpa"
 
 
 def use_packing(asked: bool | Literal["auto"], attention: str) -> bool:
     """Whether a model's rows are packed without padding.
 
     Args:
-        asked: `data.padding_free` of the config; "auto": where flash-attention runs, which skips what lies between the
-            rows. Others make a mask of all positions of the micro-batch squared.
+        asked: `data.padding_free` of the config; "auto": where flash-attention runs, torch's own (flash_varlen) as well,
+            which skips what lies between the rows. Others make a mask of all positions of the micro-batch squared.
         attention: of the model, by its transformers name.
 
     Raises:
         ConfigError: asked for, with an attention that is not known to keep packed rows apart.
     """
-    flash = attention.startswith("flash_attention")
+    flash = attention.startswith("flash_attention") or attention == VARLEN
     if asked is True and not flash and attention not in ("sdpa", "eager", "flex_attention"):
         raise ConfigError(
             f"data.padding_free is true, but {attention} is not known to keep packed rows apart: set "
-            "attn_implementation to flash_attention_2, sdpa, eager or flex_attention, or data.padding_free to false"
+            f"attn_implementation to auto, flash_attention_2, {VARLEN}, sdpa, eager or flex_attention, or "
+            "data.padding_free to false"
         )
     return flash if asked == "auto" else asked
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import hub
+from .attention import VARLEN, set_varlen
 from .backbones import default_layers, family_of
 from .config import BackboneConfig, ConfigError, RunConfig
 from .data.tokens import SharedTokens, shared_tokens
@@ -103,7 +104,7 @@ def load_backbone(
     Args:
         folder: checkpoint.
         dtype: of the weights, by torch's name.
-        attn_implementation: by its transformers name.
+        attn_implementation: by its transformers name, `attention.VARLEN` as well.
         depth: keep only so many decoder layers, the shallow ones; the others are never read. None: all.
         zero: DeepSpeed config to shard it by; None: the run's own, where that is ZeRO-3.
         options: further arguments of `from_pretrained` (for a model that is not sharded).
@@ -121,9 +122,13 @@ def load_backbone(
     if zero is None and is_deepspeed_zero3_enabled():
         zero = deepspeed_config()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    varlen = attn_implementation == VARLEN
+    stock = "sdpa" if varlen else attn_implementation
     if zero is not None:
         with torch.random.fork_rng(devices=devices):
-            model = load_sharded(folder, config, full, getattr(torch, dtype), attn_implementation, zero)
+            model = load_sharded(folder, config, full, getattr(torch, dtype), stock, zero)
+        if varlen:
+            set_varlen(model)
         return model.requires_grad_(False)
     quiet = _without_load_report() if is_cut else contextlib.nullcontext()
     with quiet, torch.random.fork_rng(devices=devices):
@@ -131,7 +136,7 @@ def load_backbone(
             folder,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
+            attn_implementation=stock,
             output_loading_info=True,
             **options,
         )
@@ -140,6 +145,8 @@ def load_backbone(
         raise ValueError(
             f"{folder} lacks {len(missing)} tensors of its model ({', '.join(missing[:10])}): use a whole checkpoint"
         )
+    if varlen:
+        set_varlen(model)
     return model.requires_grad_(False).eval()
 
 

@@ -265,7 +265,8 @@ class Stage:
         return dataset, Collator(processors, always_image=world_size() > 1, packers=packers)
 
     def _attention(self, name: str) -> str:
-        return attention_name(self.roles[name].settings.attn_implementation, self.config.dtype, self.args.device)
+        role, packed = self.roles[name], self.config.data.padding_free
+        return attention_name(role.settings.attn_implementation, self.config.dtype, self.args.device, packed, role.config)
 
     def _packed(self, name: str) -> bool:
         """Whether a role's rows are packed; says what a user would not expect of it."""

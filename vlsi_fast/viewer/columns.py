@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..attention import VARLEN
 from ..config import ConfigError
 from ..lineage import checkpoint_digest
 from ..loading import load_model_config, resolve_folder
@@ -72,7 +73,7 @@ def open_source(run: Run, source: Source, device: str | None = None) -> Speaker:
     """Load a model with the run's own settings."""
     config = run.config
     role = getattr(config, source.role)
-    attention = "sdpa" if role.attn_implementation == "auto" else role.attn_implementation
+    attention = "sdpa" if role.attn_implementation in ("auto", VARLEN) else role.attn_implementation
     return open_speaker(
         source.checkpoint,
         source.verbalizers,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...acceleration import attention_name
+from ...attention import VARLEN
 from ...config import QUANTIZED, ConfigError, RunConfig, load_config
 from ...config_data import DataConfig
 from ...lineage import checkpoint_digest
@@ -63,6 +64,7 @@ class Teacher:
             dtype = config.dtype if config is not None else "float32" if on_cpu else "bfloat16"
         own = config is not None and model is None
         mode = resolve_mode(_mode(config.teacher.mode), device) if own else "replicated"
+        asked = config.teacher.attn_implementation if own else "auto"
         bounds: dict[str, dict[str, int | None]] = {}
         if config is not None:
             sections = {"data": config.data} | ({"teacher": config.teacher} if own else {})
@@ -73,7 +75,7 @@ class Teacher:
             digest=checkpoint_digest(folder),
             dtype=dtype,
             quantized=mode if mode in QUANTIZED else None,
-            attention=attention_name(config.teacher.attn_implementation if own else "auto", dtype, device),
+            attention=attention_name("auto" if asked == VARLEN else asked, dtype, device),  # rows are padded here
             device=device,
             bounds=bounds,
             data=None if config is None else config.data,
