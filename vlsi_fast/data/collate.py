@@ -27,7 +27,7 @@ class Collator:
     """
 
     def __init__(self, processors: dict, always_image: bool = False, packers: dict[str, Packer] | None = None):
-        self._packers = packers or {}
+        self.packers = packers or {}
         self._blank = {role: blank_image(p) for role, p in processors.items()} if always_image else {}
         self._pad_ids = {}
         self._vision_names = {}
@@ -59,15 +59,15 @@ class Collator:
         joined: dict[tuple[int, ...], torch.Tensor] = {}  # vision tensors by the identities of their rows' tensors
         parts = {role: [row[role] for row in rows] for role in roles}
         batch["tokens"] = {role: sum(row["input_ids"].shape[1] for row in parts[role]) for role in roles}
-        alike = len({role in self._packers for role in roles}) == 1
+        alike = len({role in self.packers for role in roles}) == 1
         for role in roles:
             full = self._with_image(parts[role], role)
             if role != roles[0] and alike and all(a is b for a, b in zip(parts[roles[0]], parts[role])):
                 batch[role] = dict(batch[roles[0]])
             else:
                 batch[role] = self._join(full, role, joined)
-            if role in self._packers:
-                batch[role]["position_ids"] = self._packers[role].position_ids(full)
+            if role in self.packers:
+                batch[role]["position_ids"] = self.packers[role].position_ids(full)
         return batch
 
     def _with_image(self, rows: list[dict[str, torch.Tensor]], role: str) -> list[dict[str, torch.Tensor]]:
@@ -76,7 +76,7 @@ class Collator:
         if role not in self._blank or any(name in row for row in rows for name in vision):
             return rows
         blank = self._blank[role]
-        if role in self._packers:
+        if role in self.packers:
             return [*rows, blank | {"labels": torch.full_like(blank["input_ids"], IGNORED)}]
         return [_append_masked(rows[0], blank, vision), *rows[1:]]
 
@@ -92,11 +92,11 @@ class Collator:
                 if key not in joined:
                     joined[key] = join_vision(parts)
                 batch[name] = joined[key]
-            elif role not in self._packers:
+            elif role not in self.packers:
                 batch[name] = _pad([_per_token(row, name) for row in rows], padding.get(name, 0))
             elif name != "attention_mask":
                 batch[name] = torch.cat([_per_token(row, name) for row in rows])[None]
-        if role in self._packers:
+        if role in self.packers:
             batch["packed"] = row_bounds(rows)
             # no row predicts the first token of the next
             batch["labels"][0, batch["packed"]["cu_seq_lens_q"][:-1].long()] = IGNORED

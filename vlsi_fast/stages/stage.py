@@ -54,6 +54,8 @@ from ..ranks.rescaling import require_same_batch, rows_per_step
 from ..ranks.sharding import barrier, gather_state, rank, unsharded, world_size
 from ..ranks.watch import watch
 from ..resuming import checkpoint_to_resume
+from ..self_test import of_run
+from ..self_test import start as self_test
 from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode
 from ..terminal import say
@@ -198,6 +200,7 @@ class Stage:
             checkpoint = checkpoint_to_resume(self.folder, found) if found is not None else None
             if self.config.preflight:
                 require_ready(self.config, self.name, self.roles, world_size())
+                record |= self._self_test(collator)
             barrier()  # every rank has looked before rank 0 writes
             if rank() == 0:
                 drop_newer(self.folder, checkpoint)
@@ -261,12 +264,45 @@ class Stage:
             self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
         self.check_predecessors()
         dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data)
-        packers = {name: Packer(role.config) for name, role in self.roles.items() if self._packed(name)}
-        return dataset, Collator(processors, always_image=world_size() > 1, packers=packers)
+        return dataset, Collator(processors, always_image=world_size() > 1, packers=self._packers())
+
+    def _packers(self) -> dict[str, Packer]:
+        return {name: Packer(role.config) for name, role in self.roles.items() if self._packed(name)}
+
+    def _self_test(self, collator: Collator) -> dict[str, Any]:
+        """Compare the fast parts that the stage will use with plain PyTorch, and go on without those that disagree.
+
+        Returns:
+            What the record keeps of it; nothing on the CPU, where no part needs it.
+        """
+        if not self_test.is_needed(self.args.device):
+            return {}
+        liger = use_liger(self.config.liger, self.args.device)
+        probes = of_run.probes_of(
+            self.config,
+            self.name,
+            {name: role.config for name, role in self.roles.items()},
+            device=self.args.device,
+            attention={name: self._attention(name) for name in self.roles},
+            liger=[name for name in self.roles if liger and self._runs_as_it_is(name)],
+            widened=self.args.deepspeed is None,
+        )
+        self.config, found = self_test.start(self.config, probes, self.args.device)
+        for name, role in self.roles.items():
+            role.run, role.settings = self.config, getattr(self.config, name)
+        if found["switched_off"]:
+            collator.packers = self._packers()
+        return {"self_test": found}
+
+    def _runs_as_it_is(self, name: str) -> bool:
+        """Whether a role's modules keep their own forwards; what offloads or quantises replaces them."""
+        return name == "student" or self.teacher_mode in ("zero3", "replicated")
 
     def _attention(self, name: str) -> str:
         role, packed = self.roles[name], self.config.data.padding_free
-        return attention_name(role.settings.attn_implementation, self.config.dtype, self.args.device, packed, role.config)
+        return attention_name(
+            role.settings.attn_implementation, self.config.dtype, self.args.device, packed, role.config
+        )
 
     def _packed(self, name: str) -> bool:
         """Whether a role's rows are packed; says what a user would not expect of it."""
@@ -333,9 +369,7 @@ class Stage:
             model = load_teacher(role.folder, self.teacher_mode, *options, self.args)
         if isinstance(model, Held):
             self._held.append(model)
-        # what offloads or quantises has replaced the forwards that liger-kernel would replace
-        plain = name == "student" or self.teacher_mode in ("zero3", "replicated")
-        if plain and use_liger(self.config.liger, self.args.device):
+        if self._runs_as_it_is(name) and use_liger(self.config.liger, self.args.device):
             stock = model.model if isinstance(model, Held) else model
             self.liger[name] = apply_liger(stock, required=self.config.liger is True)
         return model
