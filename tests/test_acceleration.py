@@ -1,14 +1,18 @@
 """Faster parts of the backbones: chosen where they apply, refused with the fix where they do not."""
 
+import copy
 import importlib
+import json
 
 import pytest
 import tiny_families
 import tiny_runs as runs
 import torch
+import varlen_standin
 
 from vlsi_fast import load_config
 from vlsi_fast.acceleration import apply_liger, attention_name, use_liger
+from vlsi_fast.attention import VARLEN
 from vlsi_fast.backbones import FAMILIES
 from vlsi_fast.config import ConfigError
 from vlsi_fast.stages import STAGE_CLASSES, stage
@@ -24,13 +28,103 @@ def config_of(workspace, output, **sections):
 # ---- attention ----
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_auto_attention(monkeypatch, installed):
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
-    assert attention_name("auto", "bfloat16", CUDA) == ("flash_attention_2" if installed else "sdpa")
-    assert attention_name("auto", "float32", CUDA) == attention_name("auto", "bfloat16", CPU) == "sdpa"
+MODEL = tiny_families.make_model("qwen2_vl").config
+
+
+def gpu(monkeypatch, capability=(8, 0), installed=()):
+    """A CUDA device of torch's that can do flash-attention, and these versions of flash-attn."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    for version in (2, 3):
+        found = version in installed
+        monkeypatch.setattr(f"transformers.utils.is_flash_attn_{version}_available", lambda found=found: found)
+
+
+@pytest.mark.parametrize(
+    "installed, capability, padding_free, expected",
+    [
+        ((), (8, 0), "auto", VARLEN),
+        ((), (8, 0), True, VARLEN),
+        ((), (9, 0), "auto", VARLEN),
+        ((), (8, 0), False, "sdpa"),
+        ((), (7, 5), "auto", "sdpa"),
+        ((2,), (8, 0), "auto", "flash_attention_2"),
+        ((2,), (8, 0), False, "flash_attention_2"),
+        ((2, 3), (9, 0), "auto", "flash_attention_3"),
+        ((2, 3), (8, 0), "auto", "flash_attention_2"),
+        ((3,), (8, 0), "auto", VARLEN),
+        ((3,), (10, 0), False, "sdpa"),
+    ],
+)
+def test_auto_attention(monkeypatch, installed, capability, padding_free, expected):
+    gpu(monkeypatch, capability, installed)
+    for dtype in ("bfloat16", "float16"):
+        assert attention_name("auto", dtype, CUDA, padding_free, MODEL) == expected
+    assert attention_name("auto", "float32", CUDA, padding_free, MODEL) == "sdpa"
+    assert attention_name("auto", "bfloat16", CPU, padding_free, MODEL) == "sdpa"
     for name in ("sdpa", "eager", "flash_attention_2"):
-        assert attention_name(name, "float32", CPU) == name
+        assert attention_name(name, "float32", CPU, padding_free, MODEL) == name
+
+
+def changed(**fields):
+    config = copy.deepcopy(MODEL)
+    vars(config.text_config).update(fields)
+    return config
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("float32", CUDA, "auto", MODEL), "takes half precision, and dtype is float32: set dtype to bfloat16"),
+        (
+            ("bfloat16", CPU, "auto", MODEL),
+            "needs an NVIDIA GPU, and this runs on cpu: set attn_implementation to auto",
+        ),
+        (
+            ("bfloat16", CUDA, False, MODEL),
+            "packed rows alone: set data.padding_free to auto, or attn_implementation to",
+        ),
+        (("bfloat16", CUDA, "auto", changed(layer_types=["sliding_attention"])), "has sliding-window layers"),
+        (("bfloat16", CUDA, "auto", changed(attention_dropout=0.1)), "has attention_dropout"),
+    ],
+)
+def test_varlen_that_cannot_run_is_refused(monkeypatch, arguments, said):
+    gpu(monkeypatch)
+    assert attention_name(VARLEN, "bfloat16", CUDA, "auto", MODEL) == VARLEN
+    with pytest.raises(ConfigError, match=f"attn_implementation is {VARLEN}, but .*{said}"):
+        attention_name(VARLEN, *arguments)
+    assert attention_name("auto", *arguments) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "capability, built, said", [((7, 5), True, "capability 8.0"), ((8, 0), False, "this build of")]
+)
+def test_varlen_needs_a_gpu_and_a_build_that_have_it(monkeypatch, capability, built, said):
+    gpu(monkeypatch, capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    with pytest.raises(ConfigError, match=said):
+        attention_name(VARLEN, "bfloat16", CUDA, True, MODEL)
+    assert attention_name("auto", "bfloat16", CUDA, True, MODEL) == "sdpa"
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "sft" / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_stage_with_varlen_has_the_losses_of_sdpa(workspace, tmp_path, monkeypatch):
+    """The CPU stands in for a GPU; a whole stage loads, packs, trains and records, and a padded run says the same."""
+    calls = varlen_standin.install(monkeypatch)
+    monkeypatch.setattr("vlsi_fast.acceleration.varlen_problem", lambda dtype, device, config: None)
+    for name, attention, padding_free in (("padded", "sdpa", False), ("varlen", VARLEN, "auto")):
+        tree = runs.settings(workspace, tmp_path / name, max_steps=2) | {"sft": {"start_from": "base"}}
+        tree["student"]["attn_implementation"], tree["data"]["padding_free"] = attention, padding_free
+        config = load_config(runs.write_config(tree, tmp_path / f"{name}.yaml"))
+        summary = STAGE_CLASSES["sft"](config).run()["summary"]
+        assert summary["attention"] == {"student": attention}
+        assert summary["padding_free"] == {"student": padding_free == "auto"} and bool(calls) == (attention == VARLEN)
+    assert losses(tmp_path / "varlen") == pytest.approx(losses(tmp_path / "padded"), rel=1e-5)
+    assert len(losses(tmp_path / "varlen")) == 2
 
 
 def test_the_choice_reaches_the_model_and_the_record_and_is_no_part_of_the_run(workspace, tmp_path, monkeypatch):

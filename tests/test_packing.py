@@ -1,94 +1,21 @@
 """Rows without padding: the same losses and gradients as with it, in every family, by every way to run."""
 
-from functools import cache
-
 import pytest
 import tiny_families as families
 import torch
-from PIL import Image
+import varlen_standin
+from packed_rows import NAMES, ROWS, TEXT, batches, compare, encoded, processor, spoken
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from vlsi_fast.acceleration import use_packing
-from vlsi_fast.backbones import FAMILIES, family_of
+from vlsi_fast.attention import VARLEN, set_varlen
+from vlsi_fast.backbones import family_of
 from vlsi_fast.config import ConfigError
-from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import Collator
-from vlsi_fast.data.encoding import encode
-from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.packing import Packer
-from vlsi_fast.hidden_states import VerbalizedBackbone
 from vlsi_fast.stages.batches import StageCollator
-from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
-
-NAMES = sorted(FAMILIES)
-CONFIG = DataConfig(train=[{"reader": "easy_vqa"}])
-ROWS = [  # question, images, answer: of different lengths, several images, none
-    ("What shape is in the image?", [(64, 20)], "a red circle"),
-    ("yes or no?", [], "no"),
-    ("Which of the two?", [(20, 64), (48, 40)], "yes, a blue rectangle"),
-    ("Is it red?", [(40, 40)], "yes"),
-]
-TEXT = [ROWS[1], ("Is there a triangle in it?", [], "yes yes, no")]
-
-
-@cache
-def processor(name):
-    return families.make_processor(name)
-
-
-def picture(size):
-    return Image.effect_noise(size, 90).convert("RGB")
-
-
-def encoded(name, rows):
-    made = []
-    for question, images, answer in rows:
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-        turns = [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ]
-        made.append(encode(Sample("row", turns, images), processor(name), CONFIG, picture))
-    return made
-
-
-def batches(name, rows, always_image=False):
-    """The same rows padded and packed."""
-    made = [{"id": str(i), "skipped": [], "student": row} for i, row in enumerate(encoded(name, rows))]
-    config = families.make_model(name, tokenizer=processor(name).tokenizer).config
-    for packers in ({}, {"student": Packer(config)}):
-        collator = Collator({"student": processor(name)}, always_image, packers)
-        yield StageCollator(collator, ("student",))(made)
-
-
-def spoken(name, batch, architecture, **options):
-    """What the model says at the answers, and gradients of the sum of what it says, weighted."""
-    model = families.make_model(name, tokenizer=processor(name).tokenizer)
-    model.set_attn_implementation(options.get("attention", "sdpa"))
-    layers = [1, 2, 3]
-    spec = VerbalizerSpec(
-        architecture, tuple(layers), 32, 64, 1e-6, model_type=name, backbone_config=model.config.to_dict()
-    )
-    torch.manual_seed(0)
-    verbalizers = Verbalizers(spec, "torch")
-    backbone = VerbalizedBackbone(model, layers, verbalizers, train_backbone=True).train()
-    if options.get("checkpointing"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    out, last = backbone(batch["batch"]["student"]["inputs"], batch["batch"]["student"]["index"])
-    weight = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
-    ((out * weight).sum() + (last * weight[0]).sum()).backward()
-    return out, last, {n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}
-
-
-def compare(one, other):
-    """Both orders of summation are float32's."""
-    for a, b in zip(one[:2], other[:2]):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
-    assert one[2].keys() == other[2].keys()
-    scale = max(g.abs().max() for g in one[2].values())
-    for name, gradient in one[2].items():
-        torch.testing.assert_close(gradient, other[2][name], rtol=1e-4, atol=2e-6 * float(scale), msg=name)
 
 
 @pytest.mark.parametrize("architecture", ["verb_ffn", "decoder"])
@@ -181,11 +108,91 @@ def test_row_bounds_reach_the_language_models_attention_alone(name):
     assert len(calls) == 4 + 3, "four layers of the backbone and three verbalizers"
 
 
+# ---- torch's own varlen_attn; the CPU has none, so a stand-in of each signature ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("standin, kv_heads", zip(varlen_standin.SIGNATURES.values(), (2, 1, 1)))
+def test_varlen_is_sdpa(monkeypatch, name, standin, kv_heads):
+    """Language model, decoder verbalizers and the trained vision tower; rows of several images of different sizes."""
+    calls = varlen_standin.install(monkeypatch, standin)
+    padded, packed = batches(name, ROWS)
+    stock = spoken(name, padded, "decoder", kv_heads=kv_heads)
+    assert not calls
+    compare(stock, spoken(name, packed, "decoder", attention=VARLEN, kv_heads=kv_heads))
+    causal = [call for call in calls if call.causal]
+    assert len(causal) == 4 + 3 and len(calls) - len(causal) == 2, "one a layer: language, verbalizers; vision"
+    lengths = packed["batch"]["student"]["inputs"]["packed"]["cu_seq_lens_q"].diff()
+    assert all(torch.equal(call.lengths, lengths) and call.longest == lengths.max() for call in causal)
+    images = [call.lengths.tolist() for call in calls if not call.causal]
+    assert all(len(lengths) >= 4 for lengths in images), "four images, and windows or tiles of them"
+    assert name == "llava_onevision" or any(len(set(lengths)) > 1 for lengths in images)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_varlen_under_gradient_checkpointing(monkeypatch, name):
+    calls = varlen_standin.install(monkeypatch)
+    _, packed = batches(name, ROWS)
+    once = spoken(name, packed, "decoder", attention=VARLEN)
+    count = len(calls)
+    again = spoken(name, packed, "decoder", attention=VARLEN, checkpointing=True)
+    assert len(calls) > 2 * count, "layers ran again"
+    compare(once, again)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_varlen_takes_no_padding(monkeypatch, name):
+    varlen_standin.install(monkeypatch)
+    padded, _ = batches(name, ROWS)
+    with pytest.raises(ValueError, match="was given padded ones or a cache: set data.padding_free to auto"):
+        spoken(name, padded, "verb_ffn", attention=VARLEN)
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of torch's own operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.forward += func is torch.ops.torch_attn._varlen_attn.default
+        self.backward += func is torch.ops.torch_attn._varlen_attn_backward.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_layer_waits_for_the_device(name):
+    """On the meta device, where there are no values to wait for, by torch's own operator, forward and backward."""
+    model = families.make_model(name, kv_heads=1).to(torch.bfloat16).to("meta")
+    set_varlen(model)
+    hidden = torch.empty(1, 20, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    bounds = torch.empty(4, dtype=torch.int32, device="meta")
+    positions = torch.empty((1, 20) if name == "llava_onevision" else (4, 1, 20), dtype=torch.long, device="meta")
+    keywords = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 9, "max_length_k": 9}
+    with Calls() as calls:
+        out = model.get_decoder()(inputs_embeds=hidden, position_ids=positions, use_cache=False, **keywords)
+        assert out.last_hidden_state.shape == (1, 20, 32) and (calls.forward, calls.backward) == (4, 0)
+        out.last_hidden_state.sum().backward()
+        assert calls.backward == 4
+    if name == "llava_onevision":
+        return
+    patches = torch.empty(20, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    angles = torch.empty(20, 8, dtype=torch.bfloat16, device="meta")
+    with Calls() as calls:
+        for block in model.model.visual.blocks:
+            out = block(patches, cu_seqlens=bounds, max_seqlen=9, position_embeddings=(angles, angles))
+        assert calls.forward == 2
+        out.sum().backward()
+        assert calls.backward == 1
+
+
 # ---- which runs pack ----
 
 
 def test_auto_packs_for_flash_attention_alone():
-    for name, packed in {"flash_attention_2": True, "flash_attention_3": True, "sdpa": False, "eager": False}.items():
+    flash = dict.fromkeys(("flash_attention_2", "flash_attention_3", VARLEN), True)
+    for name, packed in (flash | {"sdpa": False, "eager": False}).items():
         assert use_packing("auto", name) is packed
         assert use_packing(True, name) and not use_packing(False, name)
     with pytest.raises(ConfigError, match="paged.* is not known to keep packed rows apart: set attn_implementation"):

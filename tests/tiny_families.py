@@ -43,7 +43,7 @@ def make_processor(model_type: str, kind: str = "tiny"):
     return build_processor(name, tiny.make_tokenizer(kind), image, tiny.CHAT_TEMPLATE)
 
 
-def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer):
+def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer, kv_heads: int | None = None):
     token_id = tokenizer.convert_tokens_to_ids
     heads, half = 2, hidden // 4
     text = {
@@ -52,7 +52,7 @@ def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer):
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads,
+        "num_key_value_heads": kv_heads or heads,
         "max_position_embeddings": 2048,
         "initializer_range": hidden**-0.5,
         "bos_token_id": token_id("<|endoftext|>"),
@@ -96,9 +96,18 @@ def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer):
     )
 
 
-def make_model(model_type: str, hidden: int = 32, layers: int = 4, tied: bool = False, seed: int = 0, tokenizer=None):
-    """A stock model in fp32, reproducible from the seed, with the ids of `tokenizer` (default: the tiny one)."""
-    config = _config(model_type, hidden, layers, tied, tokenizer or make_processor(model_type).tokenizer)
+def make_model(
+    model_type: str,
+    hidden: int = 32,
+    layers: int = 4,
+    tied: bool = False,
+    seed: int = 0,
+    tokenizer=None,
+    kv_heads: int | None = None,
+):
+    """A stock model in fp32, reproducible from the seed, with the ids of `tokenizer` (default: the tiny one) and
+    `kv_heads` heads of keys and values (default: as many as of queries, two)."""
+    config = _config(model_type, hidden, layers, tied, tokenizer or make_processor(model_type).tokenizer, kv_heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return transformers.AutoModelForImageTextToText.from_config(config).eval()

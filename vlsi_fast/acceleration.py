@@ -56,7 +56,7 @@ def use_packing(asked: bool | Literal["auto"], attention: str) -> bool:
     """Whether a model's rows are packed without padding.
 
     Args:
-        asked: `data.padding_free` of the config; "auto": where flash-attention runs, torch's own (flash_varlen) as well,
+        asked: `data.padding_free` of the config; "auto": where flash-attention runs (torch's own, flash_varlen, too),
             which skips what lies between the rows. Others make a mask of all positions of the micro-batch squared.
         attention: of the model, by its transformers name.
 

@@ -2,7 +2,7 @@
 
     out[i] = sum_j softmax_j(scale q[i] . k[j]) v[j]     j over the tokens of i's row; causal: j <= i
 
-    S  tokens of all rows, end to end     N  rows     H, H_kv  heads of queries, of keys and values     D  width of a head
+    S  tokens of all rows, end to end    N  rows    H, H_kv  heads of queries, of keys and values    D  width of a head
 
 `torch.nn.attention.varlen.varlen_attn` (torch 2.10 on, CUDA, half precision) takes the rows' bounds instead of a mask.
 transformers' models reach it as `attn_implementation` `flash_varlen`: their language models with the bounds of packed
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 
 VARLEN = "flash_varlen"
-"""Its transformers name. With "flash" in it, transformers' vision towers give it all images in one call with their
-bounds (`is_flash_attention_requested`); other attention they call image by image, by lengths that the host waits for."""
+"""Its transformers name. With "flash" in it, transformers' vision towers give it all images in one call, with their
+bounds (`is_flash_attention_requested`). Other attention they call image by image; the host waits for the lengths."""
 
 
 def reference_varlen(

@@ -229,8 +229,8 @@ class RunConfig(Section):
     """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed and agrees with
     plain PyTorch (see preflight), else torch."""
     liger: Literal["auto", True, False] = "auto"
-    """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed and agrees with the
-    stock modules (see preflight)."""
+    """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed and agrees with
+    plain PyTorch (see preflight)."""
     stages: list[StageName] = list(STAGES)
     """What --stage all runs, in this order; plan and check look at these. [verbalize, interact] where sft on few labels
     costs points; [interact, sft] where interact.intermediate is none, or verbalizers are trained already."""

@@ -6,7 +6,6 @@ vocabulary has two tiles or chunks, and rows behind `vocab_size` that hold NaN, 
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 

@@ -14,8 +14,8 @@ from vlsi_kernels._common import exact_matmul
 from ..errors import UserError
 
 BARS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest error (`error_of`) of a tensor that counts as agreement, by its dtype: three times and more what the parts have
-on a CPU and in Triton's interpreter (tests/test_kernels_probes.py holds them to half). A wrong kernel is off by 1."""
+"""Largest error (`error_of`) of a tensor that counts as agreement, by its dtype: three times and more what the parts
+have on a CPU and in Triton's interpreter (tests/test_kernels_probes.py holds them to half). Wrong kernels are off by 1."""
 
 Inputs = dict[str, Tensor]
 Outputs = Tensor | tuple[Tensor, ...]
@@ -148,7 +148,7 @@ def _require_device(probe: Probe, device: torch.device, error: Exception) -> Non
         torch.cuda.synchronize(device)
     except Exception:
         raise DeviceLostError(
-            f"{probe.name} ({probe.dtype}) has crashed on {torch.cuda.get_device_name(device)}, and this process can "
-            f"use the device no longer ({str(error).strip().partition(chr(10))[0]}): set {probe.option}, by which the run "
-            f"has chosen {probe.chosen}, to another value and start again (preflight: false goes past this)"
+            f"{probe.name} ({probe.dtype}) has crashed on {torch.cuda.get_device_name(device)}, and this process can use "
+            f"the device no longer ({str(error).strip().partition(chr(10))[0]}): set {probe.option}, by which the run has "
+            f"chosen {probe.chosen}, to another value and start again (preflight: false goes past this)"
         ) from error

@@ -299,9 +299,9 @@ class Stage:
         return name == "student" or self.teacher_mode in ("zero3", "replicated")
 
     def _attention(self, name: str) -> str:
-        role, packed = self.roles[name], self.config.data.padding_free
+        role, padding_free = self.roles[name], self.config.data.padding_free
         return attention_name(
-            role.settings.attn_implementation, self.config.dtype, self.args.device, packed, role.config
+            role.settings.attn_implementation, self.config.dtype, self.args.device, padding_free, role.config
         )
 
     def _packed(self, name: str) -> bool:
