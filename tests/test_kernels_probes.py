@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+import varlen_standin
 from kernels_util import randn
 from liger_util import liger_kernels
 
@@ -94,19 +95,16 @@ def test_torchs_attention_over_packed_rows(dtype):
     assert_agreement(of_attention(attention.VARLEN, dtype))
 
 
-def stand_in(wrong=lambda bounds: bounds):
-    """`varlen_attn` for the CPU; `wrong` changes the rows' bounds."""
-
-    def varlen_attn(query, key, value, ends, key_ends, longest, longest_key, *, scale, window_size=(-1, -1)):
-        return attention.reference_varlen(query, key, value, wrong(ends), window_size == (-1, 0), scale)
-
-    return varlen_attn
-
-
+@pytest.mark.skipif(CUDA, reason="the stand-in is for the CPU")
 def test_packed_rows_are_kept_apart_by_the_bounds_that_the_probe_gives(monkeypatch):
-    monkeypatch.setattr(attention.varlen, "varlen_attn", stand_in())
+    varlen_standin.install(monkeypatch)
     assert_agreement(of_attention(attention.VARLEN, F32))
-    monkeypatch.setattr(attention.varlen, "varlen_attn", stand_in(lambda bounds: bounds[[0, -1]]))
+
+    def all_one_row(query, key, value, ends, key_ends, longest, longest_key, **options):
+        ends, longest = ends[[0, -1]], len(query)
+        return varlen_standin.SIGNATURES["2.12"](query, key, value, ends, ends, longest, longest, **options)
+
+    varlen_standin.install(monkeypatch, all_one_row)
     assert not any(outcome.agrees for outcome in compare(of_attention(attention.VARLEN, F32), DEVICE))
 
 

@@ -14,7 +14,7 @@ from vlsi_kernels.layer_kl import reference_layer_kl
 from vlsi_kernels.linear_cross_entropy import reference_linear_cross_entropy
 from vlsi_kernels.linear_divergence import reference_linear_divergence
 
-from .probe import Inputs, Probe
+from .probe import GATED_SLACK, Inputs, Probe
 
 TOKENS, MANY_TOKENS = 33, 1259
 """The second is enough for verb_ffn's large tiles."""
@@ -108,7 +108,8 @@ def feed_forward(width: int, inner: int, out: int, dtype, impl: str, tokens: int
         return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
     name = f"verb_ffn, width {width}, {tokens} tokens"
-    return Probe(name, "impl", impl, dtype, inputs, fast, plain, ("x", "gate", "up", "down"))
+    learns = ("x", "gate", "up", "down")
+    return Probe(name, "impl", impl, dtype, inputs, fast, plain, learns, slack=GATED_SLACK)
 
 
 def _normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:

@@ -15,7 +15,11 @@ from ..errors import UserError
 
 BARS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error (`error_of`) of a tensor that counts as agreement, by its dtype: three times and more what the parts
-have on a CPU and in Triton's interpreter (tests/test_kernels_probes.py holds them to half). Wrong kernels are off by 1."""
+have on a CPU and in Triton's interpreter (tests/test_kernels_probes.py holds them to half). A wrong one is off by 1."""
+
+GATED_SLACK = ATTENTION_SLACK = 3.0
+"""`Probe.slack` of parts that round between their products, gated networks and attention: in bfloat16 plain PyTorch has
+up to 3e-2 there, in the gradients."""
 
 Inputs = dict[str, Tensor]
 Outputs = Tensor | tuple[Tensor, ...]
@@ -100,8 +104,7 @@ def _compare(probe: Probe, device: torch.device) -> Outcome:
             found = _errors(probe, device)
     except Exception as error:
         _require_device(probe, device, error)
-        first = str(error).strip().partition("\n")[0]
-        return Outcome(*facts, False, message=f"{type(error).__name__}: {first}")
+        return Outcome(*facts, False, message=f"{type(error).__name__}: {_first_line(error)}")
     wrong = [f"{name} is off by {error:.1e}, the bar is {bar:.0e}" for name, error, bar in found if not error <= bar]
     wrong = [text.replace("off by inf", "not finite") for text in wrong]
     outputs, gradients = (
@@ -148,7 +151,11 @@ def _require_device(probe: Probe, device: torch.device, error: Exception) -> Non
         torch.cuda.synchronize(device)
     except Exception:
         raise DeviceLostError(
-            f"{probe.name} ({probe.dtype}) has crashed on {torch.cuda.get_device_name(device)}, and this process can use "
-            f"the device no longer ({str(error).strip().partition(chr(10))[0]}): set {probe.option}, by which the run has "
-            f"chosen {probe.chosen}, to another value and start again (preflight: false goes past this)"
+            f"{probe.name} ({probe.dtype}) has crashed on {torch.cuda.get_device_name(device)}, and this process can "
+            f"use the device no longer ({_first_line(error)}): set {probe.option}, by which the run has chosen "
+            f"{probe.chosen}, to another value and start again (preflight: false goes past this)"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
