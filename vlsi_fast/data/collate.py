@@ -27,7 +27,7 @@ class Collator:
     """
 
     def __init__(self, processors: dict, always_image: bool = False, packers: dict[str, Packer] | None = None):
-        self.packers = packers or {}
+        self._packers = packers or {}
         self._blank = {role: blank_image(p) for role, p in processors.items()} if always_image else {}
         self._pad_ids = {}
         self._vision_names = {}
@@ -59,15 +59,15 @@ class Collator:
         joined: dict[tuple[int, ...], torch.Tensor] = {}  # vision tensors by the identities of their rows' tensors
         parts = {role: [row[role] for row in rows] for role in roles}
         batch["tokens"] = {role: sum(row["input_ids"].shape[1] for row in parts[role]) for role in roles}
-        alike = len({role in self.packers for role in roles}) == 1
+        alike = len({role in self._packers for role in roles}) == 1
         for role in roles:
             full = self._with_image(parts[role], role)
             if role != roles[0] and alike and all(a is b for a, b in zip(parts[roles[0]], parts[role])):
                 batch[role] = dict(batch[roles[0]])
             else:
                 batch[role] = self._join(full, role, joined)
-            if role in self.packers:
-                batch[role]["position_ids"] = self.packers[role].position_ids(full)
+            if role in self._packers:
+                batch[role]["position_ids"] = self._packers[role].position_ids(full)
         return batch
 
     def _with_image(self, rows: list[dict[str, torch.Tensor]], role: str) -> list[dict[str, torch.Tensor]]:
@@ -76,7 +76,7 @@ class Collator:
         if role not in self._blank or any(name in row for row in rows for name in vision):
             return rows
         blank = self._blank[role]
-        if role in self.packers:
+        if role in self._packers:
             return [*rows, blank | {"labels": torch.full_like(blank["input_ids"], IGNORED)}]
         return [_append_masked(rows[0], blank, vision), *rows[1:]]
 
@@ -92,22 +92,38 @@ class Collator:
                 if key not in joined:
                     joined[key] = join_vision(parts)
                 batch[name] = joined[key]
-            elif role not in self.packers:
+            elif role not in self._packers:
                 batch[name] = _pad([_per_token(row, name) for row in rows], padding.get(name, 0))
             elif name != "attention_mask":
                 batch[name] = torch.cat([_per_token(row, name) for row in rows])[None]
-        if role in self.packers:
+        if role in self._packers:
             batch["packed"] = row_bounds(rows)
             # no row predicts the first token of the next
             batch["labels"][0, batch["packed"]["cu_seq_lens_q"][:-1].long()] = IGNORED
         return batch
 
 
+BLANK_SIZES = ((32, 32), (384, 16))
+"""Width and height of white images, pixels. The flat one has fewer tokens where tiles of an image are cut to its shape
+(LLaVA-OneVision)."""
+
+
 def blank_image(processor) -> dict[str, torch.Tensor]:
-    """A processor's tensors for one small white image and nothing else."""
+    """A processor's tensors for one white image and nothing else: of `BLANK_SIZES`, the one with the fewest tokens.
+
+    The run's lower bound on pixels does not hold for it: enlarged to that, nothing would cost hundreds of tokens.
+    """
     turns = [{"role": "user", "content": [{"type": "image"}]}]
     text = processor.apply_chat_template(turns, tokenize=False)
-    return dict(processor(text=[text], images=[Image.new("RGB", (32, 32), "white")], return_tensors="pt"))
+    images = (Image.new("RGB", shape, "white") for shape in BLANK_SIZES)
+    bounds = processor.image_processor.size
+    try:
+        if bounds and {"shortest_edge", "longest_edge"} <= dict(bounds).keys():
+            processor.image_processor.size = {**dict(bounds), "shortest_edge": 1}
+        rows = [dict(processor(text=[text], images=[image], return_tensors="pt")) for image in images]
+    finally:
+        processor.image_processor.size = bounds
+    return min(rows, key=lambda row: row["input_ids"].shape[1])
 
 
 def _append_masked(row: dict[str, torch.Tensor], blank: dict[str, torch.Tensor], vision: set[str]) -> dict:

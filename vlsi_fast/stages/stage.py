@@ -200,7 +200,10 @@ class Stage:
             checkpoint = checkpoint_to_resume(self.folder, found) if found is not None else None
             if self.config.preflight:
                 require_ready(self.config, self.name, self.roles, world_size())
-                record |= self._self_test(collator)
+                tested = self._self_test()
+                if tested is not None:
+                    record["self_test"] = tested
+                    collator = self._collator() if tested["switched_off"] else collator
             barrier()  # every rank has looked before rank 0 writes
             if rank() == 0:
                 drop_newer(self.folder, checkpoint)
@@ -264,19 +267,21 @@ class Stage:
             self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
         self.check_predecessors()
         dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data)
-        return dataset, Collator(processors, always_image=world_size() > 1, packers=self._packers())
+        return dataset, self._collator()
 
-    def _packers(self) -> dict[str, Packer]:
-        return {name: Packer(role.config) for name, role in self.roles.items() if self._packed(name)}
+    def _collator(self) -> Collator:
+        processors = {name: role.processor for name, role in self.roles.items()}
+        packers = {name: Packer(role.config) for name, role in self.roles.items() if self._packed(name)}
+        return Collator(processors, always_image=world_size() > 1, packers=packers)
 
-    def _self_test(self, collator: Collator) -> dict[str, Any]:
+    def _self_test(self) -> dict[str, Any] | None:
         """Compare the fast parts that the stage will use with plain PyTorch, and go on without those that disagree.
 
         Returns:
-            What the record keeps of it; nothing on the CPU, where no part needs it.
+            What the record keeps of it; None on the CPU, where no part needs it.
         """
         if not self_test.is_needed(self.args.device):
-            return {}
+            return None
         liger = use_liger(self.config.liger, self.args.device)
         probes = of_run.probes_of(
             self.config,
@@ -290,9 +295,7 @@ class Stage:
         self.config, found = self_test.start(self.config, probes, self.args.device)
         for name, role in self.roles.items():
             role.run, role.settings = self.config, getattr(self.config, name)
-        if found["switched_off"]:
-            collator.packers = self._packers()
-        return {"self_test": found}
+        return found
 
     def _runs_as_it_is(self, name: str) -> bool:
         """Whether a role's modules keep their own forwards; what offloads or quantises replaces them."""
