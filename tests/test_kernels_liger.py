@@ -5,6 +5,8 @@ On CUDA where there is one, else in Triton's interpreter, which has no bfloat16 
 """
 
 import copy
+import importlib
+from collections import Counter
 
 import pytest
 import torch
@@ -62,26 +64,48 @@ def run(model, dtype):
     return hidden.detach() * mask[..., None], grads
 
 
-def pair(family, trained):
-    """The stock model and the same with liger-kernel in it."""
-    stock = language_model(family)
-    fast = copy.deepcopy(stock)
-    apply_liger(fast, required=True)
-    for model in (stock, fast):
-        if trained == "lora":
-            with_lora(model, family)
-        else:
-            model.get_decoder().requires_grad_(True)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return stock, fast
+def trainable(family, trained, with_liger=False):
+    """The model, made ready as a stage makes it."""
+    model = language_model(family)
+    if with_liger:
+        apply_liger(model, required=True)
+    if trained == "lora":
+        with_lora(model, family)
+    else:
+        model.get_decoder().requires_grad_(True)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How often each of liger-kernel's forwards ran."""
+    counts = Counter()
+    for name in ("rms_norm", "swiglu", "rope"):
+        module = importlib.import_module(f"liger_kernel.ops.{name}")
+        forward = getattr(module, f"{name}_forward")
+
+        def counted(*arguments, name=name, forward=forward, **options):
+            counts[name] += 1
+            return forward(*arguments, **options)
+
+        monkeypatch.setattr(module, f"{name}_forward", counted)
+    return counts
+
+
+# The stock model runs before liger-kernel is applied: its rotary embeddings are for the whole process.
 
 
 @pytest.mark.parametrize(
     "family, trained", [*((family, "all") for family in FAMILIES), ("llava_onevision", "lora"), ("qwen3_vl", "lora")]
 )
-def test_hidden_states_and_gradients_are_the_stock_modules(family, trained):
-    stock, fast = pair(family, trained)
-    (hidden, grads), (truth, truths) = run(fast, torch.float32), run(stock, torch.float32)
+def test_hidden_states_and_gradients_are_the_stock_modules(family, trained, ran):
+    truth, truths = run(trainable(family, trained), torch.float32)
+    assert not ran
+    hidden, grads = run(trainable(family, trained, with_liger=True), torch.float32)
+    norms = 5 + 4 * (family == "qwen3_vl")  # two a layer and the last; and those of queries and keys
+    twice = {"rms_norm": 2 * norms - 1, "swiglu": 4} | ({"rope": 4} if family == "llava_onevision" else {})
+    assert ran == twice  # in the layers again for the backward
     assert grads.keys() == truths.keys() and len(grads) > (20 if trained == "all" else 25)
     assert relative_error(hidden, truth) < 2e-6
     for name, grad in grads.items():
@@ -91,10 +115,10 @@ def test_hidden_states_and_gradients_are_the_stock_modules(family, trained):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_half_precision_it_errs_no_more_than_the_stock_modules(family):
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
-    stock, fast = pair(family, "all")
-    (hidden, grads), (plain, plains) = run(copy.deepcopy(fast), dtype), run(copy.deepcopy(stock), dtype)
-    halved = stock.to(dtype).double()  # of the weights as they were rounded
-    truth, truths = run(halved, torch.float64)
+    stock = trainable(family, "all").to(dtype)
+    truth, truths = run(copy.deepcopy(stock).double(), torch.float64)  # of the weights as they were rounded
+    plain, plains = run(stock, dtype)
+    hidden, grads = run(trainable(family, "all", with_liger=True), dtype)
     assert relative_error(hidden, truth) < 2 * relative_error(plain, truth)
     for name, grad in grads.items():
         assert relative_error(grad, truths[name]) < 2 * relative_error(plains[name], truths[name]) + 1e-4, name

@@ -41,6 +41,8 @@ def wrong(option, chosen, by=1.0):
 @pytest.fixture
 def on_cuda(monkeypatch):
     """Stages compare as they do on CUDA; returns a list: further probes of the stage."""
+    if torch.cuda.is_available():
+        pytest.skip("the CPU stands in for CUDA")
     more, probes_of = [], of_run.probes_of
     monkeypatch.setattr(start, "is_needed", lambda device: True)
     monkeypatch.setattr(of_run, "probes_of", lambda *a, **options: [*probes_of(*a, **options), *more])
@@ -62,7 +64,7 @@ def test_the_record_tells_what_was_compared(workspace, tmp_path, on_cuda, capsys
 
 
 def test_a_run_on_the_cpu_or_without_preflight_compares_nothing(workspace, tmp_path, on_cuda, monkeypatch):
-    on_cuda.append(wrong("impl", "torch"))
+    on_cuda.append(wrong("impl", "torch"))  # would be refused
     record = STAGE_CLASSES["sft"](config_of(workspace, tmp_path / "past", preflight=False)).run()
     assert "self_test" not in record
     monkeypatch.undo()
@@ -122,6 +124,17 @@ def test_attention_that_disagrees_becomes_sdpa_and_rows_are_padded_again(workspa
     assert record["summary"]["padding_free"] == {"student": False}
     (step,) = runs.metrics(tmp_path / "run", "sft")
     assert step["padding_share"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stage_on_cuda_finds_nothing_wrong(workspace, tmp_path, dtype):
+    for name in ("verbalize", "interact"):
+        record = STAGE_CLASSES[name](config_of(workspace, tmp_path / "run", dtype=dtype)).run()
+        found = record["self_test"]
+        assert found["device"] == torch.cuda.get_device_name() and found["switched_off"] == {}
+        assert all(probe["agrees"] for probe in found["probes"]) and found["seconds"] < 120
+        assert {p["chosen"] for p in found["probes"] if p["option"] == "impl"} == {"triton"}
 
 
 # ---- the decision ----
