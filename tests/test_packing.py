@@ -177,14 +177,17 @@ def test_no_layer_waits_for_the_device(name):
         assert calls.backward == 4
     if name == "llava_onevision":
         return
-    patches = torch.empty(20, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    angles = torch.empty(20, 8, dtype=torch.bfloat16, device="meta")
+    _, packed = batches(name, ROWS)
+    inputs = packed["batch"]["student"]["inputs"]
+    patches = inputs["pixel_values"].bfloat16().to("meta").requires_grad_()
+    made = {key: value for key, value in inputs.items() if key.startswith("image_")}
+    made = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in made.items()}
     with Calls() as calls:
-        for block in model.model.visual.blocks:
-            out = block(patches, cu_seqlens=bounds, max_seqlen=9, position_embeddings=(angles, angles))
-        assert calls.forward == 2
-        out.sum().backward()
-        assert calls.backward == 1
+        grid = made.pop("image_grid_thw")
+        seen = model.model.visual(patches, grid, **{key.removeprefix("image_"): made[key] for key in made})
+        assert calls.forward == 2, "one call a layer for all images"
+        seen.pooler_output.sum().backward()
+        assert calls.backward == 2
 
 
 # ---- which runs pack ----

@@ -54,8 +54,9 @@ class BackboneConfig(Section):
     verbalizers: str | None = None
     """Folder of trained verbalizers of this model. null: those of this run's own verbalize stage."""
     attn_implementation: str = "auto"
-    """Attention of the backbone, by its transformers name: sdpa, eager, flash_attention_2. auto: flash_attention_2
-    where flash-attn is installed, the stage runs on CUDA and dtype is not float32, else sdpa."""
+    """Attention of the backbone: flash_varlen (torch's own flash-attention over packed rows, data.padding_free) or a
+    transformers name (sdpa, eager, flash_attention_2, flash_attention_3). auto: on CUDA, unless dtype is float32, the
+    first that runs of flash_attention_3 (on Hopper), flash_attention_2, flash_varlen; else sdpa."""
     min_pixels: int | None = Field(None, ge=1)
     """data.min_pixels for this model alone, where the two models' processors differ; default: the processor's own."""
     max_pixels: int | None = Field(None, ge=1)

@@ -50,7 +50,8 @@ class Collator:
             hold the same tensors; where they share vision tensors alone, the same vision tensors.
 
             A packed role has the same with per-token tensors [1, S], S all rows' tokens and a blank image's, and
-            instead of `attention_mask` has `position_ids` (`Packer`) and `packed` (`row_bounds`).
+            instead of `attention_mask` has `position_ids` and what follows from image sizes (`Packer`), and `packed`
+            (`row_bounds`).
         """
         batch = {"ids": [row["id"] for row in rows], "skipped": [record for row in rows for record in row["skipped"]]}
         roles = [role for role in ROLES if role in self._pad_ids]
@@ -68,6 +69,8 @@ class Collator:
                 batch[role] = self._join(full, role, joined)
             if role in self._packers:
                 batch[role]["position_ids"] = self._packers[role].position_ids(full)
+                if "image_grid_thw" in batch[role]:
+                    batch[role] |= self._packers[role].image_inputs(batch[role]["image_grid_thw"])
         return batch
 
     def _with_image(self, rows: list[dict[str, torch.Tensor]], role: str) -> list[dict[str, torch.Tensor]]:
