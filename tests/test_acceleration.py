@@ -202,7 +202,7 @@ def test_liger_that_cannot_run_is_refused_before_weights_are_loaded(workspace, t
 
 
 def test_the_config_takes_auto_true_and_false_alone(workspace, tmp_path):
-    assert config_of(workspace, tmp_path / "run").liger is False
+    assert config_of(workspace, tmp_path / "run").liger == "auto"
     for text, value in (("true", True), ("false", False), ("auto", "auto")):
         path = runs.write_config(runs.settings(workspace, tmp_path / "run"), tmp_path / "config.yaml")
         assert load_config(path, ["--liger", text]).liger is value or value == "auto"

@@ -404,12 +404,12 @@ def test_suite_runs_every_step_and_tells_failures(tmp_path):
     root = BENCHMARKS.parent
     assert all(call.startswith(f"{root}:{root}/kernels") for call in calls)
     started = {path.stem for path in BENCHMARKS.glob("*.py") if any(f"/{path.name} " in call for call in calls)}
-    assert started == {"resources", *CASES, "profile_memory", "profile_throughput"}
-    assert "test_kernels_layer_kl.py" in calls[1] and len(calls) == 8
-    assert done.stdout.count("\nok ") == 7 and "FAILED   divergence" in done.stdout
+    assert started == {"resources", "self_test", *CASES, "profile_memory", "profile_throughput"}
+    assert "test_kernels_layer_kl.py" in calls[2] and len(calls) == 9
+    assert done.stdout.count("\nok ") == 8 and "FAILED   divergence" in done.stdout
     (tmp_path / "out" / "picture.png").write_text("x")
     subprocess.run([*suite, "--pack"], env=environment, capture_output=True, timeout=60)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["pack.tar.gz"]
     late = subprocess.run(suite, env=environment | {"LIMIT": "1"}, capture_output=True, text=True, timeout=60)
-    assert late.returncode == 1 and late.stdout.count("SKIPPED") == 8
+    assert late.returncode == 1 and late.stdout.count("SKIPPED") == 9
     assert subprocess.run([*suite, "--what"], env=environment, capture_output=True).returncode == 2

@@ -276,9 +276,11 @@ class RunConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of backbones and compute; trained weights keep a float32 master copy."""
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"
-    """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed, else torch."""
-    liger: Literal["auto", True, False] = False
-    """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed."""
+    """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed and agrees with
+    plain PyTorch (see preflight), else torch."""
+    liger: Literal["auto", True, False] = "auto"
+    """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed and agrees with
+    plain PyTorch (see preflight)."""
     stages: list[StageName] = list(STAGES)
     """What --stage all runs, in this order; plan and check look at these. [verbalize, interact] where sft on few labels
     costs points; [interact, sft] where interact.intermediate is none, or verbalizers are trained already."""
@@ -286,7 +288,9 @@ class RunConfig(Section):
     """Hours after which the run saves a checkpoint at the end of the step and ends with exit code 75, for --resume;
     null: no limit. SIGTERM does the same at once."""
     preflight: bool = True
-    """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more)."""
+    """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more). On CUDA
+    also compare operators, liger-kernel's modules and attention with plain PyTorch (`vlsi-fast check --device`): what
+    disagrees is switched off where its option is auto, and refused where it was asked for by name."""
     teacher: TeacherConfig
     """The large model."""
     student: BackboneConfig

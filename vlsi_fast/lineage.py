@@ -36,7 +36,8 @@ class LineageError(UserError, RuntimeError):
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     found = {"python": platform.python_version()}
-    for package in ("vlsi-fast", "torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "triton"):
+    packages = ("vlsi-fast", "torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "triton")
+    for package in (*packages, "liger-kernel", "flash-attn"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -55,6 +55,8 @@ from ..ranks.rescaling import require_same_batch, rows_per_step
 from ..ranks.sharding import barrier, gather_state, rank, unsharded, world_size
 from ..ranks.watch import watch
 from ..resuming import checkpoint_to_resume
+from ..self_test import of_run
+from ..self_test import start as self_test
 from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode, run_apart
 from ..terminal import say
@@ -202,6 +204,10 @@ class Stage:
             checkpoint = checkpoint_to_resume(self.folder, found) if found is not None else None
             if self.config.preflight:
                 require_ready(self.config, self.name, self.roles, world_size())
+                tested = self._self_test()
+                if tested is not None:
+                    record["self_test"] = tested
+                    collator = self._collator() if tested["switched_off"] else collator
             barrier()  # every rank has looked before rank 0 writes
             if rank() == 0:
                 drop_newer(self.folder, checkpoint)
@@ -284,8 +290,39 @@ class Stage:
         if self.config.stage_training(self.name).eval_steps is not None:
             rows = build_source(self.config.data.eval, "data.eval")
             self.eval_dataset = VlsiDataset(rows, processors, self.config.data)
+        return dataset, self._collator()
+
+    def _collator(self) -> Collator:
+        processors = {name: role.processor for name, role in self.roles.items()}
         packers = {name: Packer(role.config) for name, role in self.roles.items() if self._packed(name)}
-        return dataset, Collator(processors, always_image=world_size() > 1, packers=packers)
+        return Collator(processors, always_image=world_size() > 1, packers=packers)
+
+    def _self_test(self) -> dict[str, Any] | None:
+        """Compare the fast parts that the stage will use with plain PyTorch, and go on without those that disagree.
+
+        Returns:
+            What the record keeps of it; None on the CPU, where no part needs it.
+        """
+        if not self_test.is_needed(self.args.device):
+            return None
+        liger = use_liger(self.config.liger, self.args.device)
+        probes = of_run.probes_of(
+            self.config,
+            self.name,
+            {name: role.config for name, role in self.roles.items()},
+            device=self.args.device,
+            attention={name: self._attention(name) for name in self.roles},
+            liger=[name for name in self.roles if liger and self._runs_as_it_is(name)],
+            widened=self.args.deepspeed is None,
+        )
+        self.config, found = self_test.start(self.config, probes, self.args.device)
+        for name, role in self.roles.items():
+            role.run, role.settings = self.config, getattr(self.config, name)
+        return found
+
+    def _runs_as_it_is(self, name: str) -> bool:
+        """Whether a role's modules keep their own forwards; what offloads or quantises replaces them."""
+        return name == "student" or self.teacher_mode in ("zero3", "replicated")
 
     def _attention(self, name: str) -> str:
         role, padding_free = self.roles[name], self.config.data.padding_free
@@ -358,9 +395,7 @@ class Stage:
             model = load_teacher(role.folder, self.teacher_mode, *options, self.args)
         if isinstance(model, Held):
             self._releases.append(model.release)
-        # what offloads or quantises has replaced the forwards that liger-kernel would replace
-        plain = name == "student" or self.teacher_mode in ("zero3", "replicated")
-        if plain and use_liger(self.config.liger, self.args.device):
+        if self._runs_as_it_is(name) and use_liger(self.config.liger, self.args.device):
             stock = model.model if isinstance(model, Held) else model
             self.liger[name] = apply_liger(stock, required=self.config.liger is True)
         return model
