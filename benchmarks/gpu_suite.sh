@@ -6,17 +6,18 @@
 # Needs python3 with torch, triton, transformers, rich and pytest, nothing installed of this repository; peers (liger-kernel,
 # cut-cross-entropy) take part where they are installed. All steps run whatever fails; the exit status tells. --trace adds
 # torch-profiler traces of training steps and, where ncu is on the PATH, Nsight Compute on one operator. --pack leaves the
-# seven JSON files and pack.tar.gz with all else.
+# eight JSON files and pack.tar.gz with all else.
 #
-# Estimates on an H200, seconds (limit): resources 40 (90), tests 60 (120), layer KL 150 (200), cross-entropy 90 (120),
-# divergence 50 (80), verb-FFN 25 (60), memory 40 (60), throughput 50 (80): some 505. The whole suite stops at LIMIT
-# seconds (540): a step gets at most what is left of it, and those that find nothing left are told as skipped.
+# Estimates on an H200, seconds (limit): resources 40 (90), self-test 20 (60), tests 75 (120), layer KL 150 (200),
+# cross-entropy 90 (120), divergence 50 (80), verb-FFN 25 (60), memory 40 (60), throughput 50 (80): some 540. The whole
+# suite stops at LIMIT seconds (580): a step gets at most what is left of it, and those that find nothing left are told as
+# skipped.
 # Where the checkout has no .git, BENCH_COMMIT in the environment names the commit in the results.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 OUT=${OUT:-$ROOT/benchmarks/results}
-LIMIT=${LIMIT:-540}
+LIMIT=${LIMIT:-580}
 PYTHON=${PYTHON:-python3}
 TRACE="" PACK=""
 for argument in "$@"; do
@@ -58,6 +59,7 @@ step() {
 B=benchmarks
 # first: the tests compile the same kernels and find them in Triton's cache
 step "resources" 90 "$PYTHON" $B/resources.py --json "$OUT/resources.json"
+step "self-test" 60 "$PYTHON" $B/self_test.py --json "$OUT/self_test.json"
 step "kernel tests" 120 "$PYTHON" -m pytest tests/test_kernels_*.py -q --maxfail=20 -p no:cacheprovider
 step "layer KL" 200 "$PYTHON" $B/bench_layer_kl.py --out "$OUT"
 step "cross-entropy" 120 "$PYTHON" $B/bench_verbalize_ce.py --out "$OUT"

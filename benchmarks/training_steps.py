@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from shapes import Backbone, Vision
 from torch import Tensor, nn
 
 from vlsi_fast.backbones import family_of
-from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
+from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions, checkpoint_activations
 from vlsi_fast.losses import AnswerLoss, OperatorOptions, PairwiseKL, pick
 from vlsi_fast.matching import draw_generator, match_layers
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
@@ -304,7 +303,7 @@ class InteractStep(Step):
         super().__init__(*arguments)
         model = self.model("student")
         trained = add_lora(model)
-        checkpoint(model)
+        checkpoint_activations(model)
         self.student = speak(model, self.setting.student, True, True)
         self.teacher = speak(self.model("teacher"), self.setting.teacher, False, True)
         for backbone in (self.student, self.teacher):
@@ -334,7 +333,7 @@ class SftStep(Step):
         (tower,) = family_of(model.config).vision(model)
         frozen = {id(p) for p in tower.parameters()}
         trained = [p for p in model.parameters() if id(p) not in frozen]
-        checkpoint(model)
+        checkpoint_activations(model)
         self.train(trained)
         self.student = speak(model, self.setting.student, True, False).train()
         self.head = AnswerLoss(self.student.head_weight, self.options)
@@ -344,12 +343,6 @@ class SftStep(Step):
             _, last = self.student(self.batch["inputs"], self.batch["index"])
         with self.parts("head statistics"):
             return self.head(last[None], self.batch["labels"]).sum()
-
-
-def checkpoint(model: nn.Module) -> None:
-    """Gradient checkpointing, as the stages switch it on."""
-    enable: Callable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 STEPS = {"verbalize": VerbalizeStep, "interact": InteractStep, "sft": SftStep}

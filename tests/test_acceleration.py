@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny_families
@@ -15,7 +16,9 @@ from vlsi_fast.acceleration import apply_liger, attention_name, use_liger
 from vlsi_fast.attention import VARLEN
 from vlsi_fast.backbones import FAMILIES
 from vlsi_fast.config import ConfigError
+from vlsi_fast.data.answering.teacher import Teacher
 from vlsi_fast.stages import STAGE_CLASSES, stage
+from vlsi_fast.viewer import columns
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -127,6 +130,21 @@ def test_a_stage_with_varlen_has_the_losses_of_sdpa(workspace, tmp_path, monkeyp
     assert len(losses(tmp_path / "varlen")) == 2
 
 
+def test_where_models_write_varlen_is_sdpa(workspace, tmp_path, monkeypatch):
+    """Rows there are padded, or one row grows by a cache."""
+    tree = runs.settings(workspace, tmp_path / "run")
+    tree["teacher"]["attn_implementation"] = VARLEN
+    config = load_config(runs.write_config(tree, tmp_path / "config.yaml"))
+    assert Teacher.of(config, None, None, "cpu").attention == "sdpa"
+    opened = []
+    monkeypatch.setattr(columns, "open_speaker", lambda *names, **given: opened.append(given["attn_implementation"]))
+    for attention in (VARLEN, "auto", "eager"):
+        config.teacher.attn_implementation = attention
+        source = columns.Source("teacher", "teacher", config.teacher.path, tmp_path)
+        columns.open_source(SimpleNamespace(config=config), source)
+    assert opened == ["sdpa", "sdpa", "eager"]
+
+
 def test_the_choice_reaches_the_model_and_the_record_and_is_no_part_of_the_run(workspace, tmp_path, monkeypatch):
     """A run may go on with another attention: on another machine `auto` may be another one."""
     loaded, load = [], stage.load_backbone
@@ -184,7 +202,7 @@ def test_liger_that_cannot_run_is_refused_before_weights_are_loaded(workspace, t
 
 
 def test_the_config_takes_auto_true_and_false_alone(workspace, tmp_path):
-    assert config_of(workspace, tmp_path / "run").liger is False
+    assert config_of(workspace, tmp_path / "run").liger == "auto"
     for text, value in (("true", True), ("false", False), ("auto", "auto")):
         path = runs.write_config(runs.settings(workspace, tmp_path / "run"), tmp_path / "config.yaml")
         assert load_config(path, ["--liger", text]).liger is value or value == "auto"

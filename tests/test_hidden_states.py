@@ -1,5 +1,6 @@
 """A backbone that speaks at its layers: hidden states, answer positions, checkpointing, decoder verbalizers."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_batch import ROWS, make_batch, make_model
 
 from vlsi_fast.backbones import family_of
-from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
+from vlsi_fast.hidden_states import VerbalizedBackbone, _take_in_layer, answer_positions
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 DEPTH = 4
@@ -146,6 +147,28 @@ def test_headless_output_is_the_verbalizers_own(model, batch, stock):
         close(spoken[i], verbalizers.layers[str(k)](stock[0][k]))
 
 
+@pytest.mark.parametrize("train, dtype", [(False, torch.float32), (True, torch.bfloat16)], ids=["frozen", "trained"])
+def test_states_of_all_positions_are_gone_with_the_next_layer(batch, train, dtype):
+    """Only what is taken of them lives on. (float32 layers that are trained keep their own inputs for backward.)"""
+    inputs, index, _ = batch
+    model = make_model(layers=DEPTH, seed=7).to(dtype)
+    layers = family_of(model.config).decoder_layers(model)
+    backbone = VerbalizedBackbone(model, [1, 2, 3], make_verbalizers(model, [1, 2, 3]).to(dtype), train).train()
+    states, alive = [], {}
+
+    def watch(i):
+        def look(module, arguments, output):
+            states.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+            alive[i] = [state() is not None for state in states[:-2]]
+
+        return look
+
+    for i, layer in enumerate(layers):
+        layer.register_forward_hook(watch(i))
+    backbone(inputs, index)
+    assert alive == {0: [], 1: [], 2: [False], 3: [False, False]}
+
+
 # ---- who learns ----
 
 
@@ -193,6 +216,20 @@ def test_gradient_checkpointing_changes_nothing(batch):
     for name, gradient in gradients.items():
         assert gradient.any(), name
         close(recomputed[name], gradient, 1e-6)
+
+
+def test_positions_are_taken_inside_a_checkpoint_too():
+    """As with transformers 5.17, which checkpoints the call of a layer, hooks included: they are gone by backward."""
+    hidden, index = torch.randn(2, 3, 5, requires_grad=True), torch.tensor([1, 4])
+    layer, taken = torch.nn.Linear(5, 5), []
+    hook = layer.register_forward_hook(lambda module, arguments, output: taken.append(_take_in_layer(output, index)))
+    output = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False)
+    hook.remove()
+    (output.sin().sum() + taken[0].cos().sum()).backward()
+    again = hidden.detach().requires_grad_()
+    output = layer(again)
+    (output.sin().sum() + output.flatten(0, 1)[index].cos().sum()).backward()
+    close(hidden.grad, again.grad, 1e-6)
 
 
 def test_gradient_reaches_only_layers_below(batch):

@@ -1,13 +1,14 @@
 """What the stages replace inside transformers' Trainer is there to be replaced, in the version that is installed."""
 
 import inspect
+import os
 from pathlib import Path
 
 import pytest
 import transformers
 from transformers import Trainer
 
-from vlsi_fast.stages import hooks, trainer
+from vlsi_fast.stages import evaluating, hooks, trackers, trainer
 
 STAGES = Path(trainer.__file__).parent
 
@@ -23,7 +24,8 @@ def test_a_replaced_method_is_called_as_the_trainers_own(name):
 def test_no_private_method_is_replaced_elsewhere():
     """A subclass has private methods of its own, with other names than the Trainer's."""
     assert {"_save_checkpoint", "_run_epoch", "_load_rng_state"} <= set(hooks.replaced())
-    own = {name for name in vars(trainer.StageTrainer) if name.startswith("_") and not name.startswith("__")}
+    methods = vars(trainer.StageTrainer).keys() | vars(evaluating.EvaluatingTrainer).keys()
+    own = {name for name in methods if name.startswith("_") and not name.startswith("__")}
     assert own and not [name for name in own if hasattr(Trainer, name)]
     patched = [file.name for file in STAGES.glob("*.py") if "transformers.trainer." in file.read_text()]
     assert patched == ["hooks.py"]
@@ -39,8 +41,8 @@ def test_a_version_without_a_hook_is_refused():
 
 def test_the_environments_own_folder_of_tensorboard_comes_back(tmp_path, monkeypatch):
     for mine in ("mine", None):
-        monkeypatch.setenv(trainer.LOGGING_DIR, "mine") if mine else monkeypatch.delenv(trainer.LOGGING_DIR)
-        with pytest.raises(RuntimeError), trainer._tracked_in(tmp_path):
-            assert trainer.os.environ[trainer.LOGGING_DIR] == str(tmp_path)
+        monkeypatch.setenv(trackers.LOGGING_DIR, "mine") if mine else monkeypatch.delenv(trackers.LOGGING_DIR)
+        with pytest.raises(RuntimeError), trackers.tensorboard_in(tmp_path):
+            assert os.environ[trackers.LOGGING_DIR] == str(tmp_path)
             raise RuntimeError
-        assert trainer.os.environ.get(trainer.LOGGING_DIR) == mine
+        assert os.environ.get(trackers.LOGGING_DIR) == mine

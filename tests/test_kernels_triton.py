@@ -11,7 +11,7 @@ import torch
 from kernels_util import VOCAB, LargestTensor, randn, regime, relative_error
 
 from vlsi_kernels import head_statistics, layer_kl_matrix, linear_cross_entropy, linear_logsumexp, teacher_targets
-from vlsi_kernels._common import HeadOptions, plan_tiles, resolve_impl
+from vlsi_kernels._common import HeadOptions, plan_chunks, plan_tiles, resolve_impl
 from vlsi_kernels.head_statistics import reference_head_statistics
 from vlsi_kernels.layer_kl import _layer_kl_tokens, reference_layer_kl
 from vlsi_kernels.linear_cross_entropy import reference_linear_cross_entropy, reference_linear_logsumexp
@@ -285,6 +285,20 @@ def test_plan(rows, vocab, width, workspace):
     used = row_chunk * (columns * 6 + 4 * width) + columns * width * 2
     least = min(rows, 256) * (384 * 6 + 4 * width) + 384 * width * 2
     assert used <= max(workspace * 1.02, least)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("workspace", [10**7, 10**8, 2**29, 10**10])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 0), (86016, 1536), (86016, 3584), (10**6, 8192), (300, 40)])
+def test_plan_of_the_pytorch_path(device, rows, width, workspace):
+    """Tiles, and on CUDA the products beside them, are within the workspace, however many rows there are."""
+    options = HeadOptions(151936, 1.0, "torch", workspace)
+    row_chunk, columns = plan_chunks(rows, options, torch.float32, torch.device(device), width)
+    assert 1 <= row_chunk <= max(1, rows) and 1 <= columns <= 151936
+    tiles, products = (2, 0) if device == "cpu" else (4, 2)
+    used = 4 * row_chunk * (tiles * columns + products * width)
+    least = 4 * min(max(rows, 1), 256) * (tiles * 256 + products * width)
+    assert used <= max(workspace, least)
 
 
 def test_autocast_and_compile():

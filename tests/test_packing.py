@@ -17,7 +17,7 @@ from vlsi_fast.config import ConfigError
 from vlsi_fast.data import Collator
 from vlsi_fast.data.collate import blank_image
 from vlsi_fast.data.encoding import configure_image_bounds
-from vlsi_fast.data.packing import Packer
+from vlsi_fast.data.packing import Packer, join_image_inputs
 from vlsi_fast.stages.batches import StageCollator
 
 
@@ -47,6 +47,19 @@ def test_a_blank_image_is_a_row_of_its_own(name):
     assert not any(other[2][n].any() for n in vision)
     assert family_of(model.config).vision(model)
     compare(one, (*other[:2], {n: g for n, g in other[2].items() if n not in vision}))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "llava_onevision"])
+def test_image_inputs_of_joined_batches_are_those_of_all_images(name):
+    packer = Packer(families.make_model(name).config)
+    grids = [torch.tensor(sizes) for sizes in ([[1, 4, 6]], [[1, 2, 2], [1, 10, 4]], [[1, 8, 8]])]
+    joined, whole = (
+        join_image_inputs([packer.image_inputs(grid) for grid in grids]),
+        packer.image_inputs(torch.cat(grids)),
+    )
+    assert joined.keys() == whole.keys() and len(whole) >= 3
+    for key, value in whole.items():
+        torch.testing.assert_close(joined[key], value, rtol=0, atol=0, msg=key)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -25,10 +25,12 @@ from vlsi_fast.planner.build import Models, setup_of, step_of
 from vlsi_fast.planner.memory import Batch, Setup, held
 from vlsi_fast.planner.report import largest
 from vlsi_fast.planner.shapes import model_shape, read_config, shards, shipped_config
-from vlsi_fast.planner.speed import communication_seconds, operations, speed, traffic
+from vlsi_fast.planner.speed import communication_seconds, inside_nodes, operations, over_pcie, speed, traffic
 from vlsi_fast.planner.walk import walk
+from vlsi_fast.planner.window import with_window
 
 PAPER = runs.ROOT / "configs" / "qwen2vl_72b_to_7b.yaml"
+ZERO3 = str(runs.ROOT / "configs" / "zero3.json")
 ZERO = {
     "stage": 3,
     "stage3_param_persistence_threshold": 0,
@@ -154,6 +156,11 @@ CASES = {
     "demo": {},
     "checkpointing": {"training.gradient_checkpointing": True},
     "accumulation": {"training.gradient_accumulation_steps": 2, "training.per_device_train_batch_size": 16},
+    "window": {
+        "teacher.window": 4,
+        "training.gradient_accumulation_steps": 4,
+        "training.per_device_train_batch_size": 8,
+    },
     "own output, Jensen-Shannon": {"verbalize.objective": "both", "interact.divergence": "jsd"},
 }
 
@@ -316,8 +323,6 @@ def test_teacher_modes_by_hand(paper, mode, gib):
 
 def test_offload_by_hand(paper):
     """Under ZeRO-3 shards cross PCIe and are gathered; without it each GPU takes the whole teacher over PCIe."""
-    from vlsi_fast.planner.speed import over_pcie
-
     teacher = paper.models.shapes["teacher"]
     batch = lambda shape: Batch(1, 64, 8, 0)  # noqa: E731
     setup = dataclasses.replace(setup_of(paper.models.config, "interact", 8), zero=ZERO, teacher_mode="offload")
@@ -354,6 +359,100 @@ def test_layers_that_nothing_reads_are_not_planned(paper):
     assert [spoken.shape.depth for spoken in step.roles.values()] == [26, 78]
     layer = sum(paper.models.shapes["teacher"].layers[0])
     assert operations(step)["teacher forward"] == pytest.approx(78 * 1024 * (2 * layer + 4 * 8192 * 1024))
+
+
+# ---- second shards, and the teacher's window ----
+
+
+def zero_with(size):
+    return json.loads((runs.ROOT / "configs" / "zero3.json").read_text())["zero_optimization"] | {
+        "zero_hpz_partition_size": size
+    }
+
+
+def test_second_shards_by_hand(paper):
+    """Two machines of 8: each rank holds 1/16 and 1/8 of every tensor; frozen weights stay inside a machine."""
+    config = load_config(PAPER, {"training.deepspeed": {"zero_optimization": zero_with("auto")}})
+    models = copy.copy(paper.models)
+    models.config = config
+    batch = lambda shape: Batch(2, 1024, 128, 2 * 256 * 4)  # noqa: E731
+    on, off = (step_of(models, "interact", setup_of(config, "interact", 16, node=node), batch) for node in (8, 16))
+    assert (on.setup.secondary, off.setup.secondary) == (8, 1)
+    found, without = (held(step.roles, step.setup, step.batches) for step in (on, off))
+    teacher = paper.models.shapes["teacher"].parameters + [8192**2] * 60
+    student, lora = paper.models.shapes["student"], sum(paper.models.shapes["student"].lora, [])
+    assert found["teacher"] - without["teacher"] == 2 * shards(teacher, 8)
+    spoken = [3584**2] * 21
+    assert found["parameters"] - without["parameters"] == 2 * shards(student.parameters + spoken + lora, 8)
+    assert {k: v for k, v in found.items() if k not in ("teacher", "parameters")} == {
+        k: v for k, v in without.items() if k not in ("teacher", "parameters")
+    }
+    moved = traffic(on)
+    assert moved == traffic(off) and inside_nodes(off, moved) == 0
+    # LoRA's matrices cross once in a step of 16 micro-batches, its gradients in each
+    first = 2 * sum(n for n in lora if n > 100_000) / 16
+    assert inside_nodes(on, moved) == pytest.approx(sum(moved.values()) - moved["gradients"] - first)
+    with pytest.raises(ConfigError, match="is 4, with 16 ranks, 8 of them"):
+        setup_of(load_config(PAPER, {"training.deepspeed": {"zero_optimization": zero_with(4)}}), "sft", 16, node=8)
+
+
+def test_time_of_second_shards():
+    """Bytes inside a machine go over its links alone."""
+    two = Machine(gpus=8, nodes=2, network_bytes=25e9)
+    assert communication_seconds(400e9, two, near=400e9) == pytest.approx(400 / 300 * 7 / 8)
+    assert communication_seconds(400e9, two, near=300e9) == pytest.approx(100 / 25 / 2 + 7 / 8)
+    assert communication_seconds(400e9, two) == pytest.approx(400 / 25 / 2)
+
+
+def windowed(paper, window, memory=None, **changes):
+    """A step of interact, two rows of 1024 tokens a micro-batch and 16 of those."""
+    config = load_config(PAPER, {"teacher.window": window} | changes)
+    models = copy.copy(paper.models)
+    models.config = config
+    batch = lambda shape: Batch(2, 1024, 128, 2 * 256 * 4)  # noqa: E731
+    setup = setup_of(config, "interact", 8)
+    setup = dataclasses.replace(setup, teacher_mode=changes.get("teacher.mode", setup.teacher_mode))
+    if memory is not None:
+        setup = with_window(models, "interact", setup, batch, memory)
+    return step_of(models, "interact", setup, batch)
+
+
+def test_window_by_hand(paper):
+    """Of the teacher: one gather in place of 4, and all answers' targets from the first micro-batch on."""
+    one, four = windowed(paper, 1), windowed(paper, 4)
+    assert traffic(four)["teacher gathers"] == traffic(one)["teacher gathers"] / 4
+    # Nothing of the teacher lies between the student's forward and backward, so more of it is kept; its head is
+    # gathered once more a window, for the targets.
+    head = 2 * 152064 * 3584 / 4
+    assert traffic(four)["student gathers"] - head < traffic(one)["student gathers"]
+    sixteen = windowed(paper, 16)
+    assert traffic(four)["student gathers"] - head == traffic(sixteen)["student gathers"] - head / 4
+    assert operations(four) == operations(one)
+    plain, curve = walk(one), walk(four)
+    share, own = 4 * 128 * 21 * (3584 + 1), 4 * 128 * 8 * 3584
+    assert plain.largest["targets"] == share + own and curve.largest["targets"] == 4 * share + own
+    assert plain.held["targets"] == 0 and curve.held["targets"] == 3 * share  # at the end of the first
+    assert curve.peak.total > plain.peak.total
+    other = walk(windowed(paper, 4, **{"interact.divergence": "jsd"}))  # keeps hidden states, 16 bits each
+    assert other.held["targets"] == 3 * (4 * 128 * 20 * 3585 + 2 * 128 * 21 * 8192)
+    assert windowed(paper, 100).setup.window == 16 and windowed(paper, 5).setup.windows == 4
+
+
+def test_auto_window_is_the_largest_that_fits(paper):
+    whole, eight = (1.1 * walk(windowed(paper, window)).peak.total for window in (16, 8))
+    assert windowed(paper, "auto", memory=whole + 1).setup.window == 16
+    assert windowed(paper, "auto", memory=whole - 1).setup.window == 8  # 2 windows a step: 9 to 15 would be no fewer
+    assert windowed(paper, "auto", memory=eight - 1).setup.window == 6
+    assert windowed(paper, "auto", memory=2**30).setup.window == 1
+    assert windowed(paper, 3, memory=10**15).setup.window == 3
+    for mode, window in (("replicated", 1), ("nf4", 1), ("offload", 16)):
+        assert windowed(paper, "auto", memory=10**15, **{"teacher.mode": mode}).setup.window == window
+    assert setup_of(paper.models.config, "verbalize", 8).window == 1
+
+
+def test_offload_over_pcie_once_a_window(paper):
+    one, four = (windowed(paper, window, **{"teacher.mode": "offload"}) for window in (1, 4))
+    assert over_pcie(four) == over_pcie(one) / 4
 
 
 def test_ring_times():
@@ -421,6 +520,34 @@ def test_command(paper, capsys):
     assert main([*arguments, "--gpus", "1"]) == 1
     text = capsys.readouterr().out
     assert "TOO MUCH" in text and "Prediction on paper" in text
+
+
+def test_table_of_the_docs_is_what_the_command_prints(capsys):
+    assert main(["plan", "--config", str(PAPER), "--training.deepspeed", ZERO3, "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    lines = (runs.ROOT / "docs" / "plan-and-check.md").read_text().splitlines()
+    table = {cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in lines) if len(cells) == 6}
+    gib = lambda size: f"{size / 2**30:.1f}"  # noqa: E731
+    for column, stage in enumerate(stages):
+        peak, one = stage["peak"], next(at for at in stage["scaling"] if at["nodes"] == 1)
+        moved = sum(stage["traffic_bytes_per_micro_batch"].values()) / 1e9
+        days = " - ".join(f"{value:.1f}" for value in one["days"])
+        expected = {
+            "parameters / gradients / optimizer, GiB": " / ".join(
+                gib(peak["bytes"][name]) for name in ("parameters", "gradients", "optimizer")
+            ),
+            "peak, GiB of a GPU (3 GiB reserve on top)": f"{gib(peak['total'])}, {peak['moment'].split(',')[0]}",
+            "the same without gradient checkpointing": gib(stage["without_checkpointing"]),
+            "rows a micro-batch: config / largest that fits": (
+                f"{stage['micro_batch']} / {stage['largest_micro_batch']}"
+            ),
+            "teacher's window, micro-batches": str(stage["teacher_window"]) if stage["stage"] == "interact" else "-",
+            "TFLOP a row": f"{sum(stage['flops_per_sample'].values()) / 1e12:.0f}",
+            "GB gathered and reduced a micro-batch": f"{moved:.0f}",
+            "communication, share of the step if none is hidden": f"{one['communication_share']:.0%}",
+            "days for 2.9M rows, one node": days,
+        }
+        assert {name: table[name][column].strip() for name in expected} == expected
 
 
 def test_what_is_missing_is_named(paper, capsys, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 from vlsi_fast import load_config, run
 from vlsi_fast.loading import load_backbone
+from vlsi_fast.ranks.secondary import resolved
 from vlsi_fast.verbalizer import Verbalizers
 
 STAGES = ("verbalize", "interact", "sft")
@@ -188,6 +189,8 @@ def test_zero3_preset_is_what_deepspeed_reads():
     for name in ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"):
         preset[name] = 1
     preset |= {"gradient_clipping": 1.0, "bf16": {"enabled": False}}
+    preset = resolved(preset, ranks=16, node=8)
+    assert preset["zero_optimization"]["zero_hpz_partition_size"] == 8
     effective = DeepSpeedConfig(preset).zero_config
     assert effective.stage == 3
     for name, value in preset["zero_optimization"].items():

@@ -19,6 +19,7 @@ from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.jsonl"
+EVALUATIONS_NAME = "eval.jsonl"
 CONVERTED = ("*_universal", "latest_universal")
 """What a conversion for another number of ranks adds to a checkpoint; it has a manifest of its own."""
 THREADS = 4
@@ -89,9 +90,24 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]], **facts: Any)
     partial.replace(folder / MANIFEST_NAME)
 
 
-def keep_newest(folder: Path, limit: int | None) -> None:
-    """Delete all but the newest `limit` checkpoints. Called once the newest is complete."""
+def lines_up_to(path: Path, step: int) -> list[str]:
+    """The lines of a stage's records, one JSON object with `step` a line, that are whole and of no later step."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Replace a file of records: a reader sees the old or the new one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in lines))
+    partial.replace(path)
+
+
+def keep_newest(folder: Path, limit: int | None, best: int | None = None) -> None:
+    """Delete all but the newest `limit` checkpoints and that of step `best`. Called once the newest is complete."""
     for checkpoint in checkpoints(folder)[: -limit if limit else 0]:
+        if step_of(checkpoint) == best:
+            continue
         (checkpoint / MANIFEST_NAME).unlink(missing_ok=True)  # first, so that half of one does not look whole
         shutil.rmtree(checkpoint, ignore_errors=True)
 

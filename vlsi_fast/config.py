@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -32,9 +32,9 @@ ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 NOT_EXTRA = {
     *("output_dir", "seed", "data_seed", "bf16", "fp16", "use_cpu", "remove_unused_columns", "logging_nan_inf_filter"),
-    *("lr_scheduler_kwargs", "dataloader_num_workers", "ddp_find_unused_parameters", "metric_for_best_model"),
-    *("dataloader_persistent_workers", "train_sampling_strategy"),
-    *("load_best_model_at_end", "greater_is_better", "save_only_model", "save_safetensors", "label_smoothing_factor"),
+    *("lr_scheduler_kwargs", "dataloader_num_workers", "ddp_find_unused_parameters"),
+    *("dataloader_persistent_workers", "train_sampling_strategy", "restore_callback_states_from_checkpoint"),
+    *("greater_is_better", "save_only_model", "save_safetensors", "label_smoothing_factor"),
     *("label_names", "per_device_eval_batch_size", "batch_eval_metrics", "group_by_length", "resume_from_checkpoint"),
     *("average_tokens_across_devices", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile"),
     "enable_jit_checkpoint",  # max_hours, save_minutes and SIGTERM do what it does
@@ -54,8 +54,9 @@ class BackboneConfig(Section):
     verbalizers: str | None = None
     """Folder of trained verbalizers of this model. null: those of this run's own verbalize stage."""
     attn_implementation: str = "auto"
-    """Attention of the backbone, by its transformers name: sdpa, eager, flash_attention_2. auto: flash_attention_2
-    where flash-attn is installed, the stage runs on CUDA and dtype is not float32, else sdpa."""
+    """Attention of the backbone: flash_varlen (torch's own flash-attention over packed rows, data.padding_free) or a
+    transformers name (sdpa, eager, flash_attention_2, flash_attention_3). auto: on CUDA, unless dtype is float32, the
+    first that runs of flash_attention_3 (on Hopper), flash_attention_2, flash_varlen; else sdpa."""
     min_pixels: int | None = Field(None, ge=1)
     """data.min_pixels for this model alone, where the two models' processors differ; default: the processor's own."""
     max_pixels: int | None = Field(None, ge=1)
@@ -82,6 +83,11 @@ class TeacherConfig(BackboneConfig):
     """How it is held (`vlsi_fast.teacher`): sharded over the ranks, whole on every rank, in CPU memory, or quantised by
     bitsandbytes. auto: zero3 where training.deepspeed is ZeRO stage 3, else replicated. A run may be continued in
     another mode; int8 and nf4 change the numbers, so what was made with one of them belongs to it."""
+    window: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Micro-batches of one optimizer step for which it runs at once in stage interact, so that its weights are gathered
+    once for all of them. auto, on CUDA with mode zero3 or offload: as many as fit on paper (`vlsi-fast plan`); else 1.
+    More than there are in a step are as many as there are. Kept of each answer token and layer are 4 (1 + d) bytes, d
+    the student's width; with l2 or another divergence the teacher's hidden states as well."""
 
 
 class VerbalizerConfig(Section):
@@ -179,13 +185,38 @@ class TrainingConfig(Section):
     save_minutes: float | None = Field(30, gt=0)
     """Minutes after which a checkpoint is saved at the end of the step, whatever save_steps says; null: never."""
     save_total_limit: int | None = Field(2, ge=1)
-    """Checkpoints kept; null: all."""
+    """Checkpoints kept, the newest, and the best beside them (load_best_model_at_end); null: all."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between evaluations on data.eval, and one at the end, into eval.jsonl: the loss of every layer,
+    and in interact and sft exact match; null: never."""
+    max_eval_samples: int | None = Field(None, ge=1)
+    """Rows of an evaluation while training, taken evenly from all of data.eval; null: all rows."""
+    load_best_model_at_end: bool = False
+    """The stage's result has the weights of the best evaluation instead of the last. A new best is saved where it is
+    found, whatever save_steps says, and its checkpoint stays."""
+    metric_for_best_model: str = "loss"
+    """What decides which evaluation is best, for load_best_model_at_end and early stopping: loss, loss/PART (as in
+    eval.jsonl, such as loss/last), or exact_match. Of losses the lowest is best, of exact_match the highest."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """The stage ends after so many evaluations in a row that are no better than the best; null: never early."""
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    """By how much an evaluation must be better for early_stopping_patience to count it so."""
     report_to: list[str] = ["tensorboard"]
     """Trackers, by their transformers names: tensorboard, wandb, mlflow, ..; []: none."""
     deepspeed: str | dict | None = None
     """DeepSpeed JSON (path or mapping), used where a launcher started the ranks; null: plain data parallelism."""
     extra: dict[str, Any] = {}
     """Any further field of transformers.TrainingArguments, by its own name."""
+
+    @property
+    def evaluations_decide(self) -> bool:
+        """Whether evaluations change what a stage makes."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Of `metric_for_best_model`."""
+        return not self.metric_for_best_model.startswith("loss")
 
     @model_validator(mode="after")
     def _check(self):
@@ -196,6 +227,7 @@ class TrainingConfig(Section):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if self.group_by_length and getattr(self, name) == 1:
                 raise ValueError(f"group_by_length changes nothing where {name} is 1; raise that, or set it to false")
+        self._check_evaluation()
         if set(self.report_to) - {"tensorboard"}:  # as below: seconds of import that most configs do not need
             from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -215,6 +247,24 @@ class TrainingConfig(Section):
                 raise ValueError(f"extra.{name} is no field of transformers.TrainingArguments{nearest(name, known)}")
         return self
 
+    def _check_evaluation(self) -> None:
+        """What needs evaluations has them, and what decides by them has a metric."""
+        metric = self.metric_for_best_model
+        for name in ("load_best_model_at_end", "early_stopping_patience", "max_eval_samples"):
+            if getattr(self, name) and self.eval_steps is None:
+                raise ValueError(f"{name} needs evaluations; set eval_steps (steps between them), or remove it")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_threshold belongs to early_stopping_patience; set that, or remove it")
+        if metric not in ("loss", "exact_match") and not metric.startswith("loss/"):
+            raise ValueError(
+                f"metric_for_best_model is {metric!r}; use loss, loss/PART (the names in eval.jsonl) or exact_match"
+            )
+        if metric != "loss" and not self.evaluations_decide:
+            raise ValueError(
+                "metric_for_best_model decides nothing without load_best_model_at_end or early_stopping_patience; set "
+                "one of them, or remove it"
+            )
+
 
 class RunConfig(Section):
     """A whole run."""
@@ -226,9 +276,11 @@ class RunConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of backbones and compute; trained weights keep a float32 master copy."""
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"
-    """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed, else torch."""
-    liger: Literal["auto", True, False] = False
-    """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed."""
+    """Implementation of the operators (`vlsi_kernels`): auto is triton on CUDA where it is installed and agrees with
+    plain PyTorch (see preflight), else torch."""
+    liger: Literal["auto", True, False] = "auto"
+    """liger-kernel's RMSNorm and SwiGLU in both language models; auto: on CUDA, where it is installed and agrees with
+    plain PyTorch (see preflight)."""
     stages: list[StageName] = list(STAGES)
     """What --stage all runs, in this order; plan and check look at these. [verbalize, interact] where sft on few labels
     costs points; [interact, sft] where interact.intermediate is none, or verbalizers are trained already."""
@@ -236,7 +288,9 @@ class RunConfig(Section):
     """Hours after which the run saves a checkpoint at the end of the step and ends with exit code 75, for --resume;
     null: no limit. SIGTERM does the same at once."""
     preflight: bool = True
-    """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more)."""
+    """Check heads, image tokens, disk space and GPU memory before each stage (`vlsi-fast check` looks at more). On CUDA
+    also compare operators, liger-kernel's modules and attention with plain PyTorch (`vlsi-fast check --device`): what
+    disagrees is switched off where its option is auto, and refused where it was asked for by name."""
     teacher: TeacherConfig
     """The large model."""
     student: BackboneConfig
@@ -278,6 +332,8 @@ class RunConfig(Section):
                     raise ValueError(f"data.{name} is for both models, {role}.{name} for one: remove one of the two")
         self._check_stages()
         for stage in STAGES:
+            if self.stage_training(stage).eval_steps is not None and not self.data.eval:
+                raise ValueError("training.eval_steps needs rows to evaluate on: add data.eval, or remove eval_steps")
             if self.stage_training(stage).group_by_length and self.data.padding_free is True:
                 raise ValueError(
                     "with data.padding_free true there is no padding that training.group_by_length could save; "

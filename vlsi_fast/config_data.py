@@ -133,7 +133,7 @@ class DataConfig(BaseModel):
     train: list[SourceConfig]
     """Sources to train on: a list of them, a mix file (configs/data/vlsi_mix.yaml is one), or a list with mix files."""
     eval: list[SourceConfig] = []
-    """Sources to measure on, by `vlsi-fast eval` and the demo; training does not read them."""
+    """Sources to measure on, by `vlsi-fast eval` and the demo; training reads them where training.eval_steps is set."""
     root: str | None = None
     """Folder that sources' relative paths start from; default: the working directory. Joined to them at load."""
     stopping_strategy: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
@@ -144,11 +144,10 @@ class DataConfig(BaseModel):
     """Pixels that a larger image is reduced to; default: the processor's own."""
     max_length: int = Field(default=2048, ge=2)
     """Tokens, image tokens included, that a row may have in each model; a longer row is skipped."""
-    padding_free: Literal["auto", True, False] = False
+    padding_free: Literal["auto", True, False] = "auto"
     """Join a micro-batch's rows end to end instead of padding them to the longest. auto: for a model that runs with
-    flash-attention (not the default yet, since no GPU has run it). true: also with sdpa and eager, whose mask then
-    grows with the square of the micro-batch's tokens. The loss is the same; a run may be continued with another value.
-    """
+    flash-attention, torch's own included. true: also with sdpa and eager, whose mask then grows with the square of the
+    micro-batch's tokens. The loss is the same; a run may be continued with another value."""
     max_image_pixels: int = Field(default=PILLOW_MAX_IMAGE_PIXELS, ge=1)
     """Pixels that an image file may announce; a larger one is skipped before it is decoded."""
     max_row_pixels: int = Field(default=PILLOW_MAX_IMAGE_PIXELS, ge=1)

@@ -132,6 +132,21 @@ class InteractConfig(StageSection):
         return self.last == "kld" and not self.kld_is_forward
 
     @property
+    def learns_by_forward_kl(self) -> bool:
+        """Whether any layer's loss is the forward KL; where it only drives the matching, it has no gradient."""
+        return self.layers_by_forward_kl or self.last_by_forward_kl
+
+    @property
+    def reads_teacher_layers(self) -> bool:
+        """Whether a loss reads hidden states of the teacher's target layers, beyond what the forward KL needs."""
+        return self.intermediate == "l2" or self.layers_by_other_divergence
+
+    @property
+    def reads_teacher_last(self) -> bool:
+        """Whether a loss reads the teacher's last hidden state, beyond what the forward KL needs."""
+        return self.last == "l2" or self.last_by_other_divergence
+
+    @property
     def kld_is_forward(self) -> bool:
         """Whether kld stands for the forward KL, the paper's."""
         return self.divergence == "forward_kl"

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from numpy import ndarray
 from torch import Tensor, nn
 
 from .backbones import family_of
+from .backbones.unwaiting import spare_waits
 from .verbalizer import Verbalizers
 
 
@@ -77,6 +79,7 @@ class VerbalizedBackbone(nn.Module):
         else:
             self.model = model
         self.family = family_of(model.config)
+        spare_waits(model, self.family)
         self.needs_last = needs_last
         self.target_layers = list(layers) if verbalizers is not None else []
         self.verbalizers = verbalizers
@@ -112,11 +115,9 @@ class VerbalizedBackbone(nn.Module):
         """
         decoder = self.verbalizers is not None and self.verbalizers.spec.is_decoder
         with contextlib.nullcontext() if self.train_backbone else torch.no_grad():
-            with self._record(decoder) as (hidden, attention):
+            with self._record(None if decoder else index) as (hidden, attention):
                 last = self._run(inputs)
             last = _take(last, index) if self.needs_last else None
-            if not decoder:
-                hidden = [_take(h, index) for h in hidden]
         if self.verbalizers is None:
             return None, last
         spoken = self.verbalizers(hidden, attention if decoder else None)
@@ -128,7 +129,8 @@ class VerbalizedBackbone(nn.Module):
         return spoken, last
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
-        inputs = dict(inputs)
+        # arrays are what the stock model reads on the host; tensors have been copied to the device
+        inputs = {n: torch.from_numpy(value) if isinstance(value, ndarray) else value for n, value in inputs.items()}
         with self._bounded(inputs.pop("packed", None)):
             if self.held is not None:
                 return self.held.run(inputs)
@@ -152,8 +154,9 @@ class VerbalizedBackbone(nn.Module):
             hook.remove()
 
     @contextlib.contextmanager
-    def _record(self, all_positions: bool):
-        """Collect the target layers' outputs and call arguments while the backbone runs.
+    def _record(self, index: Tensor | None):
+        """Collect the target layers' outputs while the backbone runs: [N, d] each at the positions `index`, so that
+        what a layer says elsewhere is free with the next layer; without `index`, [B, T, d] each and call arguments.
 
         Hooks live for one forward only, for two reasons: gradient checkpointing runs the layers again in backward,
         and ZeRO-3 wraps outputs in hooks of its own, so ours must come after those to hold what autograd sees.
@@ -167,10 +170,14 @@ class VerbalizedBackbone(nn.Module):
 
         def keep(module, arguments, keywords, output=None):
             state = arguments[0] if output is None else output
-            hidden.append(state[0] if isinstance(state, tuple) else state)
+            state = state[0] if isinstance(state, tuple) else state
+            if index is not None:
+                hidden.append(_take_in_layer(state, index))
+                return
+            hidden.append(state)
             attention.append({**keywords, "past_key_values": None, "use_cache": False})
 
-        late = self.family.layers_added_to(self.model.config) if all_positions else 0
+        late = self.family.layers_added_to(self.model.config) if index is None else 0
         hooks = [
             layers[k].register_forward_pre_hook(keep, with_kwargs=True)
             if k <= late and k < len(layers)
@@ -184,6 +191,16 @@ class VerbalizedBackbone(nn.Module):
                 hook.remove()
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Gradient checkpointing of a stock model's decoder layers, in place."""
+    # the newer name of the same method, without the older one's warning
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    # It also makes the outputs of both embeddings require a gradient, which only re-entrant checkpoints need:
+    # the frozen vision tower would be computed again and run backwards for nothing.
+    model.disable_input_require_grads()
+
+
 def match_attention(model: nn.Module, verbalizers: Verbalizers) -> None:
     """Decoder verbalizers attend by the backbone's implementation, since they get the mask that the backbone made."""
     attention = model.config.get_text_config()._attn_implementation
@@ -194,3 +211,10 @@ def match_attention(model: nn.Module, verbalizers: Verbalizers) -> None:
 
 def _take(hidden: Tensor, index: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, index)
+
+
+def _take_in_layer(hidden: Tensor, index: Tensor) -> Tensor:
+    """`_take` in a hook of a decoder layer. Older transformers (5.17) checkpoint a layer with its hooks: what is saved
+    here is kept from the checkpoint, which would miss it in the recomputation, where no hook takes anything."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        return _take(hidden, index)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 RECORD_NAME = "vlsi_stage.json"
 FORMAT = 2
 """Of records; since 2 every checkpoint has a manifest."""
+EVALUATION = ("eval_steps", "max_eval_samples", "load_best_model_at_end", "metric_for_best_model")
+EVALUATION += ("early_stopping_patience", "early_stopping_threshold")
+"""Options of `training` that change what a stage makes only where evaluations decide."""
 ADDED = ("objective", "divergence", "jsd_beta", "intermediate_schedule")
 """Options of stages that came after the first records."""
 
@@ -33,7 +36,8 @@ class LineageError(UserError, RuntimeError):
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     found = {"python": platform.python_version()}
-    for package in ("vlsi-fast", "torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "triton"):
+    packages = ("vlsi-fast", "torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "triton")
+    for package in (*packages, "liger-kernel", "flash-attn"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -134,13 +138,18 @@ def identity_of(
         inputs: digests of what earlier stages made and this one starts from.
         data_start: rows of the run's data order that earlier stages have used.
     """
-    dump, training = config.model_dump(), config.stage_training(stage).model_dump()
+    settings = config.stage_training(stage)
+    dump, training = config.model_dump(), settings.model_dump()
     for name in ("logging_steps", "save_steps", "save_minutes", "save_total_limit", "report_to"):
         del training[name]  # may change between a run and its continuation
+    for name in () if settings.evaluations_decide else EVALUATION:
+        del training[name]
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length"):
         del training[name]  # may change with the number of ranks; the rows of a step, so the product, may not
     training["extra"].pop("ddp_timeout", None)
-    loose = ("num_workers", "eval", "max_skipped_share", "padding_free")
+    if isinstance(training["deepspeed"], dict):  # where second shards lie is no part of what is computed
+        (training["deepspeed"].get("zero_optimization") or {}).pop("zero_hpz_partition_size", None)
+    loose = ("num_workers", "max_skipped_share", "padding_free") + ("eval",) * (not settings.evaluations_decide)
     data = {name: value for name, value in dump["data"].items() if name not in loose}
     # what counts rows apart changes none of them
     data["train"] = [{k: v for k, v in source.items() if k != "answered"} for source in data["train"]]

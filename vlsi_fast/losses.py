@@ -18,12 +18,13 @@ All losses are means over the N tokens, one number a layer; the caller sums over
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vlsi_kernels import layer_kl_matrix, linear_cross_entropy, linear_divergence, teacher_targets
+from vlsi_kernels import TeacherTargets, layer_kl_matrix, linear_cross_entropy, linear_divergence, teacher_targets
 
 from .ranks.sharding import gathered
 
@@ -107,24 +108,39 @@ class OwnOutputLoss(nn.Module):
 
 
 class PairwiseKL(nn.Module):
-    """KL of every (student layer, teacher layer) pair in one pass over the vocabulary a layer."""
+    """KL of every (student layer, teacher layer) pair in one pass over the vocabulary a layer.
+
+    The teacher's passes can be made ahead (`targets`), for several micro-batches under one gather of both heads.
+    """
 
     def __init__(self, student_weight: nn.Parameter, teacher_weight: nn.Parameter, options: OperatorOptions):
         super().__init__()
         self.options = options
         self._weights = [student_weight, teacher_weight]
 
-    def forward(self, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-        """student [S, N, d_s], teacher [L, N, d_l] -> [S, L] float32 mean over tokens, differentiable in student."""
-        options = {
-            "vocab_size": self.options.vocab_size,
-            "temperature": temperature,
-            "impl": self.options.impl,
-        }
+    def forward(self, student: Tensor, teacher: Tensor | TeacherTargets, temperature: float = 1.0) -> Tensor:
+        """student [S, N, d_s], teacher [L, N, d_l] or its targets -> [S, L] float32 mean over tokens.
+
+        Differentiable in student.
+        """
+        student_weight, teacher_weight = self._weights
+        options = self._options(temperature)
+        if isinstance(teacher, TeacherTargets):
+            with gathered([student_weight]):
+                return layer_kl_matrix(student, student_weight, teacher, **options)
         with gathered(self._weights):
-            student_weight, teacher_weight = self._weights
             targets = teacher_targets(teacher, teacher_weight, student_weight, **options)
             return layer_kl_matrix(student, student_weight, targets, **options)
+
+    def targets(self, teachers: Iterable[Tensor], temperature: float = 1.0) -> list[TeacherTargets]:
+        """What `forward` needs of each micro-batch's teacher [L, N_i, d_l]: neg_entropy [L, N_i] and expectation
+        [L, N_i, d_s], float32."""
+        student_weight, teacher_weight = self._weights
+        with gathered(self._weights):
+            return [teacher_targets(t, teacher_weight, student_weight, **self._options(temperature)) for t in teachers]
+
+    def _options(self, temperature: float) -> dict:
+        return {"vocab_size": self.options.vocab_size, "temperature": temperature, "impl": self.options.impl}
 
 
 class MatchedDivergence(nn.Module):

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checkpoints import EVALUATIONS_NAME
 from .config import STAGES, ConfigError, RunConfig
 from .config_stages import InteractConfig
 from .lineage import FORMAT, RECORD_NAME, read_record
 
 METRICS_NAME = "metrics.jsonl"
-VERBALIZER_CONFIG = "verbalizer_config.json"
-VERBALIZER_WEIGHTS = "verbalizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,14 @@ class Run:
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """One record an optimizer step; a last line that is being written, or was cut off, is left out."""
-        path = self.folder / stage / METRICS_NAME
+        return self._lines(stage, METRICS_NAME)
+
+    def evaluations(self, stage: str) -> list[dict[str, Any]]:
+        """One record an evaluation while training (`training.eval_steps`); none where there were none."""
+        return self._lines(stage, EVALUATIONS_NAME)
+
+    def _lines(self, stage: str, name: str) -> list[dict[str, Any]]:
+        path = self.folder / stage / name
         lines = path.read_text().splitlines() if path.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 

@@ -10,13 +10,15 @@
 
 In zero3 the teacher is part of the module that the training engine wraps, which gathers its layers as it does the
 student's. In all other modes it is held outside the module tree (`Held`): DeepSpeed would partition it, DDP would
-broadcast it, and checkpoints would look at it. Its verbalizers stay in the tree, where they are trained.
+broadcast it, and checkpoints would look at it. Its verbalizers stay in the tree, where they are trained. In stage
+interact a teacher that runs once for several micro-batches (`teacher.window`) is outside the tree in zero3 too.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .backbones import family_of
 from .config import QUANTIZED, ConfigError
-from .hidden_states import Held
+from .hidden_states import Held, VerbalizedBackbone
 from .loading import load_backbone
 from .ranks.shard_loading import empty_model
 from .ranks.sharding import gathered, unsharded
@@ -126,6 +128,25 @@ def quantization(folder: Path, mode: str):
     )
 
 
+# ---- out of the module tree (teacher.window) ----
+
+
+def run_apart(teacher: VerbalizedBackbone, dtype: str, args: TrainingArguments) -> tuple[Callable, Callable[[], None]]:
+    """What runs a teacher between the forwards of the training engine, and what gives its memory back. Collective.
+
+    ZeRO-3 foresees which module comes next from the order in the micro-batch before. A teacher that runs once for
+    several micro-batches would break that order, and nothing could be gathered ahead. So its backbone and verbalizers,
+    where they are sharded, get an engine of their own, as in offload. The teacher must be no part of the module tree.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in teacher.parameters()):
+        return teacher.__call__, lambda: None
+    import deepspeed
+
+    engine = deepspeed.initialize(model=teacher, config=inference_config(args.hf_deepspeed_config.config, dtype))[0]
+    engine.eval()
+    return engine.__call__, engine.destroy
+
+
 # ---- offload ----
 
 
@@ -141,13 +162,12 @@ class _Runner(nn.Module):
         return _runner(self.model)(inputs)
 
 
-def offload_config(deepspeed: dict[str, Any], dtype: str, pin_memory: bool) -> dict[str, Any]:
-    """DeepSpeed config of the teacher's engine: ZeRO-3 for inference, shards in CPU memory.
+def inference_config(deepspeed: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """DeepSpeed config of a teacher's own engine: ZeRO-3 for inference.
 
     Args:
         deepspeed: the run's own config; its numbers for gathering are kept.
         dtype: of the teacher.
-        pin_memory: page-locked, for asynchronous copies to a GPU.
     """
     kept = (
         "stage3_prefetch_bucket_size",
@@ -160,7 +180,6 @@ def offload_config(deepspeed: dict[str, Any], dtype: str, pin_memory: bool) -> d
     return {
         "zero_optimization": {
             "stage": 3,
-            "offload_param": {"device": "cpu", "pin_memory": pin_memory},
             **{name: value for name, value in theirs.items() if value != "auto"},
         },
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -168,6 +187,13 @@ def offload_config(deepspeed: dict[str, Any], dtype: str, pin_memory: bool) -> d
         "train_micro_batch_size_per_gpu": 1,  # not used by an engine without optimizer, but asked for
         "steps_per_print": 1_000_000_000,
     }
+
+
+def offload_config(deepspeed: dict[str, Any], dtype: str, pin_memory: bool) -> dict[str, Any]:
+    """`inference_config` with shards in CPU memory; `pin_memory`: page-locked, for asynchronous copies to a GPU."""
+    config = inference_config(deepspeed, dtype)
+    config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pin_memory}
+    return config
 
 
 def _offloaded_by_deepspeed(folder, dtype, attn_implementation, depth, args) -> Held:

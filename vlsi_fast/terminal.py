@@ -22,7 +22,8 @@ def hush() -> None:
         os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("ACCELERATE_LOG_LEVEL", "error")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "liger_kernel"):  # the second tells which of its backends are not installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets its own level when it is imported
 
 

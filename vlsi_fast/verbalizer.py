@@ -27,8 +27,8 @@ from vlsi_kernels import verb_ffn
 
 from .backbones import family_of
 from .ranks.sharding import gather_state, gathered, load_state, rank, sharded_init
-from .runs import VERBALIZER_CONFIG as CONFIG_NAME
-from .runs import VERBALIZER_WEIGHTS as WEIGHTS_NAME
+from .weights import VERBALIZER_CONFIG as CONFIG_NAME
+from .weights import VERBALIZER_WEIGHTS as WEIGHTS_NAME
 
 
 @dataclass(frozen=True)

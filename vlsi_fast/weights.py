@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 INDEX_NAME = "model.safetensors.index.json"
+VERBALIZER_CONFIG = "verbalizer_config.json"
+VERBALIZER_WEIGHTS = "verbalizer.safetensors"
+"""Files of a folder of verbalizers."""
 
 
 @dataclass

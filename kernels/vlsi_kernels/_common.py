@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +23,26 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # of 512 tokens took 2.66 / 2.55 / 2.51 / 2.73 s of processor time at 8 / 16 / 32 / 64 MiB. CUDA: an estimate, not
 # yet measured.
 DEFAULT_WORKSPACE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-# The CPU reads the heads once per row block; 2048 rows amortize that.
-MAX_ROW_CHUNK = {"cpu": 2048}
 # Fewer rows or columns than this starve the matrix products; a smaller workspace is therefore not honoured.
 MIN_ROW_CHUNK = 256
 MIN_VOCAB_CHUNK = 256
 # Columns of a tile that one Triton program holds in registers: 32 float32 numbers per thread of 8 warps.
 MAX_TILE_COLUMNS = 8192
-# Tile-sized buffers alive at once. CPU: logits and exponentials; CUDA: the exponentials' two bfloat16 halves as well.
-TILE_BUFFERS = {"cpu": 2, "cuda": 4}
+
+
+class _Buffers(NamedTuple):
+    """What the PyTorch path holds at once for a block of rows."""
+
+    max_rows: int
+    """Heads are read once a block; more rows than this amortize that no further."""
+    tiles: int
+    """Buffers of a tile's size."""
+    products: int
+    """Buffers of rows x width, in `accumulate`."""
+
+
+# Logits and exponentials; on CUDA the exponentials' two bfloat16 halves as well, and their products with the values.
+CPU_BUFFERS, CUDA_BUFFERS = _Buffers(2048, 2, 0), _Buffers(16384, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -204,12 +216,21 @@ def widen(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def plan_chunks(rows: int, options: HeadOptions, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Row and vocabulary chunk such that the tile buffers fill the workspace; rows are split into equal blocks."""
-    tile = options.workspace_bytes // (dtype.itemsize * TILE_BUFFERS.get(device.type, TILE_BUFFERS["cuda"]))
-    row_limit = min(MAX_ROW_CHUNK.get(device.type, rows), max(tile // MIN_VOCAB_CHUNK, MIN_ROW_CHUNK))
-    blocks = max(1, math.ceil(rows / row_limit))
-    row_chunk = max(1, math.ceil(rows / blocks))
+def plan_chunks(
+    rows: int, options: HeadOptions, dtype: torch.dtype, device: torch.device, width: int = 0
+) -> tuple[int, int]:
+    """Row and vocabulary chunk such that the buffers fill the workspace; rows are split into equal blocks.
+
+    `width`: columns of the sums that `accumulate` makes for each row (0: none), whose products are counted, too.
+    """
+    buffers = {"cpu": CPU_BUFFERS}.get(device.type, CUDA_BUFFERS)
+    row_limit = min(rows, buffers.max_rows)
+    beside = buffers.products * width * dtype.itemsize  # bytes of a row that are no tile's
+    if beside:  # at most half of the workspace
+        row_limit = min(row_limit, max(options.workspace_bytes // 2 // beside, MIN_ROW_CHUNK))
+    tile = (options.workspace_bytes - beside * row_limit) // (dtype.itemsize * buffers.tiles)
+    row_limit = min(row_limit, max(tile // MIN_VOCAB_CHUNK, MIN_ROW_CHUNK))
+    row_chunk = max(1, math.ceil(rows / max(1, math.ceil(rows / max(1, row_limit)))))
     vocab_chunk = max(MIN_VOCAB_CHUNK, tile // row_chunk // 64 * 64)
     return row_chunk, min(vocab_chunk, options.vocab_size)
 

@@ -82,11 +82,11 @@ def new_state(rows: int, device: torch.device) -> Tensor:
 def plan(heads: HeadPair, options: DivergenceOptions, with_product: bool) -> tuple[int, int]:
     """Row and vocabulary chunk. The planners count one tile of logits; here are two, so they are half as wide."""
     rows, weight, head = heads.student_hidden.shape[0], heads.student_weight, options.head
+    width = 2 * weight.shape[1] if with_product else 0
     if head.impl == "triton":
-        width = 2 * weight.shape[1] if with_product else 0
         row_chunk, columns = plan_tiles(rows, width, tile_dtype(weight), head)
     else:
-        row_chunk, columns = plan_chunks(rows, head, compute_dtype(*heads), weight.device)
+        row_chunk, columns = plan_chunks(rows, head, compute_dtype(*heads), weight.device, width)
     return row_chunk, min(math.ceil(columns / 256) * 128, head.vocab_size)
 
 

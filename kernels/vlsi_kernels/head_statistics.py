@@ -320,7 +320,7 @@ def _stream_torch(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rows = hidden.shape[0]
     dtype = compute_dtype(hidden, weight, values)
-    row_chunk, vocab_chunk = plan_chunks(rows, options, dtype, hidden.device)
+    row_chunk, vocab_chunk = plan_chunks(rows, options, dtype, hidden.device, 0 if values is None else values.shape[1])
     logsumexp = torch.empty(rows, dtype=dtype, device=hidden.device)
     mean = torch.empty_like(logsumexp) if with_mean else None
     expectation = None

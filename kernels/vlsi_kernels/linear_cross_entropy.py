@@ -367,7 +367,7 @@ def _rows_at_once(hidden: Tensor, weight: Tensor, need_hidden: bool, options: He
     rows, width = hidden.shape[0], weight.shape[1] if need_hidden else 0
     if options.impl == "triton":
         return plan_tiles(rows, width, hidden.dtype, options)[0]
-    return plan_chunks(rows, options, compute_dtype(hidden, weight), hidden.device)[0]
+    return plan_chunks(rows, options, compute_dtype(hidden, weight), hidden.device, width)[0]
 
 
 @torch.compiler.disable

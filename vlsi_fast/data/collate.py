@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -42,7 +43,8 @@ class Collator:
 
         Returns:
             `ids`: B row names. `skipped`: the rows' records of unusable rows, in order. `answered`: how many rows, and
-            tokens to predict, have answers that a model wrote. `tokens`: role -> the rows' tokens. Each role:
+            tokens to predict, have answers that a model wrote. `tokens`: role -> the rows' tokens. `blank`: roles that
+            got a blank image, and have no other. Each role:
             `input_ids` [B, T] padded with the padding id, `labels` [B, T] with -100, `attention_mask` and every
             other per-token tensor [B, T] with 0; vision tensors joined along their first axis, absent where no row has
             an image, and padded with zeros along the second where images have different numbers of patches there
@@ -51,7 +53,7 @@ class Collator:
 
             A packed role has the same with per-token tensors [1, S], S all rows' tokens and a blank image's, and
             instead of `attention_mask` has `position_ids` and what follows from image sizes (`Packer`), and `packed`
-            (`row_bounds`).
+            (`row_bounds`). The sizes themselves are numpy arrays, since the stock model reads them on the host.
         """
         batch = {"ids": [row["id"] for row in rows], "skipped": [record for row in rows for record in row["skipped"]]}
         roles = [role for role in ROLES if role in self._pad_ids]
@@ -60,9 +62,12 @@ class Collator:
         joined: dict[tuple[int, ...], torch.Tensor] = {}  # vision tensors by the identities of their rows' tensors
         parts = {role: [row[role] for row in rows] for role in roles}
         batch["tokens"] = {role: sum(row["input_ids"].shape[1] for row in parts[role]) for role in roles}
+        batch["blank"] = []
         alike = len({role in self._packers for role in roles}) == 1
         for role in roles:
             full = self._with_image(parts[role], role)
+            if full is not parts[role]:
+                batch["blank"].append(role)
             if role != roles[0] and alike and all(a is b for a, b in zip(parts[roles[0]], parts[role])):
                 batch[role] = dict(batch[roles[0]])
             else:
@@ -70,8 +75,14 @@ class Collator:
             if role in self._packers:
                 batch[role]["position_ids"] = self._packers[role].position_ids(full)
                 if "image_grid_thw" in batch[role]:
-                    batch[role] |= self._packers[role].image_inputs(batch[role]["image_grid_thw"])
+                    grid = torch.as_tensor(batch[role]["image_grid_thw"])
+                    batch[role] |= self._packers[role].image_inputs(grid)
+                batch[role] |= {name: np.asarray(batch[role][name]) for name in SIZES if name in batch[role]}
         return batch
+
+    def token_and_names(self, role: str) -> tuple[int, set[str]]:
+        """A role's padding token, and the names of its vision tensors, which are joined along their first axis."""
+        return self._pad_ids[role], self._vision_names[role]
 
     def _with_image(self, rows: list[dict[str, torch.Tensor]], role: str) -> list[dict[str, torch.Tensor]]:
         """The rows, with the blank image where it is asked for and no row has one."""
@@ -106,6 +117,8 @@ class Collator:
         return batch
 
 
+SIZES = ("image_grid_thw", "image_sizes", "batch_num_images")
+"""Vision inputs that a stock model reads on the host."""
 BLANK_SIZES = ((32, 32), (384, 16))
 """Width and height of white images, pixels. The flat one has fewer tokens where tiles of an image are cut to its shape
 (LLaVA-OneVision)."""

@@ -99,6 +99,24 @@ class Packer:
         return self._stock.get_rope_index(**inputs)[0]
 
 
+def join_image_inputs(parts: list[dict[str, Tensor | int]]) -> dict[str, Tensor | int]:
+    """`Packer.image_inputs` of several batches' images end to end, from those of each."""
+    joined: dict[str, Tensor | int] = {}
+    for name in parts[0] if parts else ():
+        values = [part[name] for part in parts]
+        if "max" in name:
+            joined[name] = max(values)
+        elif "cu_" in name:
+            ends = accumulate((value[-1] for value in values[:-1]), initial=0)
+            joined[name] = torch.cat([value[i > 0 :] + end for i, (value, end) in enumerate(zip(values, ends))])
+        elif name == "image_window_index":
+            first = accumulate((len(value) for value in values[:-1]), initial=0)
+            joined[name] = torch.cat([value + start for value, start in zip(values, first)])
+        else:
+            joined[name] = torch.cat(values)
+    return joined
+
+
 def _longest(bounds: Tensor) -> int:
     return int(bounds.diff().max())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import STAGES
 from ..data.manifest import JOURNAL_NAME, MANIFEST_NAME, read_manifest, shards_of, verify
-from ..runs import VERBALIZER_CONFIG, VERBALIZER_WEIGHTS
+from ..weights import VERBALIZER_CONFIG, VERBALIZER_WEIGHTS
 from .looking import folder_bytes, problem
 from .models import inspect_adapter, inspect_checkpoint, inspect_verbalizers
 from .stages import inspect_run, inspect_stage, inspect_training_checkpoint, is_run, is_stage

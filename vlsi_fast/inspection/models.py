@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..lineage import RECORD_NAME
-from ..runs import VERBALIZER_CONFIG, VERBALIZER_WEIGHTS
 from ..shrinking.record import SHRINK_NAME, describe, read_shrink_record
-from ..weights import Weights, read_weights
+from ..weights import VERBALIZER_CONFIG, VERBALIZER_WEIGHTS, Weights, read_weights
 from .looking import folder_bytes, parent, problem, read_json
 
 PARTS = {  # the first that fits; checkpoints of older transformers name the same parts otherwise

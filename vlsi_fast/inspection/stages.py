@@ -15,6 +15,7 @@ from ..weights import read_weights
 from .looking import folder_bytes, parent, problem, read_json, step_of
 from .models import inspect_adapter, inspect_checkpoint, inspect_verbalizers
 
+SUMMARY = ("rows", "answer_tokens", "seconds", "device", "best", "stopped_early_at")
 SHOWN = ("loss", "learning_rate", "step_seconds", "answer_tokens_per_second", "mfu", "data_wait_share", "eta_seconds")
 
 
@@ -79,7 +80,7 @@ def inspect_stage(folder: Path) -> dict[str, Any]:
         "of": max((c["of"] for c in checkpoints if c["of"]), default=summary.get("optimizer_steps")),
         "resume": _resume(folder, name, record),
         "last_step": _last(steps, folder / METRICS_NAME),
-        "summary": {key: summary[key] for key in ("rows", "answer_tokens", "seconds", "device") if key in summary},
+        "summary": {key: summary[key] for key in SUMMARY if key in summary},
         "layers": {role: fact.get("layers") for role, fact in record.get("facts", {}).items()},
         "dtype": record.get("config", {}).get("dtype"),
         "ranks": record.get("world_size"),

@@ -61,6 +61,8 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `check` command."""
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--rows", type=int, default=16, help="rows sampled of each source (default: %(default)s)")
+    device = "also compare operators, liger-kernel's modules and attention with plain PyTorch, here"
+    parser.add_argument("--device", action="store_true", help=device)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--dry-run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ..config import RunConfig
 from ..loading import needed_depth, target_layers
 from ..named_files import read_deepspeed
+from ..ranks.secondary import KEY, ranks_per_node, resolved
 from ..shrinking.record import SHRINK_NAME
 from ..teacher import mode_under
 from .memory import Batch, Setup, Spoken, check_zero, compute_bytes
@@ -52,10 +54,14 @@ def _student_beside(config: RunConfig, path: str | None) -> RunConfig:
     return config.model_copy(update={"student": config.student.model_copy(update={"path": str(folder)})})
 
 
-def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda") -> Setup:
-    """How a stage of the config runs on so many ranks."""
-    training = config.stage_training(stage)
+def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda", node: int | None = None) -> Setup:
+    """How a stage of the config runs on so many ranks, `node` of them on each machine (None: as launched, or all on
+    one). `teacher.window` auto is 1 here; see `window.with_window`."""
+    training, window = config.stage_training(stage), config.teacher.window
     deepspeed = read_deepspeed(training.deepspeed)
+    if deepspeed is not None:
+        here = min(ranks, ranks_per_node()) if "WORLD_SIZE" in os.environ else ranks
+        deepspeed = resolved(deepspeed, ranks, node or here)
     kind = ((deepspeed or {}).get("data_types") or {}).get("grad_accum_dtype")
     width, zero = compute_bytes(config), check_zero(deepspeed)
     return Setup(
@@ -67,6 +73,8 @@ def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda") ->
         checkpointing=training.gradient_checkpointing,
         device=device,
         accumulate_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(kind, width),
+        secondary=(zero or {}).get(KEY, 1),
+        window=1 if stage != "interact" or window == "auto" else min(window, training.gradient_accumulation_steps),
     )
 
 

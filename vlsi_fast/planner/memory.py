@@ -8,6 +8,7 @@
     frozen    e a shard element
     trained   e (compute copy) + 4 (master) + 8 (Adam) + 4 (`grad_accum_dtype` fp32: the flat gradients)
     also      e x `reduce_bucket_size` (ipg buffer), and whole tensors up to `stage3_param_persistence_threshold`
+    hpZ       e a second shard element, ceil(n / ranks of a machine) of every tensor (`zero_hpz_partition_size`)
 
 Without DeepSpeed: frozen e, trained 4 + 4 + 8 a parameter (`_keep_master_weights`).
 
@@ -24,7 +25,8 @@ one layer at a time is computed again. Its backward adds d + 2 f numbers at its 
 its own gradient exists, and with it stand the gradients of silu(gate) and up.
 
 **A forward without gradient** holds d of the residual, d of the norm's output and the largest of 3 f (FFN) and
-q + 2 k + 3 q (rotary embedding), and the hidden states of the target layers, R d e each.
+q + 2 k + 3 q (rotary embedding), and the hidden states of the target layers, N d e each (R d e for decoder
+verbalizers).
 
 **Losses**: N rows a layer, see `_kl` and `_answer_loss`; scratch is that of `vlsi_kernels`, by its own arithmetic.
 
@@ -79,6 +81,15 @@ class Setup:
     """Bytes of DeepSpeed's gradient accumulation (`data_types.grad_accum_dtype`)."""
     whole: bool = False
     """DeepSpeed's numbers without its sharding: nothing is gathered, no bucket reduces (the dry run's one device)."""
+    secondary: int = 1
+    """Ranks that share second shards (hpZ, `zero_hpz_partition_size`, auto resolved); 1: there are none."""
+    window: int = 1
+    """Micro-batches for which the teacher runs at once in interact (`teacher.window`)."""
+
+    @property
+    def windows(self) -> int:
+        """Forwards of interact's teacher in an optimizer step."""
+        return -(-self.accumulation // self.window)
 
     def number(self, name: str, default: float) -> float:
         value = (self.zero or {}).get(name, default)
@@ -113,6 +124,15 @@ class Spoken:
     @property
     def grad(self) -> bool:
         return self.mode != "frozen"
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether verbalizers read the target layers' states at all positions, not at answers alone."""
+        return (self.verbalizer or "").startswith("decoder")
+
+    def recorded(self, batch: Batch) -> int:
+        """Hidden states, d numbers each, that the forward takes from its target layers."""
+        return self.layers * (batch.positions if self.reads_all else batch.answers)
 
     def split(self) -> tuple[list[int], list[int]]:
         """Sizes of trained and of frozen tensors in the module tree, verbalizers included."""
@@ -209,6 +229,9 @@ def _add_sharded(columns: Counter, role: str, trained: list[int], frozen: list[i
     if not setup.offloads("param"):
         columns["parameters"] += e * mine
         columns["teacher" if role == "teacher" else "parameters"] += e * shards(frozen, setup.ranks)
+        if setup.secondary > 1:
+            columns["parameters"] += e * shards(trained, setup.secondary)
+            columns["teacher" if role == "teacher" else "parameters"] += e * shards(frozen, setup.secondary)
     columns["gathered"] += 0 if setup.whole else whole
 
 

@@ -11,10 +11,11 @@ from ..config import ConfigError, RunConfig, load_config
 from ..sizes import format_count, format_size
 from .arguments import Machine
 from .build import Models, setup_of, step_of
-from .memory import RESERVE_BYTES, Batch
+from .memory import RESERVE_BYTES, Batch, Setup
 from .shapes import ModelShape
-from .speed import operations, over_pcie, speed, traffic
+from .speed import inside_nodes, operations, over_pcie, speed, traffic
 from .walk import walk
+from .window import with_window
 
 COLUMNS = {
     "parameters": "parameters",
@@ -70,16 +71,23 @@ def plan_stage(models: Models, stage: str, machine: Machine, rows: Rows, samples
     """All numbers of one stage, bytes, FLOPs and seconds."""
     config = models.config
     micro = config.stage_training(stage).per_device_train_batch_size
-    setup = setup_of(config, stage, machine.ranks)
-    curve = walk(step_of(models, stage, setup, rows.batch(micro)))
     room = machine.memory_bytes - RESERVE_BYTES
+
+    def setup_at(at: Machine, count: int = micro) -> Setup:
+        setup = setup_of(config, stage, at.ranks, node=at.gpus)
+        return with_window(models, stage, setup, rows.batch(count), room)
+
+    setup = setup_at(machine)
+    curve = walk(step_of(models, stage, setup, rows.batch(micro)))
     other = {}
     for name, on in (("with_checkpointing", True), ("without_checkpointing", False)):
         changed = dataclasses.replace(setup, checkpointing=on)
+        changed = with_window(models, stage, changed, rows.batch(micro), room)
         other[name] = walk(step_of(models, stage, changed, rows.batch(micro))).peak
 
     def fits(count: int) -> bool:
-        return walk(step_of(models, stage, setup, rows.batch(count))).peak.total <= room
+        # a window is chosen for the rows; one that the config names is kept
+        return walk(step_of(models, stage, setup_at(machine, count), rows.batch(count))).peak.total <= room
 
     mean = step_of(models, stage, setup, rows.batch(micro, mean=True))
     moved = traffic(mean)
@@ -92,20 +100,24 @@ def plan_stage(models: Models, stage: str, machine: Machine, rows: Rows, samples
         **{name: peak.total for name, peak in other.items()},
         "activations": {name: peak.columns.get("activations", 0) for name, peak in other.items()},
         "largest_micro_batch": largest(fits),
+        "teacher_window": setup.window,
         "flops_per_sample": {name: value / micro for name, value in operations(mean).items()},
         "traffic_bytes_per_micro_batch": moved,
+        "inside_nodes_bytes_per_micro_batch": inside_nodes(mean, moved),
         "pcie_bytes_per_micro_batch": over_pcie(mean),
         "scaling": [],
     }
     for nodes in sorted({machine.nodes, 1, 2, 8, 64}):
         at = dataclasses.replace(machine, nodes=nodes)
-        there = dataclasses.replace(setup, ranks=at.ranks)
+        there = setup_at(at)
         found = speed(step_of(models, stage, there, rows.batch(micro, mean=True)), at)
         total = walk(step_of(models, stage, there, rows.batch(micro))).peak.total
         result["scaling"].append(
             {
                 "nodes": nodes,
                 "gpus": at.ranks,
+                "second_shards": there.secondary > 1,
+                "teacher_window": there.window,
                 "peak_bytes": total,
                 "compute_seconds": found.compute_seconds,
                 "communication_seconds": found.communication_seconds,
@@ -125,11 +137,12 @@ def compare_modes(models: Models, machine: Machine, rows: Rows, samples: int) ->
     for mode in TEACHER_MODES:
         peaks, low, high = [], 0.0, 0.0
         for stage in config.stages:
-            setup = setup_of(config, stage, machine.ranks)
+            setup = setup_of(config, stage, machine.ranks, node=machine.gpus)
             if mode == "zero3" and setup.zero is None:
                 break
             setup = dataclasses.replace(setup, teacher_mode=mode)
             micro = config.stage_training(stage).per_device_train_batch_size
+            setup = with_window(models, stage, setup, rows.batch(micro), machine.memory_bytes - RESERVE_BYTES)
             step = step_of(models, stage, setup, rows.batch(micro))
             if "teacher" not in step.roles:
                 continue
@@ -182,6 +195,7 @@ def make_plan(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any
         "reserve_bytes": RESERVE_BYTES,
         "parameters": {role: sum(shape.parameters) for role, shape in models.shapes.items()},
         "stages": [plan_stage(models, stage, machine, rows, arguments.samples) for stage in config.stages],
+        "evaluated": [stage for stage in config.stages if config.stage_training(stage).eval_steps is not None],
         "teacher_modes": compare_modes(models, machine, rows, arguments.samples),
     }
 
@@ -231,7 +245,11 @@ def print_plan(plan: dict[str, Any]) -> None:
     print_table(_memory_table(plan))
     print_table(_work_table(plan))
     print_table(_scaling_table(plan))
+    if any(at["second_shards"] for s in plan["stages"] for at in s["scaling"]):
+        say("several nodes: with second shards in each node (zero_hpz_partition_size), which hold the frozen weights")
     say("step s, days: from communication wholly hidden behind computation to not at all; PCIe's copies too")
+    if plan["evaluated"]:
+        say(f"evaluations while training ({', '.join(plan['evaluated'])}: training.eval_steps) are not counted")
     if plan["teacher_modes"]:
         print_table(_modes_table(plan))
         say("int8 and nf4: the time of their conversions is not counted")
@@ -262,6 +280,9 @@ def _memory_table(plan: dict[str, Any]):
         table.add_row(f"total (activations) {name.replace('_', ' ')}", *both)
     table.add_row("micro-batch, rows", *(str(s["micro_batch"]) for s in stages))
     table.add_row("largest that fits", *(str(s["largest_micro_batch"]) for s in stages))
+    if any(s["teacher_window"] > 1 for s in stages):
+        windows = (str(s["teacher_window"]) if s["stage"] == "interact" else "-" for s in stages)
+        table.add_row("teacher's window, micro-batches", *windows)
     return table
 
 
@@ -277,6 +298,7 @@ def _work_table(plan: dict[str, Any]):
     table.add_row("all", *(_number(total / size) for total in all_))
     moved = {
         "moved": [sum(s["traffic_bytes_per_micro_batch"].values()) for s in stages],
+        "of it inside a node": [s["inside_nodes_bytes_per_micro_batch"] for s in stages],
         "over PCIe": [s["pcie_bytes_per_micro_batch"] for s in stages],
     }
     for what, sizes in moved.items():

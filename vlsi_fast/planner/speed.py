@@ -14,8 +14,9 @@ Nothing here is measured. Operations count a multiply and an add as two; letters
                                2 N V (d_l + d_s) a teacher layer and, without gradient, 2 N V d_s a student layer
 
 Decoder layers that nothing reads are not there (see build.py). Traffic is ZeRO-3's: see `traffic`, which a test
-compares with the bytes that DeepSpeed gathers on two ranks. A ring brings (W - 1) / W of the bytes to each GPU over
-the links inside a node, and (nodes - 1) / nodes of them into each node. A teacher in CPU memory comes over PCIe.
+compares with the bytes that DeepSpeed gathers on two ranks. With hpZ most of it stays inside a node (`inside_nodes`).
+A ring brings (W - 1) / W of the bytes to each GPU over the links inside a node, and (nodes - 1) / nodes of them into
+each node. A teacher in CPU memory comes over PCIe.
 """
 
 from __future__ import annotations
@@ -132,6 +133,10 @@ def traffic(step: Step) -> dict[str, float]:
         if spoken.is_gathered(setup):
             total += sum(n for n in shape.parameters if n > limit)
             total += shape.head if shape.tied else 0  # as embedding and as head
+        if role == "teacher" and step.windowed:
+            total *= setup.windows / setup.accumulation
+        elif step.windowed and (step.settings.matches_by_kl or step.settings.last_by_forward_kl):
+            total += shape.head * setup.windows / setup.accumulation  # for the targets, beside each micro-batch's own
         if spoken.grad:
             total += _for_backward(step, role, limit)
         moved[f"{role} gathers"] += e * total
@@ -156,20 +161,42 @@ def _for_backward(step: Step, role: str, limit: float) -> int:
     return total + (sum(map(sum, large)) if setup.checkpointing else 0)
 
 
+def inside_nodes(step: Step, moved: dict[str, float]) -> float:
+    """Bytes of `traffic` that do not leave a machine: what second shards (hpZ) give.
+
+    All gathers of frozen tensors, and those of trained ones but the first of an optimizer step. An offloaded teacher's
+    engine has no second shards.
+    """
+    if step.setup.secondary <= 1:
+        return 0.0
+    near, e = 0.0, step.setup.compute_bytes
+    limit = step.setup.number("stage3_param_persistence_threshold", 1e5)
+    for role, spoken in step.roles.items():
+        if spoken.placement is None:
+            first = e * sum(n for n in spoken.split()[0] if n > limit) / step.setup.accumulation
+            near += max(0.0, moved.get(f"{role} gathers", 0.0) - first)
+    return near
+
+
 def over_pcie(step: Step) -> float:
     """Bytes that each GPU takes from CPU memory for one micro-batch (teacher.mode offload)."""
     setup, limit = step.setup, step.setup.number("stage3_param_persistence_threshold", 1e5)
-    return sum(
+    share = setup.windows / setup.accumulation if step.windowed else 1.0
+    return share * sum(
         pcie_bytes(spoken.shape, spoken.placement, setup.compute_bytes, setup.ranks, setup.zero is not None, limit)
         for spoken in step.roles.values()
     )
 
 
-def communication_seconds(size: float, machine: Machine) -> float:
-    """Time of a ring over all ranks for `size` bytes: the slower of the links inside nodes and those between."""
-    inside = size * (machine.ranks - 1) / machine.ranks / machine.link_bytes
-    between = size * (machine.nodes - 1) / machine.nodes / machine.network_bytes
-    return max(inside, between)
+def communication_seconds(size: float, machine: Machine, near: float = 0.0) -> float:
+    """Time of a ring over all ranks for `size` bytes: the slower of the links inside nodes and those between.
+
+    `near` of the bytes go round inside each node alone, before or after the others.
+    """
+    far = size - near
+    inside = far * (machine.ranks - 1) / machine.ranks / machine.link_bytes
+    between = far * (machine.nodes - 1) / machine.nodes / machine.network_bytes
+    return max(inside, between) + near * (machine.gpus - 1) / machine.gpus / machine.link_bytes
 
 
 @dataclass(frozen=True)
@@ -202,7 +229,8 @@ def speed(step: Step, machine: Machine) -> Speed:
     """Predicted time of one optimizer step."""
     times = step.setup.accumulation
     compute = times * sum(operations(step).values()) / (machine.peak_flops * machine.utilisation)
-    moved = times * communication_seconds(sum(traffic(step).values()), machine)
+    found = traffic(step)
+    moved = times * communication_seconds(sum(found.values()), machine, inside_nodes(step, found))
     rows = next(iter(step.batches.values())).rows
     copied = times * over_pcie(step) / machine.pcie_bytes
     return Speed(compute, moved, times * rows * machine.ranks, copied)

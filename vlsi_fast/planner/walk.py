@@ -5,15 +5,16 @@ Letters as in memory.py; S, L target layers of student and teacher. Each functio
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from ..config_stages import InteractConfig, SftConfig, VerbalizeConfig
+from .loss_memory import answer_loss, divergence, kl, own_output, teacher_statistics
 from .memory import (
     Batch,
     Curve,
     Setup,
     Spoken,
-    divergence_scratch,
     gathered_for,
     gradient_scratch,
     held,
@@ -21,7 +22,6 @@ from .memory import (
     layer_forward,
     layer_saved,
     optimizer_moment,
-    statistics_scratch,
     verbalizer_saved,
     vision_forward,
 )
@@ -41,6 +41,11 @@ class Step:
     """The stage's own section of the config."""
     matched: int = 1
     """Teacher layers of a student layer (matching.k)."""
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the teacher runs once for several micro-batches, before them."""
+        return self.setup.window > 1 and self.stage == "interact" and "teacher" in self.roles
 
     @property
     def headless(self) -> bool:
@@ -65,7 +70,7 @@ def walk(step: Step) -> Curve:
 
 def after(step: Step, role: str) -> int:
     """Elements that ZeRO-3's trace passes between a role's forward and its backward: those of the roles behind it."""
-    names = list(step.roles)
+    names = [name for name in step.roles if not (name == "teacher" and step.windowed)]  # it has an engine of its own
     total = 0
     for spoken in (step.roles[name] for name in names[names.index(role) + 1 :]):
         verbalizers = sum(n for layer in spoken.verbalizers for n in layer)
@@ -78,16 +83,17 @@ def after(step: Step, role: str) -> int:
 
 
 def _frozen_forward(curve: Curve, step: Step, role: str) -> None:
-    """A backbone without gradient; holds on to its answer positions, (L + 1) N d, at the end."""
+    """A backbone without gradient; holds on to its answer positions, (L + 1) N d, at the end (L R d + N d for decoder
+    verbalizers)."""
     spoken, batch, setup = step.roles[role], step.batches[role], step.setup
     e, d, shape = setup.compute_bytes, spoken.shape.width, spoken.shape
     around = _mask_and_positions(spoken, batch, setup) + _model_inputs(spoken, batch, setup)
     _vision(curve, step, role)
-    recorded = spoken.layers * batch.positions * d * e
+    recorded = spoken.recorded(batch) * d * e
     gathered = _gathered(step, role)
     inside = recorded + layer_forward(shape, batch, setup) + running_layer(shape, spoken.placement, batch.positions)
     curve.moment(f"{role} forward", activations=around + inside, gathered=gathered)
-    taken = (spoken.layers + spoken.needs_last) * batch.answers * d * e
+    taken = (spoken.recorded(batch) + spoken.needs_last * batch.answers) * d * e
     # the last hidden state, its float32 norm and the norm's output beside all that is recorded
     norm = batch.positions * d * (2 * e + (8 if e < 4 else 4))
     curve.moment(f"{role} final norm", activations=around + recorded + norm)
@@ -106,7 +112,7 @@ def _trained_forward(curve: Curve, step: Step, role: str) -> int:
     inside = layer_forward(shape, batch, setup) if setup.checkpointing else 0
     inside += _model_inputs(spoken, batch, setup)
     if e < 4 and not setup.checkpointing:  # a norm keeps a float32 copy, so the hooks hold a tensor of their own
-        inside += spoken.layers * batch.positions * d * e
+        inside += spoken.recorded(batch) * d * e
     curve.moment(f"{role} forward", activations=inside, gathered=_gathered(step, role))
     curve.hold("activations", 4 * batch.positions * d)  # the final norm's input in float32
     curve.moment(f"{role} final norm", activations=batch.positions * d * (4 + 2 * e))
@@ -127,8 +133,9 @@ def _vision(curve: Curve, step: Step, role: str) -> None:
 def _gathered(step: Step, role: str) -> int:
     """In a forward: prefetching may run ahead with this role, those behind it and what backward needs of the others."""
     spoken, names = step.roles[role], list(step.roles)
-    if spoken.placement:  # an engine of its own
+    if spoken.placement or (role == "teacher" and step.windowed):  # an engine of its own
         return gathered_for(spoken, step.setup, backward=False, ahead=sum(spoken.shape.parameters))
+    names = [name for name in names if not (name == "teacher" and step.windowed)]
     ahead = 0
     for name in names:
         trained, frozen = step.roles[name].split()
@@ -170,95 +177,7 @@ def _speak(curve: Curve, step: Step, role: str, grad: bool) -> None:
     curve.moment(f"{role} verbalized norm", activations=saved + rows * out * (e + (8 if e < 4 else 4) + 2 * e))
     curve.hold("activations", saved + (4 * rows * out if grad and not step.headless else 0) + e * rows * out)
     if not grad:
-        curve.hold("activations", -e * rows * spoken.shape.width)  # their inputs are free
-
-
-# ---- losses ----
-
-
-def _answer_loss(curve: Curve, step: Step, role: str, layers: int, trained_head: bool) -> None:
-    """Cross-entropy of `layers` N rows: holds the gradient's direction in the inputs' dtype."""
-    shape, batch, setup = step.roles[role].shape, step.batches[role], step.setup
-    e, d, rows = setup.compute_bytes, shape.width, layers * batch.answers
-    scratch = statistics_scratch(rows, d, d, step.vocab, 1, setup)
-    # float32 expectation of a block, the labels' rows of the head, and their product with the hidden states
-    block = min(rows, 2048) * d * 4 * (3 if setup.device == "cpu" else 1)
-    curve.hold("activations", e * rows * d)
-    head = e * shape.head if step.roles[role].is_gathered(setup) else 0
-    curve.moment(f"{role} answer loss", workspace=scratch + block, gathered=head)
-    if trained_head:
-        scratch = statistics_scratch(rows, d, 0, step.vocab, 1, setup) + 4 * d * min(step.vocab, 8192)
-        size = e if setup.zero is not None or e < 4 else 4
-        gradients = size * shape.head * (2 if setup.zero is not None and not setup.whole else 1)
-        curve.moment("head backward", workspace=scratch, gradients=gradients, gathered=head)
-        if setup.zero is None and setup.accumulation == 1:
-            curve.hold("gradients", size * shape.head)
-
-
-def _kl(curve: Curve, step: Step, students: int, teachers: int, grad: bool = True) -> None:
-    """KL matrix of `students` x `teachers` layers: holds both expectations, float32 (teacher: L N (d_s + 1)).
-
-    Without gradient it only drives the matching: nothing of it stays.
-    """
-    student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
-    e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
-    heads = e * sum(spoken.shape.head for spoken in step.roles.values() if spoken.is_gathered(setup))
-    joined = e * n * (students * d + teachers * teacher.width) if grad else 0  # torch.cat of the layers and the last
-    curve.hold("activations", joined)
-    curve.hold("targets", 4 * teachers * n * (d + 1))
-    scratch = statistics_scratch(teachers * n, teacher.width, d, step.vocab, 2, setup)
-    curve.moment("teacher statistics", workspace=scratch, gathered=heads)
-    curve.hold("targets", 4 * students * n * d if grad else 0)
-    scratch = statistics_scratch(students * n, d, d if grad else 0, step.vocab, 1, setup)
-    curve.moment("student statistics", workspace=scratch, gathered=heads)
-    pairs = 3 * 8 * students * teachers * n  # float64: the KLs, masked, and weighted
-    curve.moment("KL of pairs", workspace=pairs + _pair_block(students, teachers, n, d, setup))
-    curve.hold("activations", -joined)
-    if grad:
-        curve.moment("KL backward", workspace=students * n * d * (2 * 4 + e))
-    else:
-        curve.hold("targets", -4 * teachers * n * (d + 1))
-
-
-def _divergence(curve: Curve, step: Step) -> None:
-    """`linear_divergence` of the matched pairs: holds the gradient's direction in the inputs' dtype."""
-    student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
-    e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
-    heads = e * sum(spoken.shape.head for spoken in step.roles.values() if spoken.is_gathered(setup))
-    settings = step.settings
-    calls = [step.roles["student"].layers] * step.matched if settings.layers_by_other_divergence else []
-    for rows in [*calls, 1] if settings.last_by_other_divergence else calls:
-        chosen = e * rows * n * teacher.width  # the matched layers, copied
-        curve.hold("activations", e * rows * n * d)
-        scratch = divergence_scratch(rows * n, d, teacher.width, step.vocab, setup)
-        curve.moment("divergence of pairs", workspace=scratch, activations=chosen, gathered=heads)
-
-
-def _own_output(curve: Curve, step: Step, role: str) -> None:
-    """KL of a role's layers from its own last one: holds both expectations, float32; the answers' are a row of W."""
-    spoken, batch, setup = step.roles[role], step.batches[role], step.setup
-    e, n, d = setup.compute_bytes, batch.answers, spoken.shape.width
-    head = e * spoken.shape.head if spoken.is_gathered(setup) else 0
-    columns = 1 + (step.settings.objective == "both")
-    curve.hold("targets", 4 * columns * n * (d + 1))
-    scratch = statistics_scratch(n, d, d, step.vocab, 2, setup)
-    curve.moment(f"{role} last layer's statistics", workspace=scratch, gathered=head)
-    curve.hold("targets", 4 * spoken.layers * n * d)
-    scratch = statistics_scratch(spoken.layers * n, d, d, step.vocab, 1, setup)
-    curve.moment(f"{role} statistics", workspace=scratch, gathered=head)
-    pairs = 3 * 8 * spoken.layers * columns * n + _pair_block(spoken.layers, columns, n, d, setup)
-    curve.moment(f"{role} KL of layers", workspace=pairs)
-
-
-def _pair_block(students: int, teachers: int, n: int, d: int, setup: Setup) -> int:
-    """float64 copies of a block of tokens, on the CPU's path only; as many tokens as the workspace takes."""
-    if setup.device != "cpu":
-        return 0
-    from vlsi_kernels._common import DEFAULT_WORKSPACE_BYTES
-
-    budget = setup.workspace or DEFAULT_WORKSPACE_BYTES["cpu"]
-    token = 8 * d * (students + teachers)
-    return token * min(n, max(1, budget // token))
+        curve.hold("activations", -e * spoken.recorded(batch) * spoken.shape.width)  # their inputs are free
 
 
 # ---- backward ----
@@ -277,8 +196,9 @@ def _student_backward(curve: Curve, step: Step, each: int, between: int) -> None
     spoken, batch, setup = step.roles["student"], step.batches["student"], step.setup
     e, shape = setup.compute_bytes, spoken.shape
     hidden = e * batch.positions * shape.width
-    # index_select's gradient is a full [R, d] for each target layer and the last, made before the first layer's turn
-    waiting = spoken.layers
+    # where verbalizers read all positions, the gradients of all target layers' states are there before the first
+    # layer's turn; else index_select makes a layer's [R, d] when its turn comes
+    waiting = spoken.layers if spoken.reads_all else 0
     recomputed = layer_saved(spoken, batch, setup) if setup.checkpointing else 0
     inside = recomputed + e * batch.positions * (shape.width + 2 * shape.inner)
     if spoken.mode == "lora" and e < 4:  # the float32 gradient of the adapted input beside the frozen layer's
@@ -328,33 +248,65 @@ def _verbalize(curve: Curve, step: Step) -> None:
         _frozen_forward(curve, step, role)
         _speak(curve, step, role, grad=True)
         if step.settings.needs_last:
-            _own_output(curve, step, role)
+            own_output(curve, step, role)
         else:
-            _answer_loss(curve, step, role, spoken.layers, trained_head=False)
+            answer_loss(curve, step, role, spoken.layers, trained_head=False)
     for role in reversed(step.roles):
         if step.settings.needs_last:
             _own_output_backward(curve, step, role)
         _verbalizers_backward(curve, step, role)
 
 
+def _window(curve: Curve, step: Step, teachers: int) -> int:
+    """The teacher's forward for a window, before the student's: holds what the losses of its micro-batches read.
+
+    Returns bytes of one micro-batch's share.
+    """
+    spoken, one, count, setup = step.roles["teacher"], step.batches["teacher"], step.setup.window, step.setup
+    window = dataclasses.replace(
+        one, rows=count * one.rows, answers=count * one.answers, patches=count * one.patches, masked=True
+    )
+    inputs = 4 * window.patches * spoken.shape.patch_values + 8 * 3 * window.positions  # joined, beside their parts
+    curve.hold("inputs", inputs)
+    before, targets = curve.held["activations"], curve.held["targets"]
+    joined = dataclasses.replace(step, batches=step.batches | {"teacher": window})
+    _frozen_forward(curve, joined, "teacher")
+    if spoken.verbalizer:
+        _speak(curve, joined, "teacher", grad=False)
+    row = setup.compute_bytes * one.answers * spoken.shape.width
+    if teachers:
+        curve.hold("activations", row * teachers)  # torch.cat of the layers and the last, a micro-batch at a time
+        for _ in range(count):
+            teacher_statistics(curve, step, teachers)
+        curve.hold("activations", -row * teachers)
+    settings = step.settings
+    kept = spoken.layers * settings.reads_teacher_layers + settings.reads_teacher_last
+    curve.hold("targets", count * kept * row)
+    curve.moment("teacher's window")
+    curve.hold("activations", before - curve.held["activations"])
+    curve.hold("inputs", -inputs)
+    return (curve.held["targets"] - targets) // count
+
+
 def _interact(curve: Curve, step: Step) -> None:
     student, taught, settings = step.roles["student"], "teacher" in step.roles, step.settings
+    students = student.layers * settings.matches_by_kl
+    last = settings.last_by_forward_kl
+    teachers = (step.roles["teacher"].layers if students else 0) + last if taught else 0
+    waiting = _window(curve, step, teachers) * (step.setup.window - 1) if step.windowed else 0
     each = _trained_forward(curve, step, "student")
     if student.verbalizer:
         _speak(curve, step, "student", grad=True)
-    if taught:
-        before = curve.held["activations"]
+    before = curve.held["activations"]
+    if taught and not step.windowed:
         _frozen_forward(curve, step, "teacher")
         if step.roles["teacher"].verbalizer:
             _speak(curve, step, "teacher", grad=False)
     n, width = step.batches["student"].answers, student.shape.width
-    students = student.layers * settings.matches_by_kl
-    last = settings.last_by_forward_kl
     if students or last:
-        teachers = step.roles["teacher"].layers if students else 0
-        _kl(curve, step, students + last, teachers + last, grad=settings.kld_is_forward)
+        kl(curve, step, students + last, teachers, grad=settings.kld_is_forward)
     if step.pairs:
-        _divergence(curve, step)
+        divergence(curve, step)
     if settings.headless:  # the differences of all pairs, kept by square()
         teacher = step.roles["teacher"]
         curve.hold("activations", 4 * student.layers * teacher.layers * n * teacher.shape.width)
@@ -364,10 +316,10 @@ def _interact(curve: Curve, step: Step) -> None:
         curve.hold("workspace", 4 * (width**2 + width * other + other**2))  # Gram matrices
     if settings.learns_answers:
         rows = student.layers if settings.intermediate == "ce" else 1
-        _answer_loss(curve, step, "student", rows, trained_head=False)
+        answer_loss(curve, step, "student", rows, trained_head=False)
     if taught:
         curve.hold("activations", before - curve.held["activations"])  # the teacher's part and the losses' are free
-    curve.hold("targets", -curve.held["targets"])
+    curve.hold("targets", waiting - curve.held["targets"])  # those of the window's further micro-batches stay
     if student.verbalizer:
         _verbalizers_backward(curve, step, "student")
     _student_backward(curve, step, each, after(step, "student"))
@@ -375,5 +327,5 @@ def _interact(curve: Curve, step: Step) -> None:
 
 def _sft(curve: Curve, step: Step) -> None:
     each = _trained_forward(curve, step, "student")
-    _answer_loss(curve, step, "student", 1, trained_head=step.roles["student"].mode == "full")
+    answer_loss(curve, step, "student", 1, trained_head=step.roles["student"].mode == "full")
     _student_backward(curve, step, each, 0)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .secondary import partitioned_init
 from .sharding import gathered, rank, world_size
 
 
@@ -119,7 +120,6 @@ def stored_names(folder: str | Path, model: nn.Module) -> dict[str, tuple[Path, 
 @contextlib.contextmanager
 def _partitioning(zero: dict[str, Any]):
     """Modules built inside are partitioned and keep whatever their memory holds: every value is read afterwards."""
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import set_zero3_state
@@ -131,7 +131,7 @@ def _partitioning(zero: dict[str, Any]):
         return original(*args, **kwargs | {"device": kwargs.get("device") or device})
 
     try:
-        with no_init_weights(), set_zero3_state(), deepspeed.zero.Init(config_dict_or_path=zero):
+        with no_init_weights(), set_zero3_state(), partitioned_init(zero):
             torch.arange = arange
             yield
     finally:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .secondary import gather_from_secondary, partitioned_init
+
 
 def rank() -> int:
     """This process's rank, 0 without a process group."""
@@ -47,8 +49,18 @@ def gathered(parameters: Iterable[Tensor], writer: int | None = None):
         return
     import deepspeed
 
+    if writer is None:
+        gather_from_secondary(sharded)
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer):
         yield
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Free what DeepSpeed's engine holds of gathered parameters after a forward without a backward, so that `gathered`
+    finds none of them on its way."""
+    optimizer = getattr(model, "optimizer", None)
+    if hasattr(optimizer, "empty_partition_cache"):  # the engine's own also empties CUDA's cache
+        optimizer.empty_partition_cache()
 
 
 @contextlib.contextmanager
@@ -59,9 +71,7 @@ def sharded_init():
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    import deepspeed
-
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config()):
+    with partitioned_init(deepspeed_config()):
         yield
 
 

@@ -156,9 +156,20 @@ def cost(run: Run) -> list[dict[str, Any]]:
                 "data_wait_share": waited / seconds if seconds else math.nan,
                 "peak_memory_bytes": max((max(p) for p in peaks), default=math.nan),
                 "skipped_rows": sum((record.get("summary", {}).get("skipped_rows") or {}).values()),
+                "best": best(record.get("summary", {})),
             }
         )
     return rows
+
+
+def best(summary: dict[str, Any]) -> str:
+    """What a stage's record says of its best evaluation, in words; empty where it had none."""
+    found = summary.get("best") or {}
+    if found.get("step") is None:
+        return ""
+    taken = ", the result's" if found["loaded"] else ""
+    early = ", ended early" if summary.get("stopped_early_at") else ""
+    return f"{found['metric']} {found['value']:.4g}, step {found['step']}{taken}{early}"
 
 
 def demo_scores(summary: dict[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def _config(run: Run) -> dict[str, Any]:
 def _one(run: Run, name: str, samples) -> dict[str, Any]:
     """Everything of one run's section."""
     steps = {stage: run.metrics(stage) for stage in run.records}
+    evaluated = {stage: _evaluated(stage, records, run.evaluations(stage)) for stage, records in steps.items()}
     last, cost = run.records[run.last_stage], collect.cost(run)
     return {
         "name": name,
@@ -81,6 +82,7 @@ def _one(run: Run, name: str, samples) -> dict[str, Any]:
         "verbalize": _verbalize(steps.get("verbalize") or []),
         "interact": _interact(steps.get("interact") or []),
         "sft": _loss_chart({"answers": steps.get("sft") or []}, "sft: loss", "nats a token"),
+        "evaluated": evaluated,
         "speed": _speed(steps),
         "samples": samples and samples | {"rows": [_figure(row) for row in samples["rows"]]},
         "settings": collect.settings(last["config"]),
@@ -160,6 +162,22 @@ def _loss_chart(stages: dict[str, list[dict]], title: str, unit: str) -> str | N
             width = max(1, len(records) // 50)
             series[name] = ([r["step"] for r in records], collect.smooth([r["loss"] for r in records], width))
     return lines(series, title, unit, log=True) if series else None
+
+
+def _evaluated(stage: str, records: list[dict], evaluations: list[dict]) -> list[str]:
+    """Charts of a stage's evaluations while training: loss, beside that of the training's own rows, and exact match."""
+    if not evaluations:
+        return []
+    steps = [r["step"] for r in evaluations]
+    series = {"data.eval": (steps, [r["loss"] for r in evaluations])}
+    if len({r.get("intermediate_weight") for r in records}) == 1:  # else its parts are weighed otherwise at each step
+        own = collect.smooth([r["loss"] for r in records], max(1, len(records) // 50))
+        series["data.train"] = ([r["step"] for r in records], own)
+    charts = [lines(series, f"{stage}: loss on data.eval", "nats a token", log=True)]
+    if "exact_match" in evaluations[0]:
+        match = {"data.eval": (steps, [r["exact_match"] for r in evaluations])}
+        charts.append(lines(match, f"{stage}: exact match on data.eval", "share of rows"))
+    return charts
 
 
 def _speed(steps: dict[str, list[dict]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from packaging.version import Version
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..config import ConfigError, RunConfig
+from ..config import ConfigError, RunConfig, TrainingConfig
 from ..named_files import read_deepspeed
+from ..ranks.secondary import KEY, ranks_per_node, require_same_nodes, resolved
+from ..ranks.sharding import gathered_objects
 from ..terminal import say
 
 DEEPSPEED_FLOOR = "0.19.2"
@@ -28,17 +31,17 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     """`TrainingArguments` of one stage. Made before any model, since it switches ZeRO-3 loading on.
 
     Raises:
-        ConfigError: DeepSpeed asked for but not installed or not readable.
+        ConfigError: DeepSpeed asked for but not installed or not readable, or its hpZ does not fit the machines.
     """
     t = config.stage_training(stage)
-    deepspeed = t.deepspeed
-    read_deepspeed(deepspeed)
+    deepspeed = read_deepspeed(t.deepspeed)
     _require_trackers(t.report_to)
     if deepspeed is not None and not launched():
         say("no launcher, so training.deepspeed is not used (start with `deepspeed` or `torchrun`)")
         deepspeed = None
     if deepspeed is not None:
         _require_deepspeed()
+        deepspeed = resolved(deepspeed, int(os.environ.get("WORLD_SIZE", 1)), ranks_per_node())
     schedule, schedule_kwargs = t.lr_scheduler_type, {}
     if schedule == "cosine":
         schedule, schedule_kwargs = "cosine_with_min_lr", {"min_lr_rate": t.min_learning_rate / t.learning_rate}
@@ -75,8 +78,10 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
         "logging_nan_inf_filter": False,
         "disable_tqdm": False,
         "ddp_find_unused_parameters": False,
+        **_evaluation_arguments(t, stage),
         **t.extra,
     }
+    arguments["run_name"] = f"{run_group(config, stage)}-{stage}"
     if deepspeed is None:  # an earlier stage of this process may have used it
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         unset_hf_deepspeed_config()
@@ -84,6 +89,8 @@ def training_arguments(config: RunConfig, stage: str) -> TrainingArguments:
     _ = args.device  # starts the process group
     if deepspeed is not None:
         _start_deepspeed(on_cpu)
+        if KEY in read_deepspeed(t.deepspeed).get("zero_optimization", {}):
+            require_same_nodes(gathered_objects(ranks_per_node()))
     if not launched():
         args._n_gpu = 1  # one process, one GPU: the Trainer would wrap several in DataParallel
     return args
@@ -121,6 +128,31 @@ def _loading_arguments(workers: int) -> dict[str, Any]:
     if workers:  # both are errors without workers
         arguments |= {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
     return arguments
+
+
+def _evaluation_arguments(training: TrainingConfig, stage: str) -> dict[str, Any]:
+    """The best checkpoint is not the Trainer's matter: it would save one only at a multiple of eval_steps, and load it
+    also where a run has to leave before its end."""
+    if training.eval_steps is None:
+        return {}
+    if stage == "verbalize" and training.metric_for_best_model == "exact_match":
+        raise ConfigError(
+            "training.metric_for_best_model exact_match is of a model's own answers, which stage verbalize does not "
+            "train: set verbalize.training.metric_for_best_model to loss"
+        )
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": training.eval_steps,
+        "metric_for_best_model": training.metric_for_best_model,
+        "greater_is_better": training.greater_is_better,
+        # for the patience that is left
+        "restore_callback_states_from_checkpoint": training.early_stopping_patience is not None,
+    }
+
+
+def run_group(config: RunConfig, stage: str) -> str:
+    """What trackers call the whole run: `training.extra.run_name`, or the name of its folder."""
+    return config.stage_training(stage).extra.get("run_name") or Path(config.output_dir).absolute().name
 
 
 def _start_deepspeed(on_cpu: bool) -> None:

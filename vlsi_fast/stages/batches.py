@@ -20,9 +20,9 @@ class StageCollator:
     ids, rows skipped, the numbers of answer tokens and of tokens (of the first role), `answered`: how many rows and
     answer tokens a model wrote, the number of `positions` (of all roles) and of those that are `padding` or a blank
     image, `role_tokens` and `pixel_values`: role -> how many tokens, padding and a blank image left out, and how many
-    numbers its images are, and `shared`: for each further role the names of inputs that are the first role's own
-    tensors. Those are left out, so that they are pinned and copied to the device once, and put back by
-    `restore_shared`.
+    numbers its images are, `blank`: roles whose only image is a blank one, and `shared`: for each further role the
+    names of inputs that are the first role's own tensors. Those are left out, so that they are pinned and copied to the
+    device once, and put back by `restore_shared`.
     """
 
     def __init__(self, collator, roles: tuple[str, ...]):
@@ -47,6 +47,7 @@ class StageCollator:
             "padding": positions - sum(joined["tokens"][role] for role in self.roles),
             "role_tokens": joined["tokens"],
             "pixel_values": {r: joined[r]["pixel_values"].numel() for r in self.roles if "pixel_values" in joined[r]},
+            "blank": joined["blank"],
             "shared": {},
         }
         for role in self.roles[1:]:

@@ -39,8 +39,18 @@ class HookedTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # says so from 5.23 on; before, the next line alone did
         self.model_accepts_loss_kwargs = True
 
+    keeps_best = False
+    """Whether the checkpoint of the best evaluation is wanted."""
+
     def on_checkpoint(self, checkpoint: Path) -> None:
         """Called on every rank when the Trainer has written a checkpoint's files."""
+
+    def catch_up(self) -> None:
+        """Called before each epoch, so also where a resumed run begins."""
+
+    def is_over(self) -> bool:
+        """Whether the run ends before its last step."""
+        return False
 
     # ---- batches ----
 
@@ -63,10 +73,21 @@ class HookedTrainer(Trainer):
 
     def _run_epoch(self, *args, **kwargs):
         """Resumed at its last step, a run lacks only its export: the Trainer would make one step more."""
-        if self.state.global_step >= self.state.max_steps:
+        self.catch_up()
+        if self.state.global_step >= self.state.max_steps or self.is_over():
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A new best is saved where it is found, whatever `save_steps` says."""
+        better = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= better and self.keeps_best
+        return better
+
+    def note_best(self, metrics: dict[str, float]) -> None:
+        """Take an evaluation's numbers as the Trainer takes those of its own evaluations."""
+        self._determine_best_metric(metrics, None)
 
     # ---- checkpoints: only what is trained, and read as data ----
 
@@ -100,6 +121,13 @@ class HookedTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(stored[name])
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Take the trained weights of one of this run's checkpoints, after training. Collective."""
+        if not self.is_deepspeed_enabled:
+            return self._load_from_checkpoint(str(checkpoint))
+        with partial_checkpoints():
+            transformers.trainer.deepspeed_load_checkpoint(self.model_wrapped, str(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with data_only():

@@ -9,9 +9,13 @@ are matched by the forward KL of all pairs, whatever `interact.divergence` the l
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vlsi_kernels import TeacherTargets
 
 from ..backbones import family_of
 from ..config import ConfigError, MatchingConfig
@@ -20,13 +24,38 @@ from ..hidden_states import VerbalizedBackbone
 from ..lineage import rows_used, weights_digest
 from ..losses import AnswerLoss, LogitL2, MatchedDivergence, OperatorOptions, PairwiseKL, hidden_l2_matrix, pick
 from ..matching import match_layers
+from ..planner.window import fitting_window
+from ..ranks.sharding import gathered_objects, world_size
 from ..verbalizer import Verbalizers
 from .module import StageModule
 from .stage import Stage
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What the losses of one micro-batch read of the teacher; N answer tokens."""
+
+    compared: Tensor | TeacherTargets | None = None
+    """What the forward KL compares, target layers and last: [R, N, d_l], or their targets, made ahead."""
+    layers: Tensor | None = None
+    """[L, N, d_l] target layers, for other losses."""
+    last: Tensor | None = None
+    """[N, d_l] last layer, for other losses."""
+
+
 class InteractModule(StageModule):
-    """Student and teacher with their verbalizers, layer matching, and the losses of table 4d."""
+    """Student and teacher with their verbalizers, layer matching, and the losses of table 4d.
+
+    Args:
+        student: the backbone to train.
+        teacher: the frozen one; None where no loss reads it.
+        settings: of the stage.
+        matching: how layers are matched.
+        options: how the vocabulary operators are called.
+        window: micro-batches for which the teacher runs at once (`teach`).
+        teach_by: what runs the teacher, called as it is, where it is no part of the module tree; None: it is in the
+            tree, and called itself.
+    """
 
     def __init__(
         self,
@@ -35,9 +64,16 @@ class InteractModule(StageModule):
         settings: InteractConfig,
         matching: MatchingConfig,
         options: OperatorOptions,
+        window: int = 1,
+        teach_by: Callable | None = None,
     ):
         super().__init__()
-        self.student, self.teacher = student, teacher
+        self.student, self.window = student, window
+        if teach_by is None:
+            self.teacher = teacher
+        else:
+            object.__setattr__(self, "teacher", teacher)  # past nn.Module's registration
+        self._teach_by = teach_by
         self.settings, self.matching = settings, matching
         self.roles = ("student",) if teacher is None else ("student", "teacher")
         self.part_names = [f"student_layer_{k}" for k in student.target_layers]
@@ -64,45 +100,90 @@ class InteractModule(StageModule):
         return {"intermediate_weight": settings.intermediate_weight * course[settings.intermediate_schedule]}
 
     def forward(
-        self, student: dict, teacher: dict | None = None, generator=None, intermediate_weight: float | None = None
+        self,
+        student: dict,
+        teacher: dict | None = None,
+        taught: Taught | None = None,
+        generator=None,
+        intermediate_weight: float | None = None,
     ) -> dict[str, Tensor]:
-        """See `StageModule`; `generator` is the source of this micro-batch's matching draws, `intermediate_weight` that
-        of `schedule` (None: of the settings)."""
-        normed = not self.settings.headless
-        s_layers, s_last = self.student(student["inputs"], student["index"], normed)
-        t_layers = t_last = None
-        if teacher is not None:
-            with torch.no_grad():
-                t_layers, t_last = self.teacher(teacher["inputs"], teacher["index"], normed)
-        matrix, last_kl = self._divergences(s_layers, s_last, t_layers, t_last)
+        """See `StageModule`; `taught`: what `teach` found, in place of `teacher`; `generator` is the source of this
+        micro-batch's matching draws, `intermediate_weight` that of `schedule` (None: of the settings)."""
+        s_layers, s_last = self.student(student["inputs"], student["index"], self._normed)
+        if taught is None:
+            taught = Taught() if teacher is None else self._hear(teacher["inputs"], teacher["index"])
+        matrix, last_kl = self._divergences(s_layers, s_last, taught)
         record, parts = {}, []
         if self.matrix_shape is not None:
             matches = match_layers(matrix, **self.matching.model_dump(), generator=generator)
             record = {"kl": matrix.detach(), "matches": _counts(matches, matrix.shape[1])}
-            parts.append(self._intermediate(matrix, matches, s_layers, t_layers))
+            parts.append(self._intermediate(matrix, matches, s_layers, taught.layers))
         elif self.settings.intermediate == "ce":
             parts.append(self.answer_loss(s_layers, student["labels"]))
         weight = self.settings.intermediate_weight if intermediate_weight is None else intermediate_weight
         parts = [weight * part for part in parts]
-        parts += self._last(last_kl, s_last, t_last, student["labels"])
+        parts += self._last(last_kl, s_last, taught.last, student["labels"])
         parts = torch.cat(parts)
         return {"loss": parts.sum(), "parts": parts.detach(), **record}
 
-    def _divergences(self, s_layers, s_last, t_layers, t_last) -> tuple[Tensor | None, Tensor | None]:
-        """[S, L] matrix that drives the matching, and [1] KL of the last layers (where the forward KL is the loss): one
-        vocabulary pass for both."""
-        last = self.settings.last_by_forward_kl
-        if not self.settings.matches_by_kl:
-            matrix = hidden_l2_matrix(s_layers, t_layers) if self.settings.headless else None
-            return matrix, self._kl(s_last[None], t_last[None])[0] if last else None
-        if not last:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.settings.layers_by_forward_kl):
-                return self._kl(s_layers, t_layers), None  # for l2 and other divergences it only drives the matching
-        both = self._kl(torch.cat([s_layers, s_last[None]]), torch.cat([t_layers, t_last[None]]))
-        return both[:-1, :-1], both[-1, -1:]
+    # ---- the teacher ----
 
-    def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.pairwise_kl(student, teacher, self.settings.temperature)
+    @property
+    def _normed(self) -> bool:
+        return not self.settings.headless
+
+    @torch.no_grad()
+    def _hear(self, inputs: dict[str, Tensor], index: Tensor) -> Taught:
+        layers, last = (self._teach_by or self.teacher)(inputs, index, self._normed)
+        return Taught(self._compared(layers, last), layers, last)
+
+    @torch.no_grad()
+    def teach(self, inputs: dict[str, Tensor], index: Tensor, counts: list[int]) -> list[Taught]:
+        """Run the teacher once for several micro-batches, outside of `forward`. Collective.
+
+        Args:
+            inputs: processor tensors of all their rows.
+            index: [sum of counts] answer positions, those of the first micro-batch first.
+            counts: answer tokens of each.
+
+        Returns:
+            For each what `forward` takes as `taught`: where the forward KL is the loss, 1 + d_s float32 numbers an
+            answer token and layer; hidden states, d_l numbers, for the losses that read those.
+        """
+        layers, last = (self._teach_by or self.teacher)(inputs, index, self._normed)
+        nothing = [None] * len(counts)
+        layers = nothing if layers is None else layers.split(counts, 1)
+        last = nothing if last is None else last.split(counts)
+        compared = nothing
+        if self.settings.matches_by_kl or self.settings.last_by_forward_kl:
+            rows = (self._compared(*each) for each in zip(layers, last))  # one at a time
+            compared = self.pairwise_kl.targets(rows, self.settings.temperature)
+        # copies, so that what one micro-batch keeps does not keep the others'
+        layers = [each.clone() for each in layers] if self.settings.reads_teacher_layers else nothing
+        last = [each.clone() for each in last] if self.settings.reads_teacher_last else nothing
+        return [Taught(*each) for each in zip(compared, layers, last)]
+
+    def _compared(self, layers: Tensor | None, last: Tensor | None) -> Tensor | None:
+        """[R, N, d] of the layers, of either model, between which the forward KL is taken: in one vocabulary pass."""
+        found = [layers] if self.settings.matches_by_kl else []
+        found += [last[None]] if self.settings.last_by_forward_kl else []
+        return torch.cat(found) if len(found) == 2 else found[0] if found else None
+
+    # ---- losses ----
+
+    def _divergences(self, s_layers, s_last, taught: Taught) -> tuple[Tensor | None, Tensor | None]:
+        """[S, L] matrix that drives the matching, and [1] KL of the last layers (where the forward KL is the loss)."""
+        matrix = last_kl = None
+        if taught.compared is not None:
+            # for l2 and other divergences it only drives the matching
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.settings.learns_by_forward_kl):
+                compared = self._compared(s_layers, s_last)
+                matrix = self.pairwise_kl(compared, taught.compared, self.settings.temperature)
+            if self.settings.last_by_forward_kl:
+                matrix, last_kl = matrix[:-1, :-1], matrix[-1, -1:]
+        if self.settings.headless:
+            matrix = hidden_l2_matrix(s_layers, taught.layers)
+        return matrix, last_kl
 
     def _intermediate(self, matrix: Tensor, matches: Tensor, s_layers: Tensor, t_layers: Tensor) -> Tensor:
         if self.settings.headless:
@@ -181,7 +262,22 @@ class InteractStage(Stage):
             needs_last = self.settings.needs_teacher_last
             model = self.load_model("teacher", depth=None if needs_last else role.depth)
             teacher = VerbalizedBackbone(model, role.layers, self._verbalizers("teacher"), False, needs_last)
-        return InteractModule(student, teacher, self.settings, self.config.matching, self.head_options)
+        window = self._window() if teacher is not None else 1
+        teach_by = self.apart(teacher) if window > 1 else None
+        options = (self.settings, self.config.matching, self.head_options)
+        return InteractModule(student, teacher, *options, window=window, teach_by=teach_by)
+
+    def _window(self) -> int:
+        """Micro-batches of `teacher.window`, auto resolved, at most those of a step."""
+        training = self.config.stage_training(self.name)
+        wanted = self.config.teacher.window
+        if wanted == "auto":
+            wanted = 1
+            if self.args.device.type == "cuda":
+                memory = torch.cuda.get_device_properties(self.args.device).total_memory
+                configs = {name: role.config for name, role in self.roles.items()}
+                wanted = min(gathered_objects(fitting_window(self.config, configs, world_size(), memory)))
+        return min(wanted, training.gradient_accumulation_steps)
 
     def _verbalizers(self, name: str) -> Verbalizers | None:
         role = self.roles[name]

@@ -49,6 +49,7 @@ class Leaving(TrainerCallback):
         if self.reason and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_save = True
+            control.should_evaluate = False  # it may be long: the run that goes on from here makes up for it
         elif self._save:
             control.should_save = True
 

@@ -23,6 +23,8 @@ class StageModule(nn.Module):
     """Which of student and teacher the stage runs."""
     matrix_shape: tuple[int, int] | None = None
     """[S, L] where the stage matches layers."""
+    window: int = 1
+    """Micro-batches for which the teacher runs at once (interact's `teach`); 1: in each one's forward."""
     layer_names: tuple[list[int], list[int]] = ([], [])
     """Target layers of student and teacher, for logs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..data.sources import build_source
 from ..data.tokens import SharedTokens
 from ..disk import checkpoint_size, explained_full_disk, result_size
 from ..errors import StoppedEarly
-from ..hidden_states import Held
+from ..hidden_states import Held, VerbalizedBackbone, checkpoint_activations
 from ..lineage import (
     LineageError,
     checkpoint_digest,
@@ -54,8 +55,10 @@ from ..ranks.rescaling import require_same_batch, rows_per_step
 from ..ranks.sharding import barrier, gather_state, rank, unsharded, world_size
 from ..ranks.watch import watch
 from ..resuming import checkpoint_to_resume
+from ..self_test import of_run
+from ..self_test import start as self_test
 from ..shrinking.record import carry_record
-from ..teacher import load_teacher, resolve_mode
+from ..teacher import load_teacher, resolve_mode, run_apart
 from ..terminal import say
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
@@ -141,7 +144,9 @@ class Stage:
         self.attention: dict[str, str] = {}
         self.padding_free: dict[str, bool] = {}
         self.liger: dict[str, str | None] = {}
-        self._held: list[Held] = []
+        self._releases: list[Callable[[], None]] = []
+        self.eval_dataset: VlsiDataset | None = None
+        """Rows of `data.eval`, where the stage evaluates."""
 
     # ---- what a subclass says ----
 
@@ -199,6 +204,10 @@ class Stage:
             checkpoint = checkpoint_to_resume(self.folder, found) if found is not None else None
             if self.config.preflight:
                 require_ready(self.config, self.name, self.roles, world_size())
+                tested = self._self_test()
+                if tested is not None:
+                    record["self_test"] = tested
+                    collator = self._collator() if tested["switched_off"] else collator
             barrier()  # every rank has looked before rank 0 writes
             if rank() == 0:
                 drop_newer(self.folder, checkpoint)
@@ -215,20 +224,30 @@ class Stage:
             torch.cuda.reset_peak_memory_stats()
         start = record["identity"]["data_start"]
         configs = {name: role.config for name, role in self.roles.items()}
-        throughput = Throughput(self.config, self.name, configs, world_size(), self.args.device)
         trainer = StageTrainer(
-            module, self.args, self.config, self.name, dataset, collator, start, self.deadline, throughput
+            module,
+            self.args,
+            self.config,
+            self.name,
+            dataset,
+            collator,
+            start,
+            self.deadline,
+            Throughput(self.config, self.name, configs, world_size(), self.args.device),
+            self.eval_dataset,
         )
         with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         made, wanted = result.global_step, trainer.state.max_steps
-        if made < wanted:
+        if made < wanted and not trainer.is_over():
             why = trainer.leaving.reason or "the Trainer ended"
-            _release(trainer, self._held)
+            _release(trainer, self._releases)
             raise StoppedEarly(
                 f"stopped in stage {self.name} after optimizer step {made} of {wanted}, since {why}; continue from the "
                 "last checkpoint with --resume"
             )
+        if trainer.keeps_best:
+            trainer.load_best()
         record["summary"] = {
             "seconds": trainer.totals["step_seconds"],
             "data_wait_share": trainer.wait_seconds / max(trainer.totals["step_seconds"], 1e-9),
@@ -242,6 +261,8 @@ class Stage:
             "attention": self.attention,
             "padding_free": self.padding_free,
             "liger": self.liger,
+            "teacher_window": module.window,
+            **trainer.summary(),
         }
         if rank() == 0 and trainer.skip_log.total():
             say(f"stage {self.name}: {trainer.skip_log.total()}")
@@ -252,7 +273,7 @@ class Stage:
         record["state"] = "finished"
         if rank() == 0:
             write_record(self.folder, record)
-        _release(trainer, self._held)
+        _release(trainer, self._releases)
         return record
 
     def _check_inputs(self) -> tuple[VlsiDataset, Collator]:
@@ -266,8 +287,42 @@ class Stage:
             self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
         self.check_predecessors()
         dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data)
+        if self.config.stage_training(self.name).eval_steps is not None:
+            rows = build_source(self.config.data.eval, "data.eval")
+            self.eval_dataset = VlsiDataset(rows, processors, self.config.data)
+        return dataset, self._collator()
+
+    def _collator(self) -> Collator:
+        processors = {name: role.processor for name, role in self.roles.items()}
         packers = {name: Packer(role.config) for name, role in self.roles.items() if self._packed(name)}
-        return dataset, Collator(processors, always_image=world_size() > 1, packers=packers)
+        return Collator(processors, always_image=world_size() > 1, packers=packers)
+
+    def _self_test(self) -> dict[str, Any] | None:
+        """Compare the fast parts that the stage will use with plain PyTorch, and go on without those that disagree.
+
+        Returns:
+            What the record keeps of it; None on the CPU, where no part needs it.
+        """
+        if not self_test.is_needed(self.args.device):
+            return None
+        liger = use_liger(self.config.liger, self.args.device)
+        probes = of_run.probes_of(
+            self.config,
+            self.name,
+            {name: role.config for name, role in self.roles.items()},
+            device=self.args.device,
+            attention={name: self._attention(name) for name in self.roles},
+            liger=[name for name in self.roles if liger and self._runs_as_it_is(name)],
+            widened=self.args.deepspeed is None,
+        )
+        self.config, found = self_test.start(self.config, probes, self.args.device)
+        for name, role in self.roles.items():
+            role.run, role.settings = self.config, getattr(self.config, name)
+        return found
+
+    def _runs_as_it_is(self, name: str) -> bool:
+        """Whether a role's modules keep their own forwards; what offloads or quantises replaces them."""
+        return name == "student" or self.teacher_mode in ("zero3", "replicated")
 
     def _attention(self, name: str) -> str:
         role, padding_free = self.roles[name], self.config.data.padding_free
@@ -339,13 +394,19 @@ class Stage:
         else:
             model = load_teacher(role.folder, self.teacher_mode, *options, self.args)
         if isinstance(model, Held):
-            self._held.append(model)
-        # what offloads or quantises has replaced the forwards that liger-kernel would replace
-        plain = name == "student" or self.teacher_mode in ("zero3", "replicated")
-        if plain and use_liger(self.config.liger, self.args.device):
+            self._releases.append(model.release)
+        if self._runs_as_it_is(name) and use_liger(self.config.liger, self.args.device):
             stock = model.model if isinstance(model, Held) else model
             self.liger[name] = apply_liger(stock, required=self.config.liger is True)
         return model
+
+    def apart(self, teacher: VerbalizedBackbone) -> Callable | None:
+        """What runs a teacher between the training engine's forwards; None: it may be called itself. Collective."""
+        if self.args.deepspeed is None:
+            return None
+        call, release = run_apart(teacher, self.config.dtype, self.args)
+        self._releases.append(release)
+        return call
 
     def add_lora(self, model: nn.Module) -> nn.Module:
         """Inject trainable LoRA into the language model, in place. Returns the peft wrapper.
@@ -367,12 +428,7 @@ class Stage:
     def enable_checkpointing(self, model: nn.Module) -> None:
         """Gradient checkpointing on a trained backbone. Re-entrant checkpoints would cut target layers' gradients."""
         if self.config.stage_training(self.name).gradient_checkpointing:
-            # the newer name of the same method, without the older one's warning
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            # It also makes the outputs of both embeddings require a gradient, which only re-entrant checkpoints need:
-            # the frozen vision tower would be computed again and run backwards for nothing.
-            model.disable_input_require_grads()
+            checkpoint_activations(model)
 
     def save_student(self, model: nn.Module, source: Path, adapter: nn.Module | None) -> None:
         """Write the trained student as a stock checkpoint with its processor to `<stage>/student`.
@@ -411,15 +467,15 @@ def _keep_master_weights(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _release(trainer: StageTrainer, held: list[Held]) -> None:
+def _release(trainer: StageTrainer, releases: list[Callable[[], None]]) -> None:
     """Give memory back for the next stage of the same process."""
     engine = getattr(trainer, "deepspeed", None)
     if engine is not None:
         engine.destroy()
     trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.module = None
-    while held:
-        held.pop().release()
+    trainer.model = trainer.model_wrapped = trainer.module = trainer.evaluation = None
+    while releases:
+        releases.pop()()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

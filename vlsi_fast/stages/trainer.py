@@ -5,13 +5,10 @@ What differs between stages is one module, a `StageModule`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,18 @@ from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..checkpoints import METRICS_NAME, describe, describe_start, files_of, keep_newest, write_manifest, writer_of
+from ..checkpoints import (
+    EVALUATIONS_NAME,
+    METRICS_NAME,
+    describe,
+    describe_start,
+    files_of,
+    keep_newest,
+    lines_up_to,
+    write_lines,
+    write_manifest,
+    writer_of,
+)
 from ..config import RunConfig
 from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
@@ -31,14 +39,17 @@ from ..ranks.rescaling import require_same_engine
 from ..ranks.sharding import barrier, gathered_objects, rank, world_size
 from ..ranks.watch import TellPlace
 from ..terminal import say
+from .arguments import run_group
 from .batches import LengthGroups, StageCollator, UncollatedRows, to_device
-from .hooks import HookedTrainer, partial_checkpoints
+from .evaluating import EvaluatingTrainer, Evaluation
+from .hooks import partial_checkpoints
 from .leaving import WISHES, Leaving
 from .module import StageModule
 from .records import COUNTS, counts_of, non_finite, own_numbers, step_record, sums_of, tracker_scalars
 from .throughput import Throughput
+from .trackers import tensorboard_in, tracked
+from .window import TeacherWindow
 
-LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 ETA_STEPS = 50
 """Latest steps, of this process, whose mean time the rest is expected to take."""
 
@@ -91,7 +102,7 @@ class _Progress(ProgressCallback):
             self.training_bar.set_postfix(told)
 
 
-class StageTrainer(HookedTrainer):
+class StageTrainer(EvaluatingTrainer):
     """Trainer of one stage. Loss and metrics are sums over answer tokens of all micro-batches and ranks."""
 
     def __init__(
@@ -105,7 +116,9 @@ class StageTrainer(HookedTrainer):
         data_start: int = 0,
         deadline: float | None = None,
         throughput: Throughput | None = None,
+        eval_dataset=None,
     ):
+        self.window = TeacherWindow(module, collator, self._prepare_inputs) if module.window > 1 else None
         collator = StageCollator(collator, module.roles)
         grouped = config.stage_training(stage).group_by_length
         self.groups = LengthGroups(collator, module.roles) if grouped else None
@@ -113,13 +126,28 @@ class StageTrainer(HookedTrainer):
         rows = dataset.sources
         order = EpochOrder(rows.sizes, config.seed, rows.weights, config.data.stopping_strategy)
         sampler = ContinuingSampler(order, start=data_start)
-        with _tracked_in(config.stage_dir(stage) / "tensorboard"):
-            super().__init__(module, sampler, args=args, train_dataset=dataset, data_collator=send)
+        with tensorboard_in(config.stage_dir(stage) / "tensorboard"):
+            super().__init__(
+                module, sampler, args=args, train_dataset=dataset, eval_dataset=eval_dataset, data_collator=send
+            )
         self.add_callback(_TellSampler(sampler))
         self.add_callback(TellPlace(stage, args.ddp_timeout))
         self.leaving = Leaving(deadline, config.stage_training(stage).save_minutes)
         self.add_callback(self.leaving)
         self.config, self.stage, self.throughput = config, stage, throughput
+        if eval_dataset is not None:
+            settings = config.stage_training(stage)
+            evaluation = Evaluation(
+                module,
+                eval_dataset,
+                collator,
+                batch_size=settings.per_device_train_batch_size,
+                samples=settings.max_eval_samples,
+                seed=config.seed,
+                workers=config.data.num_workers,
+                device=args.device,
+            )
+            self.prepare_evaluation(evaluation, settings)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress)
@@ -147,7 +175,10 @@ class StageTrainer(HookedTrainer):
         """The Trainer's own, with the time that the batches took; not that of the ranks' exchange of counts."""
         if self.groups is not None:
             epoch_iterator = self.groups(epoch_iterator, num_batches, device)
-        return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+        batches, count = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+        if self.window is not None:
+            self.window.begin(batches)
+        return batches, count
 
     def _timed(self, batches):
         while True:
@@ -165,6 +196,9 @@ class StageTrainer(HookedTrainer):
             # Numbered over ranks as the data are, so that another number of ranks draws the same.
             micro = len(self._pending) * world_size() + rank()
             batch["generator"] = draw_generator(self.config.seed, self.state.global_step, micro)
+        if self.window is not None and self.window.waiting:
+            del batch["teacher"]
+            batch["taught"] = self.window.next()
         output = model(**batch, **self._schedule())
         self._pending.append((sums_of(self.module, output, facts), facts))
         if self.accelerator.sync_gradients:
@@ -240,6 +274,13 @@ class StageTrainer(HookedTrainer):
         """Add the step's own numbers to what the Trainer reports to the trackers."""
         super().log({**logs, **self._scalars} if "loss" in logs else logs, start_time)
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """See `EvaluatingTrainer`. Its time is not that of the next step."""
+        began = time.perf_counter()
+        found = super().evaluate(*args, **kwargs)
+        self._step_began += time.perf_counter() - began
+        return found
+
     # ---- the course and its checkpoints ----
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
@@ -249,7 +290,7 @@ class StageTrainer(HookedTrainer):
         if resume_from_checkpoint is not None:
             require_same_engine(resume_from_checkpoint, self.is_deepspeed_enabled)
         try:
-            with partial_checkpoints():
+            with partial_checkpoints(), tracked(self.callback_handler.callbacks, run_group(self.config, self.stage)):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._close_bar()
@@ -263,15 +304,15 @@ class StageTrainer(HookedTrainer):
     def _truncate_metrics(self, checkpoint: str | None) -> None:
         """Drop records of steps that a resumed run makes again, and count the others' into the totals."""
         done = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
-        lines = self.metrics_path.read_text().splitlines() if self.metrics_path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        kept = lines_up_to(self.metrics_path, done)
         for line in kept:
             self._add_to_totals(json.loads(line))
         barrier()  # every rank has read before rank 0 writes
         if rank() == 0:
-            partial = self.metrics_path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(self.metrics_path)
+            write_lines(self.metrics_path, kept)
+            evaluations = self.metrics_path.with_name(EVALUATIONS_NAME)
+            if evaluations.is_file():
+                write_lines(evaluations, lines_up_to(evaluations, done))
 
     def on_checkpoint(self, checkpoint: Path) -> None:
         """Write the manifest last, then delete older checkpoints. Each rank hashes the files that it wrote."""
@@ -280,18 +321,5 @@ class StageTrainer(HookedTrainer):
         if rank() == 0:
             files = {name: fact for part in parts for name, fact in part.items()}
             write_manifest(checkpoint, files, metrics=describe_start(self.metrics_path))
-            keep_newest(checkpoint.parent, self.config.stage_training(self.stage).save_total_limit)
-
-
-@contextlib.contextmanager
-def _tracked_in(folder: Path) -> Iterator[None]:
-    """Tensorboard's callback, made inside, writes into `folder`: it is told by the environment alone."""
-    before = os.environ.get(LOGGING_DIR)
-    os.environ[LOGGING_DIR] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[LOGGING_DIR]
-        else:
-            os.environ[LOGGING_DIR] = before
+            limit = self.config.stage_training(self.stage).save_total_limit
+            keep_newest(checkpoint.parent, limit, self.best_kept)

@@ -4,5 +4,5 @@
 independent: one that fails, or cannot be made, hides no other. Those that exist elsewhere are called, not repeated.
 
 Reading order: subject.py (what is looked at, what a check may find), models.py, data.py, machine.py (the checks),
-command.py (the table of checks, and who runs it).
+device.py (the comparisons of `--device`), command.py (the table of checks, and who runs it).
 """

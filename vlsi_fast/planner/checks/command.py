@@ -14,6 +14,7 @@ from ...config import ConfigError, RunConfig, load_config
 from ...ranks.sharding import rank
 from ...terminal import say
 from .data import check_alignment, check_data
+from .device import look_at_device
 from .machine import check_disk, check_memory, check_self_kl
 from .models import check_heads, check_images, check_models, check_sizes, check_templates, check_tokens
 from .subject import FAILURE, NOTICE, PASS, UNCHECKED, Failed, Notice, Result, Subject, Unchecked
@@ -104,6 +105,9 @@ def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.rows < 1:
         raise ConfigError("--rows must be at least 1")
     ranks = max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1
-    results = look(Subject(config, tuple(config.stages), rows=arguments.rows, ranks=ranks))
+    subject = Subject(config, tuple(config.stages), rows=arguments.rows, ranks=ranks)
+    results = look(subject)
+    if arguments.device:
+        results += look_at_device(subject)
     print(json.dumps([asdict(r) for r in results], indent=2) if arguments.json else as_text(results))
     return 1 if failed(results) else 0

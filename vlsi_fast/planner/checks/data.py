@@ -42,7 +42,8 @@ def check_data(subject: Subject) -> str:
         try:
             said.append(f"{name}: {len(opened())} rows")
         except Unchecked as error:
-            raise Failed(_named(name, error), f"correct {name}, or remove it: training does not read it") from error
+            fix = f"correct {name}, or remove it: only training.eval_steps needs it"
+            raise Failed(_named(name, error), fix) from error
     detail = f"{'; '.join(said)}; {read - len(bad)} of {read} sampled rows of data.train can be used"
     if bad:
         raise Notice(f"{detail}; first unusable: {bad[0][0]}: {bad[0][1]}")

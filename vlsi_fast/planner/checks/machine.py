@@ -39,7 +39,7 @@ def checkpoint_bytes(subject: Subject) -> int:
         kept = training.save_total_limit
         if kept is None:  # all: one every save_steps, where the number of steps is known
             kept = max(1, training.max_steps // training.save_steps) if training.max_steps > 0 else 10
-        total += 12 * trained * (kept + 1)
+        total += 12 * trained * (kept + 1 + training.load_best_model_at_end)
         total += 4 * trained if stage == "verbalize" else e * sum(step.roles["student"].shape.parameters)
     return total
 
