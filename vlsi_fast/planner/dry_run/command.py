@@ -18,7 +18,7 @@ from .stage import rows_that_fit
 
 UNPROVEN = (
     "Not proven by this: numbers (tensors have none), speed, ZeRO-3's sharding and its collectives (here one GPU holds "
-    "all), what kernels need beside their results, and what the Trainer does around a step."
+    "all, and teacher.window is 1), what kernels need beside their results, and what the Trainer does around a step."
 )
 
 

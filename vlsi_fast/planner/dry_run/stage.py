@@ -38,6 +38,7 @@ from ...ranks.shard_loading import model_class
 from ...stages import STAGE_CLASSES
 from ...stages import stage as stages
 from ...stages.batches import StageCollator, restore_shared, to_device
+from ...stages.interact import InteractStage
 from ...verbalizer import Verbalizers
 from ..build import Models
 from ..memory import Batch, Setup
@@ -78,6 +79,8 @@ class DryStage:
         self.config, self.models, self.setup, self.rows = models.config, models, setup, rows
         self.training = self.config.stage_training(name)
         self.notes: list[str] = []
+        if name == "interact" and self.config.teacher.window not in ("auto", 1):
+            self._note("teacher.window is 1 here: the teacher runs for each micro-batch")
         self.planned: dict[str, Batch] = {}
         """Role -> its micro-batch, for the planner."""
         stage = self.stage = STAGE_CLASSES[name](self.config)
@@ -110,6 +113,7 @@ class DryStage:
             mock.patch.object(stages, "load_backbone", self._student),
             mock.patch.object(stages, "load_teacher", self._teacher),
             mock.patch.object(stages.Stage, "_attention", lambda stage, name: self._attention(name)),
+            mock.patch.object(InteractStage, "_window", lambda stage: 1),
             torch.device("meta"),
         ):
             module = self.module = self.stage.build()
