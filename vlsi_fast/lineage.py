@@ -137,7 +137,7 @@ def identity_of(
     dump, training = config.model_dump(), config.stage_training(stage).model_dump()
     for name in ("logging_steps", "save_steps", "save_minutes", "save_total_limit", "report_to"):
         del training[name]  # may change between a run and its continuation
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length"):
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "balance_batch"):
         del training[name]  # may change with the number of ranks; the rows of a step, so the product, may not
     training["extra"].pop("ddp_timeout", None)
     loose = ("num_workers", "eval", "max_skipped_share", "padding_free")

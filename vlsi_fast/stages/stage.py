@@ -59,6 +59,7 @@ from ..teacher import load_teacher, resolve_mode
 from ..terminal import say
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
+from .balancing import row_costs
 from .module import StageModule
 from .trainer import StageTrainer
 
@@ -206,14 +207,19 @@ class Stage:
 
     def _train(self, dataset: VlsiDataset, collator: Collator, record: dict[str, Any], checkpoint: str | None):
         """Build, train and save. Returns the finished record."""
+        start, costs = record["identity"]["data_start"], None
+        if self.config.stage_training(self.name).balance_batch:
+            configs = {name: role.config for name, role in self.roles.items()}
+            costs = row_costs(self.config, self.name, dataset, start, configs, self.padding_free)
         set_seed(self.config.seed)
         module = self.build()
         if self.args.deepspeed is None:
             _keep_master_weights(module)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        start = record["identity"]["data_start"]
-        trainer = StageTrainer(module, self.args, self.config, self.name, dataset, collator, start, self.deadline)
+        trainer = StageTrainer(
+            module, self.args, self.config, self.name, dataset, collator, start, self.deadline, costs
+        )
         with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         made, wanted = result.global_step, trainer.state.max_steps
@@ -276,11 +282,6 @@ class Stage:
             notices.append(
                 f"data.padding_free with {attention}: the {name}'s attention mask has the square of a micro-batch's "
                 "tokens; flash-attention needs none"
-            )
-        if packed and self.config.stage_training(self.name).group_by_length:
-            notices.append(
-                f"training.group_by_length saves the {name} nothing, since its batches have no padding "
-                "(data.padding_free auto with flash-attention): remove it, or set data.padding_free to false"
             )
         for notice in notices if rank() == 0 else ():
             say(notice)
