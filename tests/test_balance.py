@@ -3,12 +3,14 @@
 import io
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
 import tiny_families as families
 from accelerate.data_loader import BatchSamplerShard, skip_first_batches
 from PIL import Image
+from tiny_runs import ROOT
 from torch.utils.data import BatchSampler, DataLoader
 
 from vlsi_fast.backbones import FAMILIES
@@ -125,6 +127,25 @@ def test_ranks_wait_little(ranks, bar):
         place = [[i, i + 1] for i in range(0, len(tokens), 2)]
         ratios["by place"].append(waited(load, place, ranks) / ideal)
     assert max(ratios["packed"]) < bar and max(ratios["padded"]) < bar < min(ratios["by place"])
+
+
+def test_the_benchmark_meets_its_bars(tmp_path, monkeypatch, capsys):
+    """On lengths measured in files of each source's layout, too."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import balance
+
+    arguments = ["--config", "configs/qwen2vl_7b_to_2b.yaml", "--stage", "sft", "--ranks", "8", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["balance.py", *arguments, "--out", str(tmp_path)])
+    assert balance.main() == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "balance.json").read_text())
+    mix = {source.name: source.weight for source in DataConfig(train="configs/data/vlsi_mix.yaml").train}
+    assert mix == {source.name: source.weight for source in balance.SOURCES}
+    for name in ("assumed", "files"):
+        found = result["cost_over_ideal"][name]["8"]
+        assert found["balanced packed"] < 1.15 < found["packed by place"] < found["padded by place"]
+        assert found["balanced padded"] < found["padded, sorted on each rank"] < found["padded by place"]
+        assert 600 < result["lengths"][name]["mean"] < 850
 
 
 # ---- batches of a rank ----
@@ -247,7 +268,7 @@ def text(role, words):
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
-    """Both roles of one family, 8 rows: the image of row 1 is missing, row 3 is too long, rows 6 and 7 have no answer."""
+    """8 rows: the image of row 1 is missing, row 3 is too long, rows 6 and 7 have no answer."""
     monkeypatch.setenv("VLSI_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(row_sizes, "KEPT_FROM_ROWS", 1)
     rows = []
@@ -276,9 +297,8 @@ def test_a_row_that_cannot_be_used_has_the_sizes_of_the_one_in_its_place(dataset
     assert found.shape == (2, 8, 4) and found.dtype == np.int32
     usable = {role: [dataset[i][role]["input_ids"].shape[1] for i in range(8)] for role in ("student", "teacher")}
     assert found[:, :, 0].tolist() == [usable["student"], usable["teacher"]]
-    assert (
-        (found[:, 1] == found[:, 2]).all() and (found[:, 3] == found[:, 4]).all() and (found[:, 7] == found[:, 0]).all()
-    )
+    for row, place in ((1, 2), (3, 4), (6, 0), (7, 0)):
+        assert (found[:, row] == found[:, place]).all()
     assert (SizeTable(dataset).measure(ALL, 2) == found).all(), "workers change nothing"
     monkeypatch.setattr(row_sizes, "TRIES", 1)
     assert (SizeTable(dataset).measure(ALL, 0)[:, [1, 3, 6, 7]] == 0).all()
