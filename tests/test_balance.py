@@ -83,6 +83,19 @@ def test_every_row_is_dealt_once_and_nothing_is_too_large(mode, tokens):
         assert max(len(part) * longest[part].max() for part in parts) <= most * longest.max()
 
 
+def test_cheap_rows_do_not_fill_a_micro_batch():
+    """Rows that cost next to nothing would all go to few micro-batches, which would not fit in memory."""
+    none = np.zeros((0, 48), np.int64)
+    dear, size = np.repeat([1_000_000, 1], [12, 36]), np.repeat([10, 100], [12, 36])
+    packed = deal(Load(dear, none, none, size[None]), 24)
+    assert max(size[part].sum() for part in packed) == 200
+    dear, length = np.repeat([1_000_000, 1], [14, 18])[None], np.repeat([100, 50], [14, 18])
+    padded = deal(Load(np.zeros(32, np.int64), dear, length[None], np.zeros((0, 32), np.int64)), 16)
+    assert max(len(part) * length[part].max() for part in padded) == 200 and max(map(len, padded)) == 4
+    filled = deal(Load(np.zeros(32, np.int64), dear, np.ones((1, 32), np.int64), length[None]), 16)
+    assert max(length[part].sum() for part in filled) <= 200
+
+
 def test_cost_counts_padding():
     load = load_of(np.array([10, 20, 30]), 1, 1)
     text = [1000 * t + t**2 // 10 for t in (10, 20, 30)]

@@ -108,16 +108,17 @@ def _cut(load: Load, count: int, most: int) -> list[list[int]]:
     order = np.lexsort((-load.alone, -load.padded.sum(axis=0)))
     cutter = _Cutter(load, order, most)
     rows = order.tolist()
-    even = [rows[at : at + most] for at in range(0, len(rows), most)]
+    # stretches of `most` rows each always do
     high = max(cutter.bound(at, min(at + most, len(rows))) for at in range(0, len(rows), most))
-    low, best = sum(cost_of(load, [row]) for row in rows) // count, even
+    low, best = (sum(load.alone.tolist()) + sum(load.padded.ravel().tolist())) // count, cutter.ends(high)
     while high - low > high // 200:
         middle = (low + high) // 2
         ends = cutter.ends(middle)
         if len(ends) <= count:
-            high, best = middle, [rows[at:end] for at, end in zip([0, *ends], ends)]
+            high, best = middle, ends
         else:
             low = middle
+    best = [rows[at:end] for at, end in zip([0, *best], best)]
     parts = [(-cost_of(load, part), part[0], part) for part in best]
     single, heap = ([each for each in parts if (len(each[2]) > 1) is several] for several in (False, True))
     heapq.heapify(heap)
