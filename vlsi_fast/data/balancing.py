@@ -147,7 +147,7 @@ class _Cutter:
         self.alone = [0, *accumulate(load.alone[order].tolist())]
         self.tops = longest_from(load.padded).sum(axis=0).tolist()
         longest = longest_from(load.lengths)
-        self.rows = ((most * longest[:, :1]) // longest.clip(min=1)).min(axis=0).tolist()
+        self.rows = ((most * longest[:, :1]) // longest.clip(min=1)).min(axis=0).clip(min=most).tolist()
         limits = _largest_sums(load.sizes, most)
         self.sizes = [([0, *accumulate(row)], limit) for row, limit in zip(load.sizes[:, order].tolist(), limits)]
 
