@@ -1,4 +1,4 @@
-"""Rows of a step in other micro-batches or without padding, through the Trainer: the same loss, less padding."""
+"""Rows of a step in balanced micro-batches or without padding, through the Trainer: the same loss, less padding."""
 
 import json
 
@@ -12,7 +12,6 @@ from vlsi_fast import load_config, run
 from vlsi_fast.config import ConfigError
 from vlsi_fast.lineage import read_record
 from vlsi_fast.loading import load_backbone
-from vlsi_fast.stages.batches import LengthGroups, UncollatedRows, to_device
 from vlsi_fast.stages.trainer import StageTrainer
 
 PAIR = {"teacher": "llava_onevision", "student": "qwen3_vl"}
@@ -79,17 +78,40 @@ def test_an_attention_that_cannot_is_named_before_weights_are_loaded(folder, tmp
         run(config, "verbalize")
 
 
-# ---- group_by_length ----
+# ---- balance_batch ----
 
 
 class Killed(Exception):
     pass
 
 
-def test_grouped_rows_give_the_same_steps_with_less_padding(folder, tmp_path, monkeypatch):
-    """Same losses and weights in sft, 3 steps of 8 of 24 rows; from a worker, killed in the third step and resumed."""
+@pytest.fixture
+def read(monkeypatch):
+    """[(step, ids of a micro-batch's rows, its positions)] of all that goes through the Trainer."""
+    seen, compute = [], StageTrainer.compute_loss
+
+    def noted(trainer, model, inputs, **options):
+        facts = inputs["facts"]
+        seen.append((trainer.state.global_step, tuple(facts["ids"]), facts["positions"]))
+        return compute(trainer, model, inputs, **options)
+
+    monkeypatch.setattr(StageTrainer, "compute_loss", noted)
+    return seen
+
+
+def by_step(read):
+    steps = {}
+    for step, ids, _ in read:
+        steps.setdefault(step, []).extend(ids)
+    return {step: sorted(ids) for step, ids in steps.items()}
+
+
+def test_balanced_steps_have_the_same_rows_and_losses(folder, tmp_path, monkeypatch, read):
+    """sft, 3 steps of 8 of 24 rows: padded; and packed, from a worker, killed in the third step and resumed."""
     options = dict(lr_scheduler_type="constant", max_steps=3)
     start(folder, tmp_path / "plain", "sft", **options)
+    rows = by_step(read)
+    options |= dict(balance_batch=True, save_steps=1)
     finish = StageTrainer._finish_step
 
     def killed(trainer):
@@ -97,66 +119,58 @@ def test_grouped_rows_give_the_same_steps_with_less_padding(folder, tmp_path, mo
             raise Killed
         finish(trainer)
 
-    options |= dict(group_by_length=True, save_steps=1)
+    read.clear()
+    start(folder, tmp_path / "padded", "sft", **options)
+    assert by_step(read) == rows
+    read.clear()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(StageTrainer, "_finish_step", killed)
-        start(folder, tmp_path / "grouped", "sft", {"num_workers": 1}, **options)
-    start(folder, tmp_path / "grouped", "sft", resume=True, **options)
-    plain, grouped = (runs.metrics(tmp_path / name, "sft") for name in ("plain", "grouped"))
-    for one, other in zip(plain, grouped, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert other["padding_share"] < one["padding_share"]
-    assert sum(r["padding_share"] for r in grouped) < 0.7 * sum(r["padding_share"] for r in plain)
-    before, after = weights(tmp_path / "plain"), weights(tmp_path / "grouped")
-    for name, value in before.items():
-        torch.testing.assert_close(after[name], value, rtol=1e-3, atol=2e-4, msg=name)
+        start(folder, tmp_path / "packed", "sft", {"padding_free": True, "num_workers": 1}, **options)
+    assert by_step(read) == rows
+    unfinished = [each for each in read if each[0] == 2]
+    read.clear()
+    start(folder, tmp_path / "packed", "sft", {"padding_free": True}, resume=True, **options)
+    assert read == unfinished and len(read) == 4, "the same micro-batches in the same order"
+    plain, before = runs.metrics(tmp_path / "plain", "sft"), weights(tmp_path / "plain")
+    for name in ("padded", "packed"):
+        balanced, after = runs.metrics(tmp_path / name, "sft"), weights(tmp_path / name)
+        for one, other in zip(plain, balanced, strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+            assert [one[n] for n in ("answer_tokens", "rows")] == [other[n] for n in ("answer_tokens", "rows")]
+        assert sum(r["padding_share"] for r in balanced) < 0.5 * sum(r["padding_share"] for r in plain)
+        for each, value in before.items():
+            torch.testing.assert_close(after[each], value, rtol=1e-3, atol=2e-4, msg=each)
     # neither option makes it another run
-    options["group_by_length"] = False
-    records = start(folder, tmp_path / "grouped", "sft", {"padding_free": True}, resume=True, **options)
-    assert records["sft"]["state"] == "finished"
+    options["balance_batch"] = False
+    assert start(folder, tmp_path / "packed", "sft", resume=True, **options)["sft"]["state"] == "finished"
 
 
-def test_longest_first_and_stable():
-    """Ties keep their order; every micro-batch keeps its size, the last and smaller one too."""
-    lengths = [[3, 9, 5], [9, 2, 5], [5]]
-    parts = [
-        UncollatedRows([{"id": f"{i}{j}", "student": {"input_ids": torch.zeros(1, n)}} for j, n in enumerate(part)])
-        for i, part in enumerate(lengths)
-    ]
-    parts = iter([*parts, "of the next step"])
-    groups = LengthGroups(lambda rows: [row["id"] for row in rows], ("student",))
-    assert list(groups(parts, 3, torch.device("cpu"))) == [["01", "10", "02"], ["12", "20", "00"], ["11"]]
-    assert next(parts) == "of the next step"
+@pytest.mark.slow
+def test_two_balanced_ranks_equal_one_process(folder, tmp_path):
+    """Losses and sampled matches: the same micro-batches have the same draws."""
+    trees = {}
+    for name, accumulation in (("one", 4), ("two", 2)):
+        tree = runs.settings(
+            folder, tmp_path / name, gradient_accumulation_steps=accumulation, balance_batch=True, max_steps=3
+        )
+        tree["matching"] = {"strategy": "multinomial"}
+        tree["stages"] = ["verbalize", "interact"]
+        trees[name] = runs.write_config(tree, tmp_path / f"{name}.yaml")
+    run(load_config(trees["one"]), "verbalize")
+    run(load_config(trees["one"]), "interact")
+    jobs = [("verbalize", trees["two"]), ("interact", trees["two"])]
+    runs.train_several("--fresh", *jobs, launcher="torchrun")
+    for stage in ("verbalize", "interact"):
+        one, two = (runs.metrics(tmp_path / name, stage) for name in ("one", "two"))
+        for a, b in zip(one, two, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
+            assert a["rows"] == b["rows"] and a["answer_tokens"] == b["answer_tokens"]
+            assert a.get("matches") == b.get("matches") and ("matches" in a) == (stage == "interact")
 
 
-def test_tensors_of_both_models_stay_shared_on_the_way():
-    shared = {"input_ids": torch.arange(3)[None]}
-    (row,) = UncollatedRows([{"student": shared, "teacher": shared}]).rows()
-    assert row["student"] is row["teacher"] and row["student"]["input_ids"].tolist() == [[0, 1, 2]]
-
-
-def test_grouped_batches_reach_the_device(monkeypatch):
-    """Pinned first; what is no tensor stays."""
-    pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
-    batch = {"batch": {"a": [torch.ones(2), 3]}, "facts": {"ids": ["x"], "n": 4}}
-    moved = to_device(batch, torch.device("meta"))
-    assert moved["batch"]["a"][0].device.type == "meta" and len(pinned) == 1
-    assert moved["batch"]["a"][1] == 3 and moved["facts"] == batch["facts"]
-    assert to_device(batch, torch.device("cpu")) is batch
-
-
-@pytest.mark.parametrize(
-    "sections, message",
-    [
-        ({"training": {"gradient_accumulation_steps": 1}}, "changes nothing where gradient_accumulation_steps is 1"),
-        ({"sft": {"training": {"per_device_train_batch_size": 1}}}, "changes nothing where per_device_train_batch"),
-        ({"data": {"padding_free": True}}, "no padding that training.group_by_length could save; remove one"),
-    ],
-)
-def test_grouping_that_could_do_nothing_is_refused(folder, tmp_path, sections, message):
+def test_grouping_by_length_names_its_successor(folder, tmp_path):
     tree = runs.settings(folder, tmp_path / "run", group_by_length=True)
-    for name, values in sections.items():
-        tree[name] = tree.get(name, {}) | values
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match="training: group_by_length is no more: set balance_batch"):
         load_config(runs.write_config(tree, tmp_path / "run.yaml"))
+    tree["training"]["group_by_length"] = False  # as records of older runs have it
+    assert not load_config(runs.write_config(tree, tmp_path / "run.yaml")).training.balance_batch

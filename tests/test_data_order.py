@@ -15,7 +15,7 @@ from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.dataset import VlsiDataset
 from vlsi_fast.data.mixing import EpochOrder, quotas
 from vlsi_fast.data.sources import build_source
-from vlsi_fast.stages.trainer import ContinuingSampler
+from vlsi_fast.stages.sampling import ContinuingSampler
 
 SIZES, WEIGHTS = [24, 6], [1, 1]
 
@@ -146,5 +146,5 @@ def test_the_trainer_uses_weights_and_stopping_strategy(data, workspace, tmp_pat
     module.part_names, module.roles, module.weight = ["loss"], ("student",), torch.nn.Parameter(torch.ones(1))
     trainer = StageTrainer(module, training_arguments(config, "sft"), config, "sft", dataset, collator=None)
     assert len(trainer.get_train_dataloader()) == 6  # 12 rows an epoch, two in a batch
-    counts = Counter(dataset.sources.row_id(i)[0] for i in trainer._get_train_sampler())
+    counts = Counter(dataset.sources.row_id(i)[0] for rows in trainer.batches for i in rows)
     assert counts == {"a": 6, "b": 6}

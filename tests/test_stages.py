@@ -285,7 +285,7 @@ def test_stages_continue_in_one_data_order(finished):
     output, _ = finished
     starts = [read_record(output / stage)["identity"]["data_start"] for stage in ("verbalize", "interact", "sft")]
     assert starts == [0, 12, 24]
-    from vlsi_fast.stages.trainer import ContinuingSampler
+    from vlsi_fast.stages.sampling import ContinuingSampler
 
     first = list(ContinuingSampler(48, seed=0, start=0))
     assert sorted(first) == list(range(48))

@@ -181,10 +181,10 @@ def same(found, expected, tolerance=1e-6):
         (3, {}, [2, 1, 2]),  # 4 micro-batches in two forwards, or the 2 of a pass's last step in one
         (100, {}, [1] * 3),
         (2, {"data": {"padding_free": True}}, [2, 1, 2]),
-        (2, {"training": {"group_by_length": True}}, [2, 1, 2]),
+        (2, {"training": {"balance_batch": True}}, [2, 1, 2]),
         ("auto", {}, [4, 2, 4]),
     ],
-    ids=["3", "all", "packed", "grouped", "auto"],
+    ids=["3", "all", "packed", "balanced", "auto"],
 )
 def test_window_changes_no_loss(workspace, verbalized, plain, tmp_path, monkeypatch, window, sections, calls):
     """And the teacher runs as often as it says."""

@@ -164,10 +164,11 @@ class TrainingConfig(Section):
     """Rows of one micro-batch on one rank."""
     gradient_accumulation_steps: int = Field(16, ge=1)
     """Micro-batches of one optimizer step on one rank."""
-    group_by_length: bool = False
-    """Put rows of like length into the same micro-batch, among the rows of one optimizer step on one rank: less padding
-    (padding_share in metrics.jsonl). The loss is the same in verbalize and sft; interact matches layers by micro-batch,
-    so its matches differ. Of no use where there is no padding, see data.padding_free."""
+    balance_batch: bool = False
+    """Deal the rows of each optimizer step into all micro-batches of all ranks by cost, so that no rank waits for
+    another; rows of like length together where there is padding. per_device_train_batch_size is then a mean. The rows
+    of a step stay, and so does the loss in verbalize and sft; interact matches layers by micro-batch, so its matches
+    differ."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay (matrices only)."""
     adam_beta2: float = Field(0.999, gt=0, lt=1)
@@ -218,15 +219,26 @@ class TrainingConfig(Section):
         """Of `metric_for_best_model`."""
         return not self.metric_for_best_model.startswith("loss")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_grouping(cls, values):
+        """Records of older runs have it as false."""
+        if not isinstance(values, dict) or "group_by_length" not in values:
+            return values
+        values = dict(values)
+        if values.pop("group_by_length"):
+            raise ValueError(
+                "group_by_length is no more: set balance_batch, which does the same over all ranks and also saves time "
+                "where nothing is padded"
+            )
+        return values
+
     @model_validator(mode="after")
     def _check(self):
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps must be positive, or -1 for num_train_epochs, got {self.max_steps}")
         if self.lr_scheduler_type == "cosine" and self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate is above learning_rate; lower it")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if self.group_by_length and getattr(self, name) == 1:
-                raise ValueError(f"group_by_length changes nothing where {name} is 1; raise that, or set it to false")
         self._check_evaluation()
         if set(self.report_to) - {"tensorboard"}:  # as below: seconds of import that most configs do not need
             from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -334,11 +346,6 @@ class RunConfig(Section):
         for stage in STAGES:
             if self.stage_training(stage).eval_steps is not None and not self.data.eval:
                 raise ValueError("training.eval_steps needs rows to evaluate on: add data.eval, or remove eval_steps")
-            if self.stage_training(stage).group_by_length and self.data.padding_free is True:
-                raise ValueError(
-                    "with data.padding_free true there is no padding that training.group_by_length could save; "
-                    "remove one of the two (padding_free needs flash-attention to be fast)"
-                )
         return self
 
     def _check_stages(self) -> None:

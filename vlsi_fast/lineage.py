@@ -144,7 +144,7 @@ def identity_of(
         del training[name]  # may change between a run and its continuation
     for name in () if settings.evaluations_decide else EVALUATION:
         del training[name]
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length"):
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "balance_batch"):
         del training[name]  # may change with the number of ranks; the rows of a step, so the product, may not
     training["extra"].pop("ddp_timeout", None)
     if isinstance(training["deepspeed"], dict):  # where second shards lie is no part of what is computed

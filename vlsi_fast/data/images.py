@@ -130,6 +130,17 @@ def _open(ref: ImageRef, max_image_pixels: int) -> Image.Image:
     return image
 
 
+@row_boundary()
+def image_size(ref: ImageRef, max_image_pixels: int) -> tuple[int, int]:
+    """Width and height that an image's header announces, turned or not.
+
+    Raises:
+        UnusableRow: those of `load_image` for what a header shows.
+    """
+    with _open(ref, max_image_pixels) as image:
+        return image.size
+
+
 def image_bytes(ref: ImageRef) -> bytes:
     """The image file itself, as it is.
 

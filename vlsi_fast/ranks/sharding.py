@@ -40,6 +40,14 @@ def gathered_objects(value) -> list:
     return everyone
 
 
+def broadcast_object(value):
+    """What rank 0 passed, on every rank. Collective."""
+    held = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor], writer: int | None = None):
     """Whole parameters inside the block; with `writer`, that rank's changes are scattered back on leaving."""

@@ -1,10 +1,7 @@
-"""Micro-batches of a stage: with answer positions, with what both roles share left out, and grouped by length."""
+"""Micro-batches of a stage: with answer positions, and with what both roles share left out."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -62,44 +59,6 @@ def restore_shared(batch: dict[str, dict], facts: dict[str, Any]) -> None:
     first = next(iter(batch.values()))["inputs"]
     for role, names in facts["shared"].items():
         batch[role]["inputs"] |= {name: first[name] for name in names}
-
-
-class UncollatedRows:
-    """Rows on their way from a worker, as bytes: one shared-memory file a micro-batch instead of one a tensor, of which
-    a process may hold a limited number. What pins batches and copies them to the device leaves it alone."""
-
-    def __init__(self, rows: list[dict]):
-        self.bytes = torch.frombuffer(bytearray(pickle.dumps(rows)), dtype=torch.uint8)
-
-    def rows(self) -> list[dict]:
-        """The rows, with tensors that were one still one."""
-        return pickle.loads(self.bytes.numpy())
-
-
-class LengthGroups:
-    """The rows of one optimizer step on one rank, put into its micro-batches by length.
-
-    The longest come first, so that a step that does not fit in memory fails at its start. Rows of equal length keep
-    their order. Which rows a step has, how many micro-batches, and how many rows each, stays.
-
-    Args:
-        collate: rows -> micro-batch.
-        roles: whose tokens count.
-    """
-
-    def __init__(self, collate: Callable[[list[dict]], dict], roles: tuple[str, ...]):
-        self.collate, self.roles = collate, roles
-
-    def __call__(self, parts: Iterator[UncollatedRows], count: int, device: torch.device) -> Iterator[dict]:
-        """Take `count` micro-batches' rows, give as many micro-batches, on the device."""
-        taken = [part.rows() for part in islice(parts, count)]
-        rows = sorted((row for part in taken for row in part), key=self._length, reverse=True)
-        rows = iter(rows)
-        for part in taken:
-            yield to_device(self.collate(list(islice(rows, len(part)))), device)
-
-    def _length(self, row: dict) -> int:
-        return sum(row[role]["input_ids"].shape[1] for role in self.roles)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

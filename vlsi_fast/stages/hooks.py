@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers.trainer
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..ranks.rescaling import universal_where_needed
@@ -32,10 +34,10 @@ TRAINABLE_NAME = "trainable.safetensors"
 class HookedTrainer(Trainer):
     """A Trainer of `StageCollator`'s batches whose checkpoints hold only what is trained."""
 
-    def __init__(self, module: nn.Module, sampler: torch.utils.data.Sampler, **options: Any):
-        """`module` is trained on rows in the order of `sampler`; `options`: of the Trainer."""
+    def __init__(self, module: nn.Module, batches: torch.utils.data.Sampler, **options: Any):
+        """`module` is trained on this rank's `batches`, lists of row numbers; `options`: of the Trainer."""
         super().__init__(model=module, **options)
-        self.module, self.sampler = module, sampler
+        self.module, self.batches = module, batches
         self.loss_is_scaled_for_ga = True  # says so from 5.23 on; before, the next line alone did
         self.model_accepts_loss_kwargs = True
 
@@ -54,8 +56,22 @@ class HookedTrainer(Trainer):
 
     # ---- batches ----
 
-    def _get_train_sampler(self, *args, **kwargs) -> torch.utils.data.Sampler:
-        return self.sampler
+    def get_train_dataloader(self) -> DataLoader:
+        """A loader that accelerate does not deal to the ranks: `batches` are this rank's already, of any size."""
+        args = self.args
+        names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+        names += ("in_order", "multiprocessing_context")  # not in 5.17
+        options = {name: getattr(args, f"dataloader_{name}") for name in names if hasattr(args, f"dataloader_{name}")}
+        loader = DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator, **options)
+        accelerator = self.accelerator
+        return prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=accelerator.device_placement,
+            non_blocking=accelerator.non_blocking,
+        )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)

@@ -62,6 +62,7 @@ from ..teacher import load_teacher, resolve_mode, run_apart
 from ..terminal import say
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
+from .balancing import row_costs
 from .module import StageModule
 from .throughput import Throughput
 from .trainer import StageTrainer
@@ -216,14 +217,16 @@ class Stage:
 
     def _train(self, dataset: VlsiDataset, collator: Collator, record: dict[str, Any], checkpoint: str | None):
         """Build, train and save. Returns the finished record."""
+        start, costs = record["identity"]["data_start"], None
+        configs = {name: role.config for name, role in self.roles.items()}
+        if self.config.stage_training(self.name).balance_batch:
+            costs = row_costs(self.config, self.name, dataset, start, configs, self.padding_free)
         set_seed(self.config.seed)
         module = self.build()
         if self.args.deepspeed is None:
             _keep_master_weights(module)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        start = record["identity"]["data_start"]
-        configs = {name: role.config for name, role in self.roles.items()}
         trainer = StageTrainer(
             module,
             self.args,
@@ -233,6 +236,7 @@ class Stage:
             collator,
             start,
             self.deadline,
+            costs,
             Throughput(self.config, self.name, configs, world_size(), self.args.device),
             self.eval_dataset,
         )
@@ -339,11 +343,6 @@ class Stage:
             notices.append(
                 f"data.padding_free with {attention}: the {name}'s attention mask has the square of a micro-batch's "
                 "tokens; flash-attention needs none"
-            )
-        if packed and self.config.stage_training(self.name).group_by_length:
-            notices.append(
-                f"training.group_by_length saves the {name} nothing, since its batches have no padding "
-                "(data.padding_free auto with flash-attention): remove it, or set data.padding_free to false"
             )
         for notice in notices if rank() == 0 else ():
             say(notice)

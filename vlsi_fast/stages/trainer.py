@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..checkpoints import (
@@ -31,7 +31,6 @@ from ..checkpoints import (
     writer_of,
 )
 from ..config import RunConfig
-from ..data.mixing import EpochOrder
 from ..data.skipped import SkipLog
 from ..errors import UserError
 from ..matching import draw_generator
@@ -40,12 +39,13 @@ from ..ranks.sharding import barrier, gathered_objects, rank, world_size
 from ..ranks.watch import TellPlace
 from ..terminal import say
 from .arguments import run_group
-from .batches import LengthGroups, StageCollator, UncollatedRows, to_device
+from .batches import StageCollator, to_device
 from .evaluating import EvaluatingTrainer, Evaluation
 from .hooks import partial_checkpoints
 from .leaving import WISHES, Leaving
 from .module import StageModule
 from .records import COUNTS, counts_of, non_finite, own_numbers, step_record, sums_of, tracker_scalars
+from .sampling import RowCosts, StepBatches, TellSampler, data_order
 from .throughput import Throughput
 from .trackers import tensorboard_in, tracked
 from .window import TeacherWindow
@@ -58,35 +58,6 @@ class NonFiniteLossError(UserError, RuntimeError):
     """The loss became NaN or infinite. The message names the step, the layers and the rows."""
 
     exit_code = 1
-
-
-class ContinuingSampler(torch.utils.data.Sampler):
-    """Rows in the run's one random order, from where the stage before ended.
-
-    Epoch e of the run is a permutation drawn from (seed, e); a stage that starts `start` rows into the run takes the
-    rows that follow, so that three stages read what one of their total length would.
-    """
-
-    def __init__(self, rows: int | EpochOrder, seed: int = 0, start: int = 0):
-        """`rows`: how many there are, each once an epoch; or the order of a weighted mix, which has its own seed."""
-        self.order = EpochOrder([rows], seed) if isinstance(rows, int) else rows
-        self.start, self.epoch = start, 0
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self):
-        return self.order.rows(self.start + self.epoch * len(self), len(self))
-
-
-class _TellSampler(TrainerCallback):
-    """Tells the sampler the epoch; the Trainer's own way does not reach it through accelerate's sharding."""
-
-    def __init__(self, sampler: ContinuingSampler):
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.sampler.epoch = int((state.epoch or 0) + 1e-6)
 
 
 class _Progress(ProgressCallback):
@@ -115,22 +86,28 @@ class StageTrainer(EvaluatingTrainer):
         collator,
         data_start: int = 0,
         deadline: float | None = None,
+        costs: RowCosts | None = None,
         throughput: Throughput | None = None,
         eval_dataset=None,
     ):
+        """`data_start`: rows of the run's order that come before; `costs`: by which micro-batches are balanced."""
+        order = data_order(config, dataset.sources, data_start)
+        batches = StepBatches(
+            order,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            world_size(),
+            rank(),
+            costs,
+            args.dataloader_drop_last,
+        )
         self.window = TeacherWindow(module, collator, self._prepare_inputs) if module.window > 1 else None
         collator = StageCollator(collator, module.roles)
-        grouped = config.stage_training(stage).group_by_length
-        self.groups = LengthGroups(collator, module.roles) if grouped else None
-        send = UncollatedRows if grouped else collator
-        rows = dataset.sources
-        order = EpochOrder(rows.sizes, config.seed, rows.weights, config.data.stopping_strategy)
-        sampler = ContinuingSampler(order, start=data_start)
         with tensorboard_in(config.stage_dir(stage) / "tensorboard"):
             super().__init__(
-                module, sampler, args=args, train_dataset=dataset, eval_dataset=eval_dataset, data_collator=send
+                module, batches, args=args, train_dataset=dataset, eval_dataset=eval_dataset, data_collator=collator
             )
-        self.add_callback(_TellSampler(sampler))
+        self.add_callback(TellSampler(order))
         self.add_callback(TellPlace(stage, args.ddp_timeout))
         self.leaving = Leaving(deadline, config.stage_training(stage).save_minutes)
         self.add_callback(self.leaving)
@@ -173,8 +150,6 @@ class StageTrainer(EvaluatingTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The Trainer's own, with the time that the batches took; not that of the ranks' exchange of counts."""
-        if self.groups is not None:
-            epoch_iterator = self.groups(epoch_iterator, num_batches, device)
         batches, count = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
         if self.window is not None:
             self.window.begin(batches)
