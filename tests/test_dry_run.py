@@ -20,8 +20,8 @@ from vlsi_fast import load_config
 from vlsi_fast.planner.build import Models
 from vlsi_fast.planner.dry_run.device import DEVICE, TorchChangedError, on, require_torch
 from vlsi_fast.planner.dry_run.gpus import GPUS
+from vlsi_fast.planner.dry_run.rows import rows_that_fit
 from vlsi_fast.planner.dry_run.run import run_stage
-from vlsi_fast.planner.dry_run.stage import rows_that_fit
 from vlsi_fast.planner.dry_run.tape import DeviceMixError, Tape
 from vlsi_fast.planner.report import rows_of
 from vlsi_fast.stages.sft import SftModule

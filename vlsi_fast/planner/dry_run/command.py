@@ -13,8 +13,8 @@ from ..build import Models
 from ..report import COLUMNS, Rows, rows_of
 from .gpus import GPUS, Gpu
 from .kernels import Launches
+from .rows import rows_that_fit
 from .run import Found, dry_run
-from .stage import rows_that_fit
 
 UNPROVEN = (
     "Not proven by this: numbers (tensors have none), speed, ZeRO-3's sharding and its collectives (here one GPU holds "

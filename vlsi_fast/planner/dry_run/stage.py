@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +25,7 @@ from transformers.initialization import no_init_weights
 from ...acceleration import attention_name, use_packing
 from ...attention import VARLEN, set_varlen
 from ...backbones import family_of
-from ...config import ConfigError, RunConfig
+from ...config import RunConfig
 from ...data.collate import Collator
 from ...data.packing import Packer
 from ...hidden_states import Held, VerbalizedBackbone
@@ -45,6 +43,8 @@ from ..memory import Batch, Setup
 from ..report import Rows
 from ..shapes import ModelShape
 from .device import DEVICE
+from .optimizers import Masters, Plain, tensors_of
+from .rows import row_of, shorter
 from .tape import Tape
 
 LOSSES = (AnswerLoss, LogitL2, MatchedDivergence, OwnOutputLoss, PairwiseKL)
@@ -127,7 +127,7 @@ class DryStage:
         self._watch(tape)
         trained = [p for p in module.parameters() if p.requires_grad]
         lone = self.setup.zero is None
-        self.optimizer = _Plain(trained, self, tape) if lone else _Masters(trained, self, tape)
+        self.optimizer = (Plain if lone else Masters)(trained, self.setup, self.training, tape)
         return module
 
     def _student(self, folder, dtype: str, attention: str, depth: int | None = None) -> nn.Module:
@@ -198,11 +198,11 @@ class DryStage:
         made: dict[tuple, list[dict]] = {}
         rows: list[dict] = [{"id": str(i), "skipped": []} for i in range(count)]
         for name, role in self.stage.roles.items():
-            found = _row(role.config, self.rows)
+            found = row_of(role.config, self.rows)
             self.planned[name] = self._planned(found, self.models.shapes[name], count, self.packed[name])
             key = (role.config.model_type, *(tuple(value.shape) for value in found.values()))
             # padded rows of one length would need no mask, and hardly ever are
-            others = found if self.packed[name] else _shorter(found)
+            others = found if self.packed[name] else shorter(found)
             same = made.setdefault(key, [found] + [dict(others) for _ in range(count - 1)])
             for row, encoded in zip(rows, same):
                 row[name] = encoded
@@ -215,7 +215,7 @@ class DryStage:
         whole = StageCollator(collate, tuple(self.stage.roles))(rows)
         batch = to_device(whole["batch"], DEVICE)
         restore_shared(batch, whole["facts"])
-        own = list({id(tensor): tensor for tensor in _tensors(batch)}.values())
+        own = list({id(tensor): tensor for tensor in tensors_of(batch)}.values())
         self.waiting = [torch.empty_like(tensor) for tensor in own for _ in range(self.setup.accumulation - 1)]
         for tensor in (*own, *self.waiting):
             tape.hold(tensor, "inputs")
@@ -263,167 +263,3 @@ def _part(tape: Tape, module: nn.Module, name: str) -> None:
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(lambda *_: open_.pop().close(), always_call=True)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-# ---- optimizers ----
-
-
-class _Plain:
-    """AdamW on float32 weights, with gradients that stay between micro-batches where there are several."""
-
-    def __init__(self, trained: list[nn.Parameter], stage: DryStage, tape: Tape):
-        self.trained, self.tape, training = trained, tape, stage.training
-        self.keep, self.norm = stage.setup.accumulation > 1, training.max_grad_norm
-        self.adam = torch.optim.AdamW(trained, training.learning_rate)
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        self.step()
-        for state in self.adam.state.values():
-            for tensor in _tensors(state):
-                if tensor.dim():
-                    tape.hold(tensor, "optimizer")
-        for parameter in trained:
-            if self.keep:
-                parameter.grad = torch.zeros_like(parameter)
-                tape.hold(parameter.grad, "gradients")
-            parameter.register_post_accumulate_grad_hook(lambda p: tape.hold(p.grad, "gradients"))
-
-    def step(self) -> None:
-        if self.norm:
-            nn.utils.clip_grad_norm_(self.trained, self.norm)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-
-
-class _Masters:
-    """DeepSpeed's on one rank: float32 masters in flat sub-groups; gradients go into float32 sums as they come."""
-
-    def __init__(self, trained: list[nn.Parameter], stage: DryStage, tape: Tape):
-        limit = int(stage.setup.number("sub_group_size", 1e9))
-        kind = {4: torch.float32, 2: torch.bfloat16}[stage.setup.accumulate_bytes]
-        self.groups, self.flats, self.tape = _groups(trained, limit), [], tape
-        self.sums = {id(p): torch.zeros_like(p, dtype=kind) for p in trained}
-        for group in self.groups:
-            size = sum(p.numel() for p in group)
-            self.flats.append(nn.Parameter(torch.empty(size, dtype=torch.float32, device=DEVICE)))
-        self.adam = torch.optim.AdamW(self.flats, stage.training.learning_rate)
-        self.step()
-        for tensor in (*self.flats, *_tensors(dict(self.adam.state))):
-            if tensor.dim():
-                tape.hold(tensor, "optimizer")
-        for parameter in trained:
-            tape.hold(self.sums[id(parameter)], "gradients")
-            parameter.register_post_accumulate_grad_hook(self._add)
-
-    def _add(self, parameter: nn.Parameter) -> None:
-        self.tape.hold(parameter.grad, "gradients")
-        self.sums[id(parameter)].add_(parameter.grad)
-        parameter.grad = None
-
-    def step(self) -> None:
-        for group, flat in zip(self.groups, self.flats):
-            flat.grad = torch.cat([self.sums[id(p)].flatten() for p in group]).float()
-            self.tape.hold(flat.grad, "gradients")
-            self.adam.param_groups[0]["params"] = [flat]
-            self.adam.step()
-            flat.grad = None
-            with torch.no_grad():
-                for parameter, part in zip(group, flat.split([p.numel() for p in group])):
-                    parameter.copy_(part.view_as(parameter))
-        torch._foreach_zero_(list(self.sums.values()))
-
-
-def _groups(parameters: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
-    """Sub-groups of at most `limit` elements, or of one parameter."""
-    groups: list[list[nn.Parameter]] = []
-    size = 0
-    for parameter in parameters:
-        if not groups or size + parameter.numel() > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(parameter)
-        size += parameter.numel()
-    return groups
-
-
-# ---- rows ----
-
-
-def rows_that_fit(rows: Rows, config: RunConfig) -> Rows:
-    """The planner's rows with room for the answer behind the image, whose patches make a rectangle."""
-    answers = max(1, min(rows.answers, rows.tokens // 4))
-    image = max(1, min(rows.image_tokens, rows.tokens - answers - 3))
-    while _sides(image)[1] > 2 * _sides(image)[0] and image > 4:
-        image -= 1
-    return dataclasses.replace(rows, answers=answers, image_tokens=image)
-
-
-def _sides(count: int) -> tuple[int, int]:
-    """The most nearly square rectangle of so many."""
-    short = next(n for n in range(int(count**0.5), 0, -1) if count % n == 0)
-    return short, count // short
-
-
-def _shorter(row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A row with one token less."""
-    tokens = row["input_ids"].shape
-    cut = {name: value[:, :-1] if value.shape == tokens else value for name, value in row.items()}
-    cut["labels"] = torch.where(row["labels"][:, 1:] != -100, cut["input_ids"], -100)
-    return cut
-
-
-def _row(config, rows: Rows) -> dict[str, Tensor]:
-    """A row as `data.encoding` would make it: an image, a question, an answer.
-
-    Raises:
-        ConfigError: no image of the family is as small as the row asks for.
-    """
-    tiled = hasattr(config, "image_grid_pinpoints")
-    image, vision = _tiles(config, rows.image_tokens) if tiled else _patches(config.vision_config, rows.image_tokens)
-    if image + 2 + rows.answers > rows.tokens:
-        raise ConfigError(
-            f"the smallest image of {config.model_type} has {image} tokens, and rows of {rows.tokens} tokens have no "
-            "room for it: raise data.max_length"
-        )
-    ids = torch.arange(rows.tokens)[None] % 100
-    ids[:, 1 : 1 + image] = config.image_token_id
-    labels = torch.full_like(ids, -100)
-    labels[:, -rows.answers :] = ids[:, -rows.answers :]
-    row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **vision}
-    if not tiled:
-        ids[:, 0], ids[:, 1 + image] = config.vision_start_token_id, config.vision_end_token_id
-        row["mm_token_type_ids"] = (ids == config.image_token_id).long()
-    return row
-
-
-def _patches(vision, tokens: int) -> tuple[int, dict[str, Tensor]]:
-    """Qwen-VL: an image of so many tokens, each of several patches."""
-    down, across = (vision.spatial_merge_size * n for n in _sides(tokens))
-    values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
-    return tokens, {
-        "pixel_values": torch.zeros(down * across, values),
-        "image_grid_thw": torch.tensor([[1, down, across]]),
-    }
-
-
-def _tiles(config, tokens: int) -> tuple[int, dict[str, Tensor]]:
-    """LLaVA-OneVision: the largest image of at most so many tokens, else the smallest. It is cut into tiles, and seen
-    once more as a whole; a token ends each line of patches."""
-    side = config.vision_config.image_size
-    line = side // config.vision_config.patch_size
-    found = {}
-    for height, width in config.image_grid_pinpoints:
-        down, across = height // side, width // side
-        if down * across <= 9:  # more tiles are made smaller again ("anyres_max_9")
-            found[line**2 + line * down * (line * across + 1)] = (height, width, down * across)
-    count = max((n for n in found if n <= tokens), default=min(found))
-    height, width, tiles = found[count]
-    return count, {
-        "pixel_values": torch.zeros(1, 1 + tiles, 3, side, side),
-        "image_sizes": torch.tensor([[height, width]]),
-        "batch_num_images": torch.tensor([1]),
-    }
