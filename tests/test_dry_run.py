@@ -200,7 +200,9 @@ def test_memory_and_products_are_those_of_real_tensors():
     torch.manual_seed(0)
     net, x = Net(), torch.randn(4, 50, 64)
     live, count = Live([*net.parameters(), x]), FlopCounterMode(display=False)
-    with live, count:
+    with live:
+        torch.autograd.backward(net(x))
+    with count:  # on its own: it keeps tensors alive
         torch.autograd.backward(net(x))
     tape = Tape()
     with on(H100, tape):
@@ -214,7 +216,7 @@ def test_memory_and_products_are_those_of_real_tensors():
         with tape.backward():
             loss.backward()
     assert sum(tape.flops.values()) == count.get_total_flops()
-    assert sum(tape.peak.values()) == pytest.approx(live.peak, rel=0.02)
+    assert sum(tape.peak.values()) == pytest.approx(live.peak, rel=0.001)
     parts = {"student forward", "student forward backward", "student forward recomputation"}
     assert set(tape.flops) == parts
     # each block is made again up to the input of its last product
