@@ -260,7 +260,11 @@ def test_attention_is_the_fused_one(tape):
 
 
 def settings_of(folder, **changes):
-    tree = runs.settings(folder, folder / "out", max_steps=1) | {"impl": "torch", "sft": {"start_from": "base"}}
+    tree = runs.settings(folder, folder / "out", max_steps=1) | {
+        "impl": "torch",
+        "liger": False,
+        "sft": {"start_from": "base"},
+    }
     return tree | changes
 
 

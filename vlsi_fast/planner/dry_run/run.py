@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from vlsi_kernels import resolve_impl
 
+from ...acceleration import use_liger
 from ...config import RunConfig
 from ..build import Models, setup_of, step_of
 from ..report import Rows
@@ -103,7 +104,7 @@ def run_stage(config: RunConfig, models: Models, name: str, rows: Rows, gpu: Gpu
 
 def uses_triton(config: RunConfig) -> bool:
     """Whether kernels would be launched on a GPU."""
-    return config.liger is not False or resolve_impl(config.impl, DEVICE) == "triton"
+    return use_liger(config.liger, DEVICE) or resolve_impl(config.impl, DEVICE) == "triton"
 
 
 def _working_as_one(columns: dict[str, int]) -> dict[str, int]:
