@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .attention import VARLEN, varlen_problem
-from .config import ConfigError
+from .config_files import ConfigError
 
 LIGER_NAMES = {"qwen2": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """A language model's `config.model_type` -> that of the plain language model with the same layers, by which
