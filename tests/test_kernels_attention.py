@@ -8,8 +8,9 @@ import torch
 import varlen_standin
 from kernels_util import randn, relative_error
 from torch.nn.attention import varlen
+from varlen_standin import reference_varlen
 
-from vlsi_fast.attention import VARLEN, attend, reference_varlen, varlen_attention
+from vlsi_fast.attention import VARLEN, attend, varlen_attention
 
 LENGTHS = [5, 1, 13, 129, 2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,6 +10,25 @@ from torch import Tensor
 from vlsi_fast import attention
 
 
+def reference_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, causal: bool, scale: float | None = None
+) -> Tensor:
+    """The formula, a row at a time, in the inputs' precision and on their device; differentiable. Arguments and result
+    as of `attention.varlen_attention`."""
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    rows, bounds = [], cu_seqlens.tolist()
+    for start, end in zip(bounds, bounds[1:]):
+        q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))  # [H, T, D]
+        scores = scale * q @ k.transpose(1, 2)
+        if causal:
+            later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        rows.append((scores.softmax(2) @ v).transpose(0, 1))
+    return torch.cat(rows)
+
+
 @dataclass
 class Call:
     """What one call was given."""
