@@ -26,6 +26,9 @@ from ..losses import AnswerLoss, LogitL2, MatchedDivergence, OperatorOptions, Pa
 from ..matching import match_layers
 from ..planner.window import fitting_window
 from ..ranks.sharding import gathered_objects, world_size
+from ..teacher_cache.forms import unpack_targets
+from ..teacher_cache.recalling import CachedTeacher
+from ..teacher_cache.store import CacheError
 from ..verbalizer import Verbalizers
 from .module import StageModule
 from .stage import Stage
@@ -43,12 +46,24 @@ class Taught:
     """[N, d_l] last layer, for other losses."""
 
 
+@dataclass(frozen=True)
+class Absent:
+    """A teacher that is not here, and whose rows bring what it said (`teacher_cache`)."""
+
+    target_layers: list[int]
+    head_weight: Tensor | None
+    """[V, d_l], for hidden states; None where the rows bring targets."""
+    has_last: bool
+    """Whether the last layer's are behind the target layers'."""
+    vocab_size: int
+
+
 class InteractModule(StageModule):
     """Student and teacher with their verbalizers, layer matching, and the losses of table 4d.
 
     Args:
         student: the backbone to train.
-        teacher: the frozen one; None where no loss reads it.
+        teacher: the frozen one, here or not; None where no loss reads it.
         settings: of the stage.
         matching: how layers are matched.
         options: how the vocabulary operators are called.
@@ -60,7 +75,7 @@ class InteractModule(StageModule):
     def __init__(
         self,
         student: VerbalizedBackbone,
-        teacher: VerbalizedBackbone | None,
+        teacher: VerbalizedBackbone | Absent | None,
         settings: InteractConfig,
         matching: MatchingConfig,
         options: OperatorOptions,
@@ -69,13 +84,13 @@ class InteractModule(StageModule):
     ):
         super().__init__()
         self.student, self.window = student, window
-        if teach_by is None:
+        if teach_by is None and not isinstance(teacher, Absent):
             self.teacher = teacher
         else:
             object.__setattr__(self, "teacher", teacher)  # past nn.Module's registration
         self._teach_by = teach_by
         self.settings, self.matching = settings, matching
-        self.roles = ("student",) if teacher is None else ("student", "teacher")
+        self.roles = ("student", "teacher") if isinstance(teacher, VerbalizedBackbone) else ("student",)
         self.part_names = [f"student_layer_{k}" for k in student.target_layers]
         self.part_names += ["last"] if settings.has_last_loss else []
         if settings.matches_layers:
@@ -103,15 +118,18 @@ class InteractModule(StageModule):
         self,
         student: dict,
         teacher: dict | None = None,
-        taught: Taught | None = None,
+        taught: Taught | dict[str, Tensor] | CacheError | None = None,
         generator=None,
         intermediate_weight: float | None = None,
     ) -> dict[str, Tensor]:
-        """See `StageModule`; `taught`: what `teach` found, in place of `teacher`; `generator` is the source of this
-        micro-batch's matching draws, `intermediate_weight` that of `schedule` (None: of the settings)."""
+        """See `StageModule`; `taught`: what `teach` found, or what a cache has of the rows, in place of `teacher`;
+        `generator` is the source of this micro-batch's matching draws, `intermediate_weight` that of `schedule` (None:
+        of the settings)."""
         s_layers, s_last = self.student(student["inputs"], student["index"], self._normed)
         if taught is None:
             taught = Taught() if teacher is None else self._hear(teacher["inputs"], teacher["index"])
+        elif not isinstance(taught, Taught):
+            taught = self._recall(taught)
         matrix, last_kl = self._divergences(s_layers, s_last, taught)
         record, parts = {}, []
         if self.matrix_shape is not None:
@@ -162,6 +180,18 @@ class InteractModule(StageModule):
         layers = [each.clone() for each in layers] if self.settings.reads_teacher_layers else nothing
         last = [each.clone() for each in last] if self.settings.reads_teacher_last else nothing
         return [Taught(*each) for each in zip(compared, layers, last)]
+
+    def _recall(self, stored: dict[str, Tensor] | CacheError) -> Taught:
+        """What a cache has of the micro-batch's rows (`teacher_cache.forms`)."""
+        if isinstance(stored, CacheError):
+            raise stored
+        if "hidden" not in stored:
+            return Taught(unpack_targets(stored, self.teacher.vocab_size, self.settings.temperature))
+        states = stored["hidden"].transpose(0, 1).contiguous()
+        count = len(states) - self.teacher.has_last
+        layers = states[:count] if count else None
+        last = states[-1] if self.teacher.has_last else None
+        return Taught(self._compared(layers, last), layers, last)
 
     def _compared(self, layers: Tensor | None, last: Tensor | None) -> Tensor | None:
         """[R, N, d] of the layers, of either model, between which the forward KL is taken: in one vocabulary pass."""
@@ -225,11 +255,17 @@ class InteractStage(Stage):
     sections = ("verbalizer", "matching", "lora")
 
     def role_names(self) -> list[str]:
-        return self.settings.roles
+        return ["student"] if self.config.teacher.mode == "cached" else self.settings.roles
+
+    def open_cache(self) -> CachedTeacher | None:
+        if self.config.teacher.mode != "cached" or "teacher" not in self.settings.roles:
+            return None
+        return CachedTeacher(self.config)
 
     def check_predecessors(self) -> None:
         if self.settings.matches_layers:
-            students, teachers = (len(self.roles[n].layers) for n in ("student", "teacher"))
+            teacher = self.cached or self.roles["teacher"]
+            students, teachers = len(self.roles["student"].layers), len(teacher.layers)
             if students > teachers:
                 raise ConfigError(
                     f"student has {students} target layers, teacher {teachers}: matching needs t_s <= t_l; "
@@ -238,12 +274,20 @@ class InteractStage(Stage):
             matching = self.config.matching
             if matching.strategy == "bottom" and matching.k > teachers:
                 raise ConfigError(f"matching.k is {matching.k}, but the teacher has {teachers} target layers; lower it")
-        for name in self.settings.speakers:
+        for name in self._speakers:
             self.roles[name].require_verbalizers()
 
     def inputs(self) -> dict[str, str]:
-        folders = {name: self.roles[name].verbalizer_folder() for name in self.settings.speakers}
-        return {f"{name}_verbalizers": weights_digest(folder) for name, folder in folders.items()}
+        folders = {name: self.roles[name].verbalizer_folder() for name in self._speakers}
+        found = {f"{name}_verbalizers": weights_digest(folder) for name, folder in folders.items()}
+        if self.cached is not None and self.cached.layers:
+            found["teacher_verbalizers"] = self.cached.verbalizers
+        return found
+
+    @property
+    def _speakers(self) -> list[str]:
+        """Models in the job that speak through trained verbalizers."""
+        return [name for name in self.settings.speakers if name in self.roles]
 
     def data_start(self) -> int:
         return rows_used(self.config.stage_dir("verbalize"))
@@ -256,16 +300,23 @@ class InteractStage(Stage):
             family_of(model.config).decoder_layers(model)[deepest:].requires_grad_(False)
         self.enable_checkpointing(model)
         student = VerbalizedBackbone(model, self.roles["student"].layers, self._verbalizers("student"), True)
-        teacher = None
-        if "teacher" in self.roles:
-            role = self.roles["teacher"]
-            needs_last = self.settings.needs_teacher_last
-            model = self.load_model("teacher", depth=None if needs_last else role.depth)
-            teacher = VerbalizedBackbone(model, role.layers, self._verbalizers("teacher"), False, needs_last)
-        window = self._window() if teacher is not None else 1
+        teacher = self.load_speaking_teacher() if "teacher" in self.roles else self._absent()
+        window = self._window() if "teacher" in self.roles else 1
         teach_by = self.apart(teacher) if window > 1 else None
         options = (self.settings, self.config.matching, self.head_options)
         return InteractModule(student, teacher, *options, window=window, teach_by=teach_by)
+
+    def load_speaking_teacher(self) -> VerbalizedBackbone:
+        """The frozen teacher with what its layers speak through. Collective."""
+        role, needs_last = self.roles["teacher"], self.settings.needs_teacher_last
+        model = self.load_model("teacher", depth=None if needs_last else role.depth)
+        return VerbalizedBackbone(model, role.layers, self._verbalizers("teacher"), False, needs_last)
+
+    def _absent(self) -> Absent | None:
+        if self.cached is None:
+            return None
+        head = self.cached.head(self.args.device)
+        return Absent(self.cached.layers, head, self.settings.needs_teacher_last, self.head_options.vocab_size)
 
     def _window(self) -> int:
         """Micro-batches of `teacher.window`, auto resolved, at most those of a step."""
