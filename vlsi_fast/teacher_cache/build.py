@@ -93,8 +93,8 @@ class TeacherStage(InteractStage):
     def role_names(self) -> list[str]:
         return ["student", "teacher"]
 
-    def open_cache(self) -> None:
-        return None
+    def open_caches(self) -> list:
+        return []
 
     @property
     def _speakers(self) -> list[str]:
@@ -300,7 +300,7 @@ class _Work:
         processors = {"teacher": stage.roles["teacher"].processor}
         self.dataset = KeyedDataset(sources, processors, config.data)
         settings = config.stage_training("interact")
-        order = _order(config, chosen, sources)
+        order = _order(config, chosen, sources, folder)
         done = broadcast_object(_done(folder, self.data) if rank() == 0 else None)
         batches = StepBatches(_Listed(order), settings.per_device_train_batch_size, 1, world_size())
         rounds = list(_all_ranks(batches))
@@ -380,8 +380,8 @@ def _all_ranks(batches: StepBatches) -> Iterator[list[list[int]]]:
     return zip(*ranks)
 
 
-def _order(config: RunConfig, chosen: Chosen, sources: ConcatSource) -> list[int]:
-    """Row numbers in the order of stage interact, each once.
+def _order(config: RunConfig, chosen: Chosen, sources: ConcatSource, folder: Path) -> list[int]:
+    """Row numbers in the order of stage interact, each once; without those of sources that have another cache.
 
     Raises:
         ConfigError: no source of that name.
@@ -404,9 +404,10 @@ def _order(config: RunConfig, chosen: Chosen, sources: ConcatSource) -> list[int
         elif chosen.source is not None:
             read = len(order)
         rows = order.order.rows(order.start, read)
-    if chosen.source is not None:
-        rows = (number for number in rows if parts[sources.part_of(number)] == chosen.source)
-    return list(dict.fromkeys(rows))
+    named = [source.teacher and Path(source.teacher) for source in getattr(config.data, chosen.split)]
+    own = folder if folder in named else None
+    wanted = {i for i, name in enumerate(parts) if (name == chosen.source if chosen.source else named[i] == own)}
+    return list(dict.fromkeys(number for number in rows if sources.part_of(number) in wanted))
 
 
 def _data_digest(config: RunConfig, split: str, sources: ConcatSource) -> str:
