@@ -334,7 +334,10 @@ class InteractStage(Stage):
             for cached in self.caches:
                 options = replace(self.head_options, vocab_size=cached.identity["vocab_size"])
                 lessons.append(InteractModule(student, self._absent(cached), *settings, options))
-            return lessons[0] if len(lessons) == 1 else ManyTeachers(student, lessons, [c.name for c in self.caches])
+            names = [cached.name for cached in self.caches]
+            if len(set(names)) < len(names):  # folders of one name in different places
+                names = [str(cached.folder) for cached in self.caches]
+            return lessons[0] if len(lessons) == 1 else ManyTeachers(student, lessons, names)
         teacher = self.load_speaking_teacher() if "teacher" in self.roles else None
         window = self._window() if teacher is not None else 1
         teach_by = self.apart(teacher) if window > 1 else None

@@ -42,6 +42,8 @@ class ManyTeachers(StageModule):
         self.lessons = lessons  # a plain list: no part of the module tree, where the student is already
         self.part_names, self.settings = lessons[0].part_names, lessons[0].settings
         self.schedule = lessons[0].schedule
+        weight = student.head_weight  # in forward, ZeRO-3 would take a look at it for a use
+        self._width = getattr(weight, "ds_shape", weight.shape)[1]
         self.teacher_names = names
         if lessons[0].matrix_shape is not None:
             layers = [lesson.layer_names[1] for lesson in lessons]
@@ -87,13 +89,12 @@ class ManyTeachers(StageModule):
         if not stored:
             teacher, device = lesson.teacher, group["tokens"].device
             layers = len(teacher.target_layers) + teacher.has_last
-            weight, head = self.student.head_weight, teacher.head_weight
+            head = teacher.head_weight
             if head is not None:
                 stored = {"hidden": torch.zeros(0, layers, head.shape[1], dtype=head.dtype, device=device)}
             else:
-                width = getattr(weight, "ds_shape", weight.shape)[1]
                 stored = {
                     "neg_entropy": torch.zeros(0, layers, device=device),
-                    "expectation": torch.zeros(0, layers, width, device=device),
+                    "expectation": torch.zeros(0, layers, self._width, device=device),
                 }
         return lesson.recall(stored)

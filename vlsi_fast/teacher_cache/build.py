@@ -56,6 +56,8 @@ from .rows import KeyedDataset, answers_digest
 from .store import CacheReader, ShardWriter, forget_lost, numbers_in, shards_of
 
 SHARD_BYTES = 256 * 2**20
+EPOCHS = 4
+"""Passes over the data in which --rows looks for rows that it has not seen."""
 PROBES = 256
 """Answer tokens on which the error of rounded targets is measured."""
 
@@ -390,20 +392,20 @@ def _order(config: RunConfig, chosen: Chosen, sources: ConcatSource, folder: Pat
     if chosen.source is not None and chosen.source not in parts:
         raise ConfigError(f"--source {chosen.source}: data.{chosen.split} has {', '.join(parts)}")
     training = config.stage_training("interact")
-    if chosen.split == "eval":
+    if chosen.source is not None:
+        rows: Iterable[int] = range(len(sources))
+    elif chosen.split == "eval":
         count = min(training.max_eval_samples or len(sources), len(sources))
-        rows: Iterable[int] = (i * len(sources) // count for i in range(count))
+        rows = (i * len(sources) // count for i in range(count))
     else:
         order = data_order(config, sources, rows_used(config.stage_dir("verbalize")))
         per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
         read = training.max_steps * per_step
         if training.max_steps == -1:
             read = math.ceil(training.num_train_epochs * len(order))
-        if chosen.rows is not None:
-            read = chosen.rows
-        elif chosen.source is not None:
-            read = len(order)
-        rows = order.order.rows(order.start, read)
+        if chosen.rows is not None:  # each once, and the order has every row within so many passes
+            read = EPOCHS * len(order)
+        rows = itertools.islice(dict.fromkeys(order.order.rows(order.start, read)), chosen.rows)
     named = [source.teacher and Path(source.teacher) for source in getattr(config.data, chosen.split)]
     own = folder if folder in named else None
     wanted = {i for i, name in enumerate(parts) if (name == chosen.source if chosen.source else named[i] == own)}

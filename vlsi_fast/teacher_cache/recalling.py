@@ -69,6 +69,8 @@ class CachedTeacher:
         """What a stage records of its teacher; a cache that is not exact belongs to what was made with it."""
         facts = {"path": self.manifest["teacher"]["path"], **self.identity["teacher"], "layers": self.layers}
         del facts["verbalizers"]
+        if not self.layers:  # none is asked to speak: as a teacher in the job has it
+            facts |= {"verbalizer": self.run.verbalizer.model_dump(), "layers": self._named_layers()}
         exact = self.form == "hidden" or self.identity["numbers"] == "float32"
         return facts | ({} if exact else {"targets": self.identity["numbers"]})
 
@@ -113,7 +115,7 @@ class CachedTeacher:
         there = self.identity["layers"]
         wanted = there
         if self.run.teacher.layers is not None and self._is_own:
-            wanted = target_layers(self.run.teacher, self.config, "teacher", self.run)
+            wanted = self._named_layers()
         absent = [k for k in wanted if k not in there]
         if absent or not wanted:
             raise ConfigError(
@@ -121,6 +123,9 @@ class CachedTeacher:
                 "some of the cache's, or build another with `vlsi-fast teacher build --layers`"
             )
         return list(wanted)
+
+    def _named_layers(self) -> list[int]:
+        return target_layers(self.run.teacher, self.config, "teacher", self.run)
 
     def _require_form(self, settings: InteractConfig) -> None:
         """What a loss reads, the cache has."""
