@@ -39,7 +39,7 @@ from ..stages.batches import StageCollator, to_device
 from ..stages.interact import InteractStage
 from ..stages.sampling import StepBatches, data_order
 from ..terminal import say
-from .forms import pack_targets, unpack_targets
+from .forms import DEFAULT, pack_targets, unpack_targets
 from .manifest import (
     HEAD,
     NAME,
@@ -69,7 +69,7 @@ class Chosen:
     Attributes:
         out: folder of the cache; None: the config's.
         form: targets or hidden.
-        numbers: of the targets: float32, bfloat16 or int8.
+        numbers: of the targets: float32, float16, bfloat16 or int8.
         layers: of the teacher's target layers; None: all.
         split: train or eval: rows of data.train or data.eval.
         source: only rows of this source, by its name; None: all.
@@ -80,7 +80,7 @@ class Chosen:
 
     out: Path | None = None
     form: str = "targets"
-    numbers: str = "bfloat16"
+    numbers: str = DEFAULT
     layers: list[int] | None = None
     split: str = "train"
     source: str | None = None

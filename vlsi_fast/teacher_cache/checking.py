@@ -28,7 +28,7 @@ from .forms import unpack_targets
 from .recalling import CachedTeacher, Routed
 from .store import CacheError
 
-BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 5e-2), "int8": (5e-2, 1e-1)}
+BOUNDS = {"float32": (1e-4, 1e-3), "float16": (5e-3, 1e-2), "bfloat16": (4e-2, 5e-2), "int8": (2e-1, 2e-1)}
 """Of `kl` and `gradient`, by what is kept; hidden states have those of their dtype. A cache of another teacher is off
 by nats; a teacher that runs in other batches, or on another device, by far less than these."""
 
