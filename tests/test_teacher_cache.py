@@ -41,7 +41,7 @@ def test_float32_comes_back_to_the_bit(temperature):
 )
 def test_rounding_costs_what_is_said(numbers, kl_bar, gradient_bar):
     """Against the exact targets, by the operator that trains. float16 has 11 bits, bfloat16 8: relative errors of 2^-12
-    and 2^-9 each; int8 has one of 1/254 of the largest of the token and layer. Independent ones average out in a sum."""
+    and 2^-9 each; int8 has 1/254 of the largest of the token and layer. Independent ones average out in a sum."""
     targets, student, head = targets_of(4, 64, 96)
     stored = unpack_targets(pack_targets(targets, numbers), targets.vocab_size, 1.0)
     results = []
