@@ -90,6 +90,16 @@ def test_to_the_last_bit(folder, cached, tmp_path, cache):
     assert ours["identity"] == theirs["identity"], "one run, wherever the teacher was"
 
 
+def test_balanced_micro_batches(workspace, folder, cached, tmp_path):
+    """Dealt by what they cost, which is less without a teacher: with matches that need no KL, the same losses."""
+    training = runs.settings(workspace, tmp_path)["training"] | {"balance_batch": True}
+    sections = {"training": training, "matching": {"strategy": "uniform"}}
+    run(config_of(workspace, folder / "verbalized", tmp_path / "live", **sections), "interact")
+    run(cached(**sections), "interact")
+    for found, wanted in zip(runs.losses(tmp_path / "run", "interact"), runs.losses(tmp_path / "live", "interact")):
+        assert found == pytest.approx(wanted, rel=2e-6)
+
+
 def test_workers_and_packed_rows(workspace, folder, cached, tmp_path):
     """Rows that other processes read; rows end to end, which the teacher saw padded."""
     run(cached("workers", data={"num_workers": 2, **tree_data(workspace)}), "interact")
@@ -228,6 +238,31 @@ def test_the_teacher_need_not_be_there(workspace, folder, cached, tmp_path):
     tree["teacher"] = {"path": "somebody/a-teacher", "mode": "cached", "cache": str(folder / "exact")}
     run(load_config(runs.write_config(tree, tmp_path / "run.yaml")), "interact")
     assert_same(folder / "live", tmp_path / "run")
+
+
+def test_a_whole_run_without_the_teacher(workspace, folder, tmp_path):
+    """All three stages, verbalizers of the student alone; then the tools that look at a run."""
+    tree = tree_of(
+        workspace, folder / "verbalized", tmp_path / "run", folder / "exact", verbalize={"models": ["student"]}
+    )
+    tree["teacher"] = {"path": "somebody/a-teacher", "mode": "cached", "cache": str(folder / "exact")}
+    del tree["student"]["verbalizers"]
+    config = runs.write_config(tree, tmp_path / "run.yaml")
+    build(
+        load_config(
+            config,
+            {
+                "teacher.path": str(workspace / "teacher"),
+                "teacher.mode": "auto",
+                "teacher.layers": [1, 2, 3, 4, 5],
+                "teacher.verbalizers": str(folder / "verbalized/verbalize/teacher"),
+            },
+        ),
+        Chosen(tmp_path / "all", numbers="float32", rows=24, **QUIET),
+    )
+    run(load_config(config, {"teacher.cache": str(tmp_path / "all")}), "all")
+    assert all(read_record(tmp_path / "run" / stage)["state"] == "finished" for stage in ("interact", "sft"))
+    assert main(["report", str(tmp_path / "run")]) == 0 and main(["inspect", str(tmp_path / "run")]) == 0
 
 
 def change_weights(path):
@@ -538,13 +573,19 @@ def test_two_zero3_ranks(workspace, folder, teachers, tmp_path):
         tree = tree_of(workspace, folder / "verbalized", tmp_path / name, cache, training=training)
         config = runs.write_config(tree, tmp_path / f"{name}.yaml")
         jobs += [("interact", config)] if cache is None else [("build", config), ("interact", config)]
+    tree = tree_of(workspace, folder / "verbalized", tmp_path / "offload", training=training)
+    tree["teacher"] |= {"mode": "offload", "cache": str(tmp_path / "offloaded")}
+    jobs.append(("build", runs.write_config(tree, tmp_path / "offload.yaml")))
     taught_by(workspace, folder, teachers, tmp_path / "many", "one", "small_cache", training=training)
     jobs.append(("interact", tmp_path / "many.yaml"))
     runs.train_several("--fresh", *jobs, launcher="torchrun")
     assert_same(tmp_path / "live", tmp_path / "here")
-    assert len({line["file"].split("-")[0] for line in shards_of(tmp_path / "cache").values()}) == 2, (
-        "each rank its own"
-    )
+    one, other = (CacheReader(tmp_path / name) for name in ("cache", "offloaded"))
+    shards = [load_file(tmp_path / "cache" / "shards" / name) for name in shards_of(tmp_path / "cache")]
+    for key in (bytes(key) for shard in shards for key in shard["keys"].tolist()):
+        for name, value in one.read(one.find(key)).items():
+            assert torch.equal(value, other.read(other.find(key))[name]), "however the teacher is held"
+    assert len({name.split("-")[0] for name in shards_of(tmp_path / "cache")}) == 2, "each rank its own"
     run(taught_by(workspace, folder, teachers, tmp_path / "alone", "one", "small_cache"), "interact")
     for found, wanted in zip(runs.losses(tmp_path / "many", "interact"), runs.losses(tmp_path / "alone", "interact")):
         assert found == pytest.approx(wanted, rel=1e-4)
