@@ -88,6 +88,17 @@ COMMANDS = (
         takes_overrides=True,
     ),
     Command(
+        "teacher",
+        "keep what a teacher says on disk, so that interact trains without it",
+        ".teacher_cache.arguments:add_arguments",
+        ".teacher_cache.command:main",
+        "vlsi-fast teacher build --config configs/demo.yaml\n"
+        "  deepspeed --module vlsi_fast teacher build --config configs/qwen2vl_72b_to_2b.yaml --out /data/cache\n"
+        "  vlsi-fast teacher check --config configs/demo.yaml\n"
+        "  vlsi-fast teacher verify runs/mine/teacher_cache",
+        takes_overrides=True,
+    ),
+    Command(
         "shrink",
         "make a student of a teacher by leaving out decoder layers",
         ".shrinking.arguments:add_arguments",

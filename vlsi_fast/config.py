@@ -79,10 +79,14 @@ class BackboneConfig(Section):
 class TeacherConfig(BackboneConfig):
     """The large model, which is never trained."""
 
-    mode: Literal["auto", "zero3", "replicated", "offload", "int8", "nf4"] = "auto"
-    """How it is held (`vlsi_fast.teacher`): sharded over the ranks, whole on every rank, in CPU memory, or quantised by
-    bitsandbytes. auto: zero3 where training.deepspeed is ZeRO stage 3, else replicated. A run may be continued in
-    another mode; int8 and nf4 change the numbers, so what was made with one of them belongs to it."""
+    mode: Literal["auto", "zero3", "replicated", "offload", "int8", "nf4", "cached"] = "auto"
+    """How it is held (`vlsi_fast.teacher`): sharded over the ranks, whole on every rank, in CPU memory, quantised by
+    bitsandbytes, or cached: stage interact has no teacher, but reads what one said (`vlsi-fast teacher build`). auto:
+    zero3 where training.deepspeed is ZeRO stage 3, else replicated; with cached, so is a teacher that verbalize trains
+    for. A run may be continued in another mode; int8, nf4 and a cache that is not exact change the numbers, so what was
+    made with one of them belongs to it."""
+    cache: str | None = None
+    """Folder of the cache, for mode cached and for what builds it. null: teacher_cache in output_dir."""
     window: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Micro-batches of one optimizer step for which it runs at once in stage interact, so that its weights are gathered
     once for all of them. auto, on CUDA with mode zero3 or offload: as many as fit on paper (`vlsi-fast plan`); else 1.
@@ -378,6 +382,11 @@ class RunConfig(Section):
     def stage_dir(self, stage: str) -> Path:
         """Folder of one stage's results."""
         return Path(self.output_dir) / stage
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of the teacher's cache."""
+        return Path(self.teacher.cache or Path(self.output_dir) / "teacher_cache")
 
 
 def nearest(name: str, known) -> str:

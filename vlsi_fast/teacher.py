@@ -7,6 +7,7 @@
 | offload    | CPU memory, layers gathered when they run | 2 / R in CPU memory (2 without DeepSpeed)      |
 | int8       | whole on every rank's GPU (bitsandbytes)  | about 1 on the device                          |
 | nf4        | whole on every rank's GPU (bitsandbytes)  | about 0.52 on the device                       |
+| cached     | nowhere: what it said is on disk          | 0 in interact; elsewhere as auto               |
 
 In zero3 the teacher is part of the module that the training engine wraps, which gathers its layers as it does the
 student's. In all other modes it is held outside the module tree (`Held`): DeepSpeed would partition it, DDP would
@@ -57,7 +58,7 @@ def resolve_mode(mode: str, device: torch.device) -> str:
 
 def mode_under(mode: str, zero3: bool) -> str:
     """`teacher.mode` with auto resolved, for a run with or without ZeRO-3. Raises ConfigError: zero3 without it."""
-    if mode == "auto":
+    if mode in ("auto", "cached"):  # cached: where the teacher runs all the same, to be verbalized or to fill the cache
         return "zero3" if zero3 else "replicated"
     if mode == "zero3" and not zero3:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -48,18 +49,22 @@ class VlsiDataset(Dataset):
         sources: the rows, from `build_source`.
         processors: "student", "teacher" or both -> that model's processor. The config's pixel bounds are set on them.
         data_config: bounds on tokens and pixels.
+        taught: gives what a teacher that is not here said to a row, from the sample and the student's labels; it is
+            then in the row as `taught`.
 
     Raises:
         ValueError: no role or an unknown one, or pixel bounds that a processor does not have.
     """
 
-    def __init__(self, sources: ConcatSource, processors: dict, data_config: DataConfig):
+    def __init__(
+        self, sources: ConcatSource, processors: dict, data_config: DataConfig, taught: Callable | None = None
+    ):
         unknown = set(processors) - set(ROLES)
         if unknown or not processors:
             raise ValueError(f"processors has the roles {sorted(processors)}; use one or both of {', '.join(ROLES)}")
         self.sources = sources
         self.processors = dict(processors)
-        self.data_config = data_config
+        self.data_config, self._taught = data_config, taught
         for processor in self.processors.values():
             configure_image_bounds(processor, data_config.min_pixels, data_config.max_pixels)
         self.shared = len(processors) == 2 and equivalent(*self.processors.values())
@@ -130,6 +135,9 @@ class VlsiDataset(Dataset):
                 self.images.forget()
         if len(rows) == 2 and not self.shared:
             check_same_answers(sample.id, rows, self.processors)
+            self._aligned = True
+        if self._taught is not None:
+            rows["taught"] = self._taught(sample, rows["student"]["labels"])
             self._aligned = True
         return rows
 

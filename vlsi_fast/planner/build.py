@@ -128,7 +128,7 @@ def _interact_roles(models: Models) -> dict[str, Spoken]:
     kept = None if s.has_last_loss else max(models.layers["student"])
     student = {"headless": s.headless, "trained_layers": kept}
     roles = {"student": _spoken(models, "student", "lora", s.has_layer_loss, s.trains_verbalizers, **student)}
-    if "teacher" in s.roles:
+    if "teacher" in s.roles and models.config.teacher.mode != "cached":
         teacher = {"headless": s.headless, "needs_last": s.needs_teacher_last}
         roles["teacher"] = _spoken(models, "teacher", "frozen", s.matches_layers, False, **teacher)
     return roles

@@ -48,13 +48,14 @@ def kl(curve: Curve, step: Step, students: int, teachers: int, grad: bool = True
 
     Without gradient it only drives the matching: nothing of it stays.
     """
-    student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
+    student, setup, heard = step.roles["student"].shape, step.setup, "teacher" in step.roles and not step.windowed
     e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
     heads = e * student.head if step.windowed and step.roles["student"].is_gathered(setup) else heads_gathered(step)
-    read = 0 if step.windowed else teachers
-    joined = e * n * (students * d + read * teacher.width) if grad else 0  # torch.cat of the layers and the last
+    joined = e * n * students * d if grad else 0  # torch.cat of the layers and the last
+    if heard and grad:
+        joined += e * n * teachers * step.roles["teacher"].shape.width
     curve.hold("activations", joined)
-    if not step.windowed:
+    if heard:
         teacher_statistics(curve, step, teachers)
     curve.hold("targets", 4 * students * n * d if grad else 0)
     scratch = statistics_scratch(students * n, d, d if grad else 0, step.vocab, 1, setup)
@@ -64,7 +65,7 @@ def kl(curve: Curve, step: Step, students: int, teachers: int, grad: bool = True
     curve.hold("activations", -joined)
     if grad:
         curve.moment("KL backward", workspace=students * n * d * (2 * 4 + e))
-    elif not step.windowed:
+    elif heard:
         curve.hold("targets", -4 * teachers * n * (d + 1))
 
 

@@ -97,10 +97,11 @@ def _heads(step: Step) -> float:
     layers = student.layers * settings.matches_by_kl
     last = settings.last_by_forward_kl
     if layers + last:
-        teacher = step.roles["teacher"]
-        read = (teacher.layers if layers else 0) + last
         products = 4.0 if settings.kld_is_forward else 2.0
-        total += 2.0 * n * v * (teacher.shape.width + d) * read + n * v * d * (products * layers + 4.0 * last)
+        total += n * v * d * (products * layers + 4.0 * last)
+        if "teacher" in step.roles:  # else its targets come with the rows
+            teacher = step.roles["teacher"]
+            total += 2.0 * n * v * (teacher.shape.width + d) * ((teacher.layers if layers else 0) + last)
     if step.pairs:
         both = step.roles["teacher"].shape.width + d
         total += 2.0 * n * v * step.pairs * (both * (2 if settings.divergence == "jsd" else 1) + 2 * d)

@@ -117,6 +117,27 @@ def stored_names(folder: str | Path, model: nn.Module) -> dict[str, tuple[Path, 
     return found
 
 
+def read_parameter(folder: str | Path, config, parameter: Callable[[nn.Module], Tensor]) -> Tensor:
+    """One parameter of a checkpoint, in CPU memory, whatever name it is stored under; no other is read.
+
+    Args:
+        folder: checkpoint.
+        config: its transformers config.
+        parameter: which of the stock model's.
+
+    Raises:
+        ValueError: the checkpoint does not have it.
+    """
+    whole = empty_model(config)
+    whole.tie_weights()
+    wanted = parameter(whole)
+    names = {name for name, p in whole.named_parameters(remove_duplicate=False) if p is wanted}
+    for group in _groups(folder, whole):
+        for name in names.intersection(group.names):
+            return group.convert(_read, whole)[name]
+    raise ValueError(f"{folder} lacks {' or '.join(sorted(names))}; use a whole checkpoint")
+
+
 @contextlib.contextmanager
 def _partitioning(zero: dict[str, Any]):
     """Modules built inside are partitioned and keep whatever their memory holds: every value is read afterwards."""

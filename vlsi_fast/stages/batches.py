@@ -8,6 +8,7 @@ import torch
 from accelerate.utils.operations import recursively_apply
 
 from ..hidden_states import answer_positions
+from ..teacher_cache.recalling import join_rows
 
 
 class StageCollator:
@@ -19,7 +20,7 @@ class StageCollator:
     image, `role_tokens` and `pixel_values`: role -> how many tokens, padding and a blank image left out, and how many
     numbers its images are, `blank`: roles whose only image is a blank one, and `shared`: for each further role the
     names of inputs that are the first role's own tensors. Those are left out, so that they are pinned and copied to the
-    device once, and put back by `restore_shared`.
+    device once, and put back by `restore_shared`. Rows of a cached teacher bring what it said, as `taught` in `batch`.
     """
 
     def __init__(self, collator, roles: tuple[str, ...]):
@@ -51,6 +52,9 @@ class StageCollator:
             inputs = batch[role]["inputs"]
             facts["shared"][role] = [name for name, value in inputs.items() if value is first["inputs"].get(name)]
             batch[role]["inputs"] = {n: value for n, value in inputs.items() if n not in facts["shared"][role]}
+        if "taught" in rows[0]:
+            counts = [answer_positions(row["student"]["labels"])[0].numel() for row in rows]
+            batch["taught"] = join_rows([row["taught"] for row in rows], counts)
         return {"batch": batch, "facts": facts}
 
 

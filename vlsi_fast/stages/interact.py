@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,11 @@ from ..losses import AnswerLoss, LogitL2, MatchedDivergence, OperatorOptions, Pa
 from ..matching import match_layers
 from ..planner.window import fitting_window
 from ..ranks.sharding import gathered_objects, world_size
+from ..teacher_cache.forms import unpack_targets
+from ..teacher_cache.recalling import CachedTeacher, cache_folders
+from ..teacher_cache.store import CacheError
 from ..verbalizer import Verbalizers
+from .many_teachers import ManyTeachers
 from .module import StageModule
 from .stage import Stage
 
@@ -43,12 +47,24 @@ class Taught:
     """[N, d_l] last layer, for other losses."""
 
 
+@dataclass(frozen=True)
+class Absent:
+    """A teacher that is not here, and whose rows bring what it said (`teacher_cache`)."""
+
+    target_layers: list[int]
+    head_weight: Tensor | None
+    """[V, d_l], for hidden states; None where the rows bring targets."""
+    has_last: bool
+    """Whether the last layer's are behind the target layers'."""
+    vocab_size: int
+
+
 class InteractModule(StageModule):
     """Student and teacher with their verbalizers, layer matching, and the losses of table 4d.
 
     Args:
         student: the backbone to train.
-        teacher: the frozen one; None where no loss reads it.
+        teacher: the frozen one, here or not; None where no loss reads it.
         settings: of the stage.
         matching: how layers are matched.
         options: how the vocabulary operators are called.
@@ -60,7 +76,7 @@ class InteractModule(StageModule):
     def __init__(
         self,
         student: VerbalizedBackbone,
-        teacher: VerbalizedBackbone | None,
+        teacher: VerbalizedBackbone | Absent | None,
         settings: InteractConfig,
         matching: MatchingConfig,
         options: OperatorOptions,
@@ -69,13 +85,13 @@ class InteractModule(StageModule):
     ):
         super().__init__()
         self.student, self.window = student, window
-        if teach_by is None:
+        if teach_by is None and not isinstance(teacher, Absent):
             self.teacher = teacher
         else:
             object.__setattr__(self, "teacher", teacher)  # past nn.Module's registration
         self._teach_by = teach_by
         self.settings, self.matching = settings, matching
-        self.roles = ("student",) if teacher is None else ("student", "teacher")
+        self.roles = ("student", "teacher") if isinstance(teacher, VerbalizedBackbone) else ("student",)
         self.part_names = [f"student_layer_{k}" for k in student.target_layers]
         self.part_names += ["last"] if settings.has_last_loss else []
         if settings.matches_layers:
@@ -103,15 +119,30 @@ class InteractModule(StageModule):
         self,
         student: dict,
         teacher: dict | None = None,
-        taught: Taught | None = None,
+        taught: Taught | dict[str, Tensor] | CacheError | None = None,
         generator=None,
         intermediate_weight: float | None = None,
     ) -> dict[str, Tensor]:
-        """See `StageModule`; `taught`: what `teach` found, in place of `teacher`; `generator` is the source of this
-        micro-batch's matching draws, `intermediate_weight` that of `schedule` (None: of the settings)."""
+        """See `StageModule`; `taught`: what `teach` found, or what a cache has of the rows, in place of `teacher`;
+        `generator` is the source of this micro-batch's matching draws, `intermediate_weight` that of `schedule` (None:
+        of the settings)."""
         s_layers, s_last = self.student(student["inputs"], student["index"], self._normed)
         if taught is None:
             taught = Taught() if teacher is None else self._hear(teacher["inputs"], teacher["index"])
+        elif not isinstance(taught, Taught):
+            taught = self.recall(taught)
+        return self.learn(s_layers, s_last, taught, student["labels"], generator, intermediate_weight)
+
+    def learn(
+        self,
+        s_layers: Tensor | None,
+        s_last: Tensor | None,
+        taught: Taught,
+        labels: Tensor,
+        generator=None,
+        intermediate_weight: float | None = None,
+    ) -> dict[str, Tensor]:
+        """What `forward` returns, from the student's states: s_layers [S, N, d_s], s_last [N, d_s], labels [N]."""
         matrix, last_kl = self._divergences(s_layers, s_last, taught)
         record, parts = {}, []
         if self.matrix_shape is not None:
@@ -119,10 +150,10 @@ class InteractModule(StageModule):
             record = {"kl": matrix.detach(), "matches": _counts(matches, matrix.shape[1])}
             parts.append(self._intermediate(matrix, matches, s_layers, taught.layers))
         elif self.settings.intermediate == "ce":
-            parts.append(self.answer_loss(s_layers, student["labels"]))
+            parts.append(self.answer_loss(s_layers, labels))
         weight = self.settings.intermediate_weight if intermediate_weight is None else intermediate_weight
         parts = [weight * part for part in parts]
-        parts += self._last(last_kl, s_last, taught.last, student["labels"])
+        parts += self._last(last_kl, s_last, taught.last, labels)
         parts = torch.cat(parts)
         return {"loss": parts.sum(), "parts": parts.detach(), **record}
 
@@ -162,6 +193,22 @@ class InteractModule(StageModule):
         layers = [each.clone() for each in layers] if self.settings.reads_teacher_layers else nothing
         last = [each.clone() for each in last] if self.settings.reads_teacher_last else nothing
         return [Taught(*each) for each in zip(compared, layers, last)]
+
+    def recall(self, stored: dict[str, Tensor] | CacheError) -> Taught:
+        """What a cache has of the micro-batch's rows (`teacher_cache.forms`), for `learn`.
+
+        Raises:
+            CacheError: it does not have one of them.
+        """
+        if isinstance(stored, CacheError):
+            raise stored
+        if "hidden" not in stored:
+            return Taught(unpack_targets(stored, self.teacher.vocab_size, self.settings.temperature))
+        states = stored["hidden"].transpose(0, 1).contiguous()
+        count = len(states) - self.teacher.has_last
+        layers = states[:count] if count else None
+        last = states[-1] if self.teacher.has_last else None
+        return Taught(self._compared(layers, last), layers, last)
 
     def _compared(self, layers: Tensor | None, last: Tensor | None) -> Tensor | None:
         """[R, N, d] of the layers, of either model, between which the forward KL is taken: in one vocabulary pass."""
@@ -225,30 +272,55 @@ class InteractStage(Stage):
     sections = ("verbalizer", "matching", "lora")
 
     def role_names(self) -> list[str]:
-        return self.settings.roles
+        return ["student"] if self.config.teacher.mode == "cached" else self.settings.roles
+
+    def open_caches(self) -> list[CachedTeacher]:
+        if self.config.teacher.mode != "cached":
+            named = [i for i, source in enumerate(self.config.data.train) if source.teacher is not None]
+            if named:
+                raise ConfigError(
+                    f"data.train.{named[0]}.teacher names a cache, and teacher.mode is {self.config.teacher.mode}: set "
+                    "it to cached, or remove the source's teacher"
+                )
+        if self.config.teacher.mode != "cached" or "teacher" not in self.settings.roles:
+            return []
+        return [CachedTeacher(self.config, folder) for folder in cache_folders(self.config)]
 
     def check_predecessors(self) -> None:
         if self.settings.matches_layers:
-            students, teachers = (len(self.roles[n].layers) for n in ("student", "teacher"))
-            if students > teachers:
-                raise ConfigError(
-                    f"student has {students} target layers, teacher {teachers}: matching needs t_s <= t_l; "
-                    "remove some of student.layers"
-                )
-            matching = self.config.matching
-            if matching.strategy == "bottom" and matching.k > teachers:
-                raise ConfigError(f"matching.k is {matching.k}, but the teacher has {teachers} target layers; lower it")
-        for name in self.settings.speakers:
+            students, matching = len(self.roles["student"].layers), self.config.matching
+            for teacher in self.caches or [self.roles["teacher"]]:
+                teachers = len(teacher.layers)
+                if students > teachers:
+                    raise ConfigError(
+                        f"student has {students} target layers, teacher {teachers}: matching needs t_s <= t_l; "
+                        "remove some of student.layers"
+                    )
+                if matching.strategy == "bottom" and matching.k > teachers:
+                    raise ConfigError(
+                        f"matching.k is {matching.k}, but the teacher has {teachers} target layers; lower it"
+                    )
+        for name in self._speakers:
             self.roles[name].require_verbalizers()
 
     def inputs(self) -> dict[str, str]:
-        folders = {name: self.roles[name].verbalizer_folder() for name in self.settings.speakers}
-        return {f"{name}_verbalizers": weights_digest(folder) for name, folder in folders.items()}
+        folders = {name: self.roles[name].verbalizer_folder() for name in self._speakers}
+        found = {f"{name}_verbalizers": weights_digest(folder) for name, folder in folders.items()}
+        if self.caches and self.caches[0].layers:
+            found["teacher_verbalizers"] = self.caches[0].verbalizers
+        for cached in self.caches[1:]:
+            found[f"teacher_{cached.name}"] = cached.digest
+        return found
+
+    @property
+    def _speakers(self) -> list[str]:
+        """Models in the job that speak through trained verbalizers."""
+        return [name for name in self.settings.speakers if name in self.roles]
 
     def data_start(self) -> int:
         return rows_used(self.config.stage_dir("verbalize"))
 
-    def build(self) -> InteractModule:
+    def build(self) -> InteractModule | ManyTeachers:
         model = self.load_model("student")
         self.adapter = self.add_lora(model)
         if not self.settings.has_last_loss:  # nothing above the deepest target layer would get a gradient
@@ -256,16 +328,30 @@ class InteractStage(Stage):
             family_of(model.config).decoder_layers(model)[deepest:].requires_grad_(False)
         self.enable_checkpointing(model)
         student = VerbalizedBackbone(model, self.roles["student"].layers, self._verbalizers("student"), True)
-        teacher = None
-        if "teacher" in self.roles:
-            role = self.roles["teacher"]
-            needs_last = self.settings.needs_teacher_last
-            model = self.load_model("teacher", depth=None if needs_last else role.depth)
-            teacher = VerbalizedBackbone(model, role.layers, self._verbalizers("teacher"), False, needs_last)
+        settings = (self.settings, self.config.matching)
+        if self.caches:
+            lessons = []
+            for cached in self.caches:
+                options = replace(self.head_options, vocab_size=cached.identity["vocab_size"])
+                lessons.append(InteractModule(student, self._absent(cached), *settings, options))
+            names = [cached.name for cached in self.caches]
+            if len(set(names)) < len(names):  # folders of one name in different places
+                names = [str(cached.folder) for cached in self.caches]
+            return lessons[0] if len(lessons) == 1 else ManyTeachers(student, lessons, names)
+        teacher = self.load_speaking_teacher() if "teacher" in self.roles else None
         window = self._window() if teacher is not None else 1
         teach_by = self.apart(teacher) if window > 1 else None
-        options = (self.settings, self.config.matching, self.head_options)
-        return InteractModule(student, teacher, *options, window=window, teach_by=teach_by)
+        return InteractModule(student, teacher, *settings, self.head_options, window=window, teach_by=teach_by)
+
+    def load_speaking_teacher(self) -> VerbalizedBackbone:
+        """The frozen teacher with what its layers speak through. Collective."""
+        role, needs_last = self.roles["teacher"], self.settings.needs_teacher_last
+        model = self.load_model("teacher", depth=None if needs_last else role.depth)
+        return VerbalizedBackbone(model, role.layers, self._verbalizers("teacher"), False, needs_last)
+
+    def _absent(self, cached: CachedTeacher) -> Absent:
+        rows = cached.identity["vocab_size"]
+        return Absent(cached.layers, cached.head(self.args.device), self.settings.needs_teacher_last, rows)
 
     def _window(self) -> int:
         """Micro-batches of `teacher.window`, auto resolved, at most those of a step."""

@@ -56,9 +56,10 @@ from ..ranks.sharding import barrier, gather_state, rank, unsharded, world_size
 from ..ranks.watch import watch
 from ..resuming import checkpoint_to_resume
 from ..self_test import of_run
-from ..self_test import start as self_test
+from ..self_test import start as self_testing
 from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode, run_apart
+from ..teacher_cache.recalling import CachedTeacher, rows_of
 from ..terminal import say
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
@@ -139,13 +140,15 @@ class Stage:
         self.tokens = SharedTokens({}, None, None)
         """What the tokenizers of both models share."""
         self.teacher_mode: str | None = None
+        self.caches: list[CachedTeacher] = []
+        """Teachers that are on disk and not among the roles."""
         # known once models are built
         self.adapter: nn.Module | None = None
         """peft's wrapper of the trained model, where LoRA is trained."""
         self.attention: dict[str, str] = {}
         self.padding_free: dict[str, bool] = {}
         self.liger: dict[str, str | None] = {}
-        self._releases: list[Callable[[], None]] = []
+        self.releases: list[Callable[[], None]] = []
         self.eval_dataset: VlsiDataset | None = None
         """Rows of `data.eval`, where the stage evaluates."""
 
@@ -154,6 +157,10 @@ class Stage:
     def role_names(self) -> list[str]:
         """The models that this stage runs."""
         raise NotImplementedError
+
+    def open_caches(self) -> list[CachedTeacher]:
+        """Teachers on disk that the stage learns from."""
+        return []
 
     def check_predecessors(self) -> None:
         """Raise LineageError where an earlier stage's results are missing or do not fit."""
@@ -205,7 +212,7 @@ class Stage:
             checkpoint = checkpoint_to_resume(self.folder, found) if found is not None else None
             if self.config.preflight:
                 require_ready(self.config, self.name, self.roles, world_size())
-                tested = self._self_test()
+                tested = self.self_test()
                 if tested is not None:
                     record["self_test"] = tested
                     collator = self._collator() if tested["switched_off"] else collator
@@ -245,7 +252,7 @@ class Stage:
         made, wanted = result.global_step, trainer.state.max_steps
         if made < wanted and not trainer.is_over():
             why = trainer.leaving.reason or "the Trainer ended"
-            _release(trainer, self._releases)
+            _release(trainer, self.releases)
             raise StoppedEarly(
                 f"stopped in stage {self.name} after optimizer step {made} of {wanted}, since {why}; continue from the "
                 "last checkpoint with --resume"
@@ -277,37 +284,57 @@ class Stage:
         record["state"] = "finished"
         if rank() == 0:
             write_record(self.folder, record)
-        _release(trainer, self._releases)
+        _release(trainer, self.releases)
         return record
 
     def _check_inputs(self) -> tuple[VlsiDataset, Collator]:
         """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""
-        self.roles = {name: Role(name, self.config) for name in self.role_names()}
+        self.read_models()
         processors = {name: role.processor for name, role in self.roles.items()}
-        if len(self.roles) == 2:
-            student, teacher = (processors[name].tokenizer for name in ("student", "teacher"))
-            self.tokens = require_same_tokens(student, teacher, self.config.student.path, self.config.teacher.path)
+        taught = rows_of(self.caches, self.config.data.train)
+        dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data, taught)
+        if self.config.stage_training(self.name).eval_steps is not None:
+            rows, taught = build_source(self.config.data.eval, "data.eval"), rows_of(self.caches, self.config.data.eval)
+            self.eval_dataset = VlsiDataset(rows, processors, self.config.data, taught)
+        return dataset, self._collator()
+
+    def read_models(self) -> None:
+        """Configs and processors, compared with each other and with earlier stages; no weights.
+
+        Raises:
+            ConfigError, LineageError, FileNotFoundError: they do not fit.
+            ValueError, ImportError: of tokenizers and processors; all say what to do.
+        """
+        self.roles = {name: Role(name, self.config) for name in self.role_names()}
+        self.caches = self.open_caches()
+        for teacher in [*self.caches, self.roles.get("teacher")]:
+            if "student" in self.roles and teacher is not None:
+                self._compare_tokens(self.roles["student"], teacher)
         if "teacher" in self.roles:
             self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
         self.check_predecessors()
-        dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data)
-        if self.config.stage_training(self.name).eval_steps is not None:
-            rows = build_source(self.config.data.eval, "data.eval")
-            self.eval_dataset = VlsiDataset(rows, processors, self.config.data)
-        return dataset, self._collator()
+
+    def _compare_tokens(self, student: Role, teacher: Role | CachedTeacher) -> None:
+        tokenizers = (student.processor.tokenizer, teacher.processor.tokenizer)
+        tokens = require_same_tokens(*tokenizers, student.settings.path, teacher.settings.path)
+        if self.tokens.limit is None or (tokens.limit is not None and tokens.limit < self.tokens.limit):
+            self.tokens = tokens
+        if isinstance(teacher, CachedTeacher):
+            rows = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+            teacher.require_student(student.folder, student.config, shared_rows(rows, tokens))
 
     def _collator(self) -> Collator:
         processors = {name: role.processor for name, role in self.roles.items()}
-        packers = {name: Packer(role.config) for name, role in self.roles.items() if self._packed(name)}
+        packers = {name: Packer(role.config) for name, role in self.roles.items() if self.packed(name)}
         return Collator(processors, always_image=world_size() > 1, packers=packers)
 
-    def _self_test(self) -> dict[str, Any] | None:
+    def self_test(self) -> dict[str, Any] | None:
         """Compare the fast parts that the stage will use with plain PyTorch, and go on without those that disagree.
 
         Returns:
             What the record keeps of it; None on the CPU, where no part needs it.
         """
-        if not self_test.is_needed(self.args.device):
+        if not self_testing.is_needed(self.args.device):
             return None
         liger = use_liger(self.config.liger, self.args.device)
         probes = of_run.probes_of(
@@ -319,7 +346,7 @@ class Stage:
             liger=[name for name in self.roles if liger and self._runs_as_it_is(name)],
             widened=self.args.deepspeed is None,
         )
-        self.config, found = self_test.start(self.config, probes, self.args.device)
+        self.config, found = self_testing.start(self.config, probes, self.args.device)
         for name, role in self.roles.items():
             role.run, role.settings = self.config, getattr(self.config, name)
         return found
@@ -334,7 +361,7 @@ class Stage:
             role.settings.attn_implementation, self.config.dtype, self.args.device, padding_free, role.config
         )
 
-    def _packed(self, name: str) -> bool:
+    def packed(self, name: str) -> bool:
         """Whether a role's rows are packed; says what a user would not expect of it."""
         attention = self._attention(name)
         packed = self.padding_free[name] = use_packing(self.config.data.padding_free, attention)
@@ -350,6 +377,8 @@ class Stage:
 
     def _record(self) -> dict[str, Any]:
         facts = {name: role.facts for name, role in self.roles.items()}
+        if self.caches:
+            facts["teacher"] = self.caches[0].facts
         identity = identity_of(
             self.config,
             self.name,
@@ -377,7 +406,7 @@ class Stage:
     def head_options(self) -> OperatorOptions:
         """Heads are cut to the rows that mean the same in all models of the stage; further rows are padding, or special
         tokens that only one of two families has."""
-        rows = [role.config.get_text_config().vocab_size for role in self.roles.values()]
+        rows = [model.config.get_text_config().vocab_size for model in (*self.roles.values(), *self.caches)]
         return OperatorOptions(shared_rows(rows, self.tokens), self.config.impl)
 
     def load_model(self, name: str, folder: Path | None = None, depth: int | None = None) -> nn.Module | Held:
@@ -393,7 +422,7 @@ class Stage:
         else:
             model = load_teacher(role.folder, self.teacher_mode, *options, self.args)
         if isinstance(model, Held):
-            self._releases.append(model.release)
+            self.releases.append(model.release)
         if self._runs_as_it_is(name) and use_liger(self.config.liger, self.args.device):
             stock = model.model if isinstance(model, Held) else model
             self.liger[name] = apply_liger(stock, required=self.config.liger is True)
@@ -404,7 +433,7 @@ class Stage:
         if self.args.deepspeed is None:
             return None
         call, release = run_apart(teacher, self.config.dtype, self.args)
-        self._releases.append(release)
+        self.releases.append(release)
         return call
 
     def add_lora(self, model: nn.Module) -> nn.Module:

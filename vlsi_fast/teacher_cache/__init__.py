@@ -1,0 +1,1 @@
+"""What a frozen teacher says, on disk: `vlsi-fast teacher build`, and `teacher.mode: cached`."""
