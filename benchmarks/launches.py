@@ -16,7 +16,7 @@ import torch
 from shapes import BACKBONES, RAGGED, Backbone
 from torch import Tensor
 
-from vlsi_fast.planner.dry_run.device import on
+from vlsi_fast.planner.dry_run.device import on, require_torch
 from vlsi_fast.planner.dry_run.gpus import GPUS
 from vlsi_fast.planner.dry_run.tape import Tape
 from vlsi_kernels import (
@@ -168,7 +168,9 @@ def record(capability: int, found: Callable[[], Iterator[Call]] = calls, only: s
     Raises:
         ValueError: no GPU of that capability is known.
         RuntimeError: TRITON_INTERPRET is set.
+        TorchChangedError: this torch lacks what tensors on a GPU that is not there rest on.
     """
+    require_torch()
     gpu = next((gpu for gpu in GPUS.values() if gpu.target == capability), None)
     if gpu is None:
         raise ValueError(f"no GPU of compute capability {capability} is known: add one to dry_run/gpus.py")

@@ -79,6 +79,22 @@ print(json.dumps([[row for row in rows if row["kernel"] == "subtract_label_kerne
         assert any("16 bytes" in problem for problem in row["problems"])
 
 
+def test_each_capability_has_its_own_tiles():
+    """In one process: nothing may be kept by the device's name, which is cuda:0 for all."""
+    script = """
+import json, launches, torch
+from launches import BACKBONES, Call, of_networks
+
+def calls():
+    name, run = next(of_networks(BACKBONES["2b"], 4096, torch.bfloat16))
+    yield Call(name, run)
+
+found = [launches.record(capability, calls) for capability in (90, 80, 90)]
+print(json.dumps([[b.constants["BLOCK_K"] for b in one.builds if b.kernel == "_gate_up_kernel"] for one in found]))
+"""
+    assert answer(script) == [[64], [32], [64]]
+
+
 # Kernels that break one rule each, and one that breaks none; the last is launched by nobody.
 BAD_KERNELS = """
 import torch
