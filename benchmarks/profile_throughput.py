@@ -77,13 +77,13 @@ def profile_stage(name: str, setting: Setting, run: Run) -> dict[str, Any]:
     """A row: median step and parts, tokens per second, operations. name: of the stage, "eager" before it or not."""
     from training_steps import WARM_UP, Clock, Parts, build, config_of, make_eager, models_of, watch
 
-    stage, eager = name.removeprefix("eager "), name.startswith("eager ")
+    stage_name, eager = name.removeprefix("eager "), name.startswith("eager ")
 
     trace = run.arguments["trace"]
     dtype = str(run.dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(setting, Path(folder), WARM_UP + run.rounds + trace, dtype)
-        trainer = build(stage, config, models_of(config, setting), setting)
+        stage, trainer = build(stage_name, config, models_of(config, setting), setting)
         if eager:
             make_eager(trainer)
         parts, recording = Parts(run.device), _Recording(name.replace(" ", "_"), run)
@@ -113,6 +113,9 @@ def profile_stage(name: str, setting: Setting, run: Run) -> dict[str, Any]:
         "answer_tokens_per_second": record["answer_tokens"] / seconds,
         "model_operations": record["tflops_per_rank"] * 1e12 * record["step_seconds"],
         "peak_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
+        "attention": stage.attention,
+        "padding_free": stage.padding_free,
+        "liger": stage.liger,
         "losses": [one["loss"] for one in records],
         "parameters_trained": sum(p.numel() for p in trainer.module.parameters() if p.requires_grad),
     }

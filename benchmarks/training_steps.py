@@ -267,8 +267,8 @@ class MadeUpRows(torch.utils.data.Dataset):
         return {"id": str(index), "skipped": [], "answered": False, **{n: dict(row) for n, row in self.row.items()}}
 
 
-def build(name: str, config: RunConfig, models: Models, setting: Setting) -> StageTrainer:
-    """The stage's own trainer on models with random weights."""
+def build(name: str, config: RunConfig, models: Models, setting: Setting) -> tuple[Stage, StageTrainer]:
+    """A stage, and its own trainer on models with random weights."""
     stage = STAGE_CLASSES[name](config)
     stage.args = stages.training_arguments(config, name)
     stage.args.save_strategy, stage.args.disable_tqdm = SaveStrategy.NO, True
@@ -293,4 +293,4 @@ def build(name: str, config: RunConfig, models: Models, setting: Setting) -> Sta
 
     stage.build = build_there
     count = setting.rows * setting.accumulation * config.stage_training(name).max_steps
-    return stage.make_trainer(MadeUpRows(stage, setting, count), collator)
+    return stage, stage.make_trainer(MadeUpRows(stage, setting, count), collator)

@@ -164,6 +164,7 @@ def test_throughput_profile(monkeypatch, capsys, tmp_path):
     assert made == [name for name in ("verbalize", "interact", "sft", "interact") for _ in range(2 * steps)]
     for name, row in rows.items():
         assert row["status"] == harness.OK, row["reason"]
+        assert row["attention"]["student"] == "sdpa"  # of the stage, on a CPU
         assert row["samples"] == 1 and len(row["losses"]) == steps
         assert sum(row["parts"].values()) == pytest.approx(row["seconds"], rel=0.2)
         assert row["tokens_per_second"] > 0 and 0 < row["utilisation"] < 2
@@ -344,7 +345,7 @@ def test_the_frozen_vision_tower_runs_once_a_step(monkeypatch, tmp_path, stage):
     small_setting(monkeypatch)
     setting = profile_throughput.setting_for(CPU)
     config = training_steps.config_of(setting, tmp_path, 1, "float32")
-    trainer = training_steps.build(stage, config, training_steps.models_of(config, setting), setting)
+    _, trainer = training_steps.build(stage, config, training_steps.models_of(config, setting), setting)
     backbone = training_steps.backbones_of(trainer.module)["student"]
     assert config.stage_training(stage).gradient_checkpointing
     (tower,) = backbone.family.vision(backbone.model)
