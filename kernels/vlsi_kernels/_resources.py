@@ -64,12 +64,11 @@ class Build:
         runs = itertools.groupby(kind for kind in self.types.values() if kind.startswith("*"))  # in their order
         pointers = " ".join(f"{kind} x{n}" if n > 1 else kind for kind, n in ((k, len([*g])) for k, g in runs))
         long = [f"{n} {kind}" for n, kind in self.types.items() if kind[0] in "iu" and kind != "i32"]
-        given = [f"{n}={value}" for n, value in self.constants.items() if n.isupper()]
+        given = [f"{n}={value}" for n, value in self.constants.items() if value is not None]
         absent = [f"no {n.removesuffix('_ptr')}" for n, value in self.constants.items() if value is None]
-        ones = [f"{n} 1" for n, value in self.constants.items() if value is not None and not n.isupper()]
         unaligned = f"unaligned {' '.join(self.unaligned)}" if self.unaligned else ""
         options = f"{self.metadata.num_warps} warps, {self.metadata.num_stages} stages"
-        parts = (pointers, ", ".join((*long, *given, *absent, *ones)), unaligned, options)
+        parts = (pointers, ", ".join((*long, *given, *absent)), unaligned, options)
         return "; ".join(part for part in parts if part)
 
     def assembly(self, kind: str) -> str:
