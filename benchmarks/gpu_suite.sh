@@ -4,12 +4,13 @@
 #     OUT=results_folder benchmarks/gpu_suite.sh [--trace] [--pack]
 #
 # Needs python3 with torch, triton, transformers, rich and pytest, nothing installed of this repository; peers (liger-kernel,
-# cut-cross-entropy) take part where they are installed. All steps run whatever fails; the exit status tells. --trace adds
-# torch-profiler traces of training steps and, where ncu is on the PATH, Nsight Compute on one operator. --pack leaves the
-# eight JSON files and pack.tar.gz with all else.
+# cut-cross-entropy) take part where they are installed. "throughput" is the trainer's own step and needs pydantic, accelerate
+# and peft besides: without them it is left out, and says what to install. All steps run whatever fails; the exit status
+# tells. --trace adds torch-profiler traces of training steps and, where ncu is on the PATH, Nsight Compute on one operator.
+# --pack leaves the eight JSON files and pack.tar.gz with all else.
 #
 # Estimates on an H200, seconds (limit): resources 40 (90), self-test 20 (60), tests 75 (120), layer KL 150 (200),
-# cross-entropy 90 (120), divergence 50 (80), verb-FFN 25 (60), memory 40 (60), throughput 50 (80): some 540. The whole
+# cross-entropy 90 (120), divergence 50 (80), verb-FFN 25 (60), memory 40 (60), throughput 70 (110): some 560. The whole
 # suite stops at LIMIT seconds (580): a step gets at most what is left of it, and those that find nothing left are told as
 # skipped.
 # Where the checkout has no .git, BENCH_COMMIT in the environment names the commit in the results.
@@ -70,7 +71,7 @@ step "cross-entropy" 120 "$PYTHON" $B/bench_verbalize_ce.py --out "$OUT"
 step "divergence" 80 "$PYTHON" $B/bench_divergence.py --out "$OUT"
 step "verb-FFN" 60 "$PYTHON" $B/bench_verb_ffn.py --out "$OUT"
 step "memory" 60 "$PYTHON" $B/profile_memory.py --out "$OUT"
-step "throughput" 80 "$PYTHON" $B/profile_throughput.py --out "$OUT" $TRACE
+step "throughput" 110 "$PYTHON" $B/profile_throughput.py --out "$OUT" $TRACE
 if [[ -n $TRACE ]] && command -v ncu > /dev/null; then
     # the clocks are left alone: they are the machine's owner's
     step "Nsight Compute" 90 ncu --clock-control none --set basic --kernel-name regex:softmax_tile --launch-skip 4 \

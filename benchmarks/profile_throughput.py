@@ -1,132 +1,142 @@
 """A training step of each stage: where the time goes, tokens per second, model FLOP utilisation.
 
-    python benchmarks/profile_throughput.py [--stages interact] [--trace]
+    python benchmarks/profile_throughput.py [--stages interact] [--accumulation 4] [--trace]
 
-GPU: teacher Qwen2-VL-7B, student 2B, real widths, random weights; 8 rows of a 560 x 560 image (400 tokens), 62 tokens
-of prompt and 256 of answer, all of one length, one micro-batch an optimizer step, gradient checkpointing on the student
-where it is trained, trained weights in float32 under autocast. CPU: both models scaled down.
+The step is the trainer's own (`training_steps.py`): forward, backward and optimizer as `vlsi_fast.stages` makes them,
+on models with random weights. "eager interact" is the same with KLs from materialized logits. GPU:
+configs/qwen2vl_7b_to_2b.yaml at its real sizes; micro-batches of 8 rows of a 560 x 560 image (400 tokens), 66 further
+tokens before the answer and 256 of answer. CPU: the same config with both models made small.
 
-Utilisation = model operations / (time of a step x speed of one large matrix product measured in this run). With P
-weights of a model's linear layers (no embedding, no head), T positions a row, B rows, N answer tokens, A = 2 B T^2
-(heads x head width) a decoder layer for causal attention, A_v = 4 B p^2 width a vision layer for p patches:
-    language model, forward     2 P B T + A                     vision, forward     2 P_v B p + A_v
-    backward                    the same for inputs, and attention once more; again 2 P B T where weights are trained
-    verbalizers (L layers)      6 N d^2 L; backward 8 (weights trained, inputs not), 6 (inputs alone) N d^2 L
-    heads                       verbalize: 4 N V d a layer; interact: 2 N V (Dl + Ds) a teacher layer, 4 N V Ds a
-                                student layer, the last ones included; sft: 6 N V Ds
-What checkpointing computes again, LoRA's own products and the matching are not counted.
+Utilisation = model operations / (time of a step x speed of one large matrix product measured in this run). Operations
+are those that the run's own `tflops_per_rank` counts (`planner/speed.py`): what checkpointing computes again is not
+among them.
 
-Estimate on an H200: steps of 0.3 to 0.6 s, 7 of each stage, and as long again to make 8 billion random weights twice:
-under a minute.
+Needs what the trainer needs: pydantic, accelerate, peft. Where one is missing the stages are left out, and told so.
+
+Estimate on an H200: steps of 0.3 to 0.6 s, 12 of each stage, and as long again to make 8 billion random weights twice:
+about a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
+import os
 import statistics
 import sys
-from typing import Any
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from harness import OK, Run, attempt, clock, new_row, parse, tidy
+from harness import ABSENT, OK, Absent, Run, attempt, new_row, parse, ratio, seconds_of, tidy
 from report import document, finish
 from roofline import gemm_peak
-from shapes import BACKBONES, VISION, Backbone, Vision
-from training_steps import STEPS, Setting, Step
+from shapes import Backbone, Vision
 
+if TYPE_CHECKING:
+    from training_steps import Setting
+
+STAGES = ("verbalize", "interact", "sft")
+NEEDED = ("pydantic", "accelerate", "peft")
+"""Packages of the trainer that a machine for the operators alone may lack."""
 COLORS = [f"C{i}" for i in range(10)] + ["black", "tab:pink", "gold"]
-SETTINGS = {
-    "cuda": Setting(BACKBONES["7b"], BACKBONES["2b"], VISION, 8, 40, 62, 256),
-    "cpu": Setting(
-        Backbone(256, 512, 8, 4, 2, 4160, False, (2, 4, 6)),
-        Backbone(128, 256, 8, 2, 1, 4096, True, (2, 4, 6)),
-        Vision(64, 2, 2, 2, 8, 2),
-        2,
-        8,
-        30,
-        32,
-    ),
-}
+SMALL = (
+    Backbone(128, 256, 8, 2, 1, 4096, True, (2, 4, 6)),
+    Backbone(256, 512, 8, 4, 2, 4160, False, (2, 4, 6)),
+    Vision(64, 2, 2, 2, 8, 2),
+)
+"""Student, teacher and their vision towers on a CPU."""
 
 
-# ---- model operations: the formula of the docstring ----
+def setting_for(device: torch.device) -> Setting:
+    """Models and rows by device."""
+    from training_steps import Setting
+
+    if device.type == "cuda":
+        return Setting("qwen2vl_7b_to_2b.yaml", rows=8, tokens=722, image_tokens=400, answer_tokens=256)
+    return Setting("qwen2vl_7b_to_2b.yaml", rows=2, tokens=80, image_tokens=16, answer_tokens=32, small=SMALL)
 
 
-def language_operations(setting: Setting, backbone: Backbone) -> tuple[float, float]:
-    """Linear layers and attention of one forward."""
-    tokens = setting.rows * setting.positions
-    key_width = backbone.width // backbone.heads * backbone.kv_heads
-    weights = backbone.width * (2 * backbone.width + 2 * key_width + 3 * backbone.ffn) * backbone.depth
-    attention = 2.0 * setting.rows * setting.positions**2 * backbone.width * backbone.depth
-    return 2.0 * weights * tokens, attention
-
-
-def vision_operations(setting: Setting, backbone: Backbone) -> float:
-    """One forward of the tower and its projector."""
-    v, patches = setting.vision, setting.side**2
-    joined = v.width * v.merge**2
-    weights = v.depth * (4 + 2 * v.mlp_ratio) * v.width**2 + 3 * 2 * v.patch**2 * v.width
-    projector = joined * (joined + backbone.width)
-    attention = 4.0 * patches**2 * v.width * v.depth
-    return setting.rows * (2.0 * weights * patches + 2.0 * projector * setting.image_tokens + attention)
-
-
-def model_operations(setting: Setting, stage: str) -> float:
-    """Of one step."""
-    s, t, n = setting.student, setting.teacher, setting.rows * setting.answer_tokens
-    vocab = setting.vocab
-    linear, attention = language_operations(setting, s)
-    total = vision_operations(setting, s)
-    if stage == "sft":
-        return total + 3 * linear + 3 * attention + 6.0 * n * vocab * s.width
-    total += vision_operations(setting, t) + sum(language_operations(setting, t)) + linear + attention
-    speech = {role: 2.0 * n * b.width**2 * len(b.target_layers) for role, b in (("student", s), ("teacher", t))}
-    if stage == "verbalize":
-        heads = sum(4.0 * n * vocab * b.width * len(b.target_layers) for b in (s, t))
-        return total + 7 * sum(speech.values()) + heads
-    heads = 2.0 * n * vocab * (t.width + s.width) * (len(t.target_layers) + 1)
-    heads += 4.0 * n * vocab * s.width * (len(s.target_layers) + 1)
-    return total + linear + 2 * attention + 6 * speech["student"] + 3 * speech["teacher"] + heads
+def require_packages() -> None:
+    """Raises Absent where the trainer cannot be imported."""
+    missing = []
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            missing.append(name)
+    if missing:
+        raise Absent(f"the trainer's step needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 # ---- measuring ----
 
 
-def profile_stage(stage: str, setting: Setting, run: Run, trace: bool) -> dict[str, Any]:
-    """A row: median step and parts, tokens per second, operations."""
-    step: Step = STEPS[stage](setting, run.device, run.dtype)
-    for _ in range(2):
-        step()
-    step.parts.seconds()
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
-    times, parts = [], []
-    for _ in range(run.rounds):
-        times.append(clock(step, run.device))
-        parts.append(step.parts.seconds())
-    seconds = statistics.median(times)
-    if trace:
-        write_trace(stage, step, run)
+def profile_stage(name: str, setting: Setting, run: Run) -> dict[str, Any]:
+    """A row: median step and parts, tokens per second, operations. name: of the stage, "eager" before it or not."""
+    from training_steps import WARM_UP, Clock, Parts, build, config_of, make_eager, models_of, watch
+
+    stage_name, eager = name.removeprefix("eager "), name.startswith("eager ")
+
+    trace = run.arguments["trace"]
+    dtype = str(run.dtype).removeprefix("torch.")
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(setting, Path(folder), WARM_UP + run.rounds + trace, dtype)
+        stage, trainer = build(stage_name, config, models_of(config, setting), setting)
+        if eager:
+            make_eager(trainer)
+        parts, recording = Parts(run.device), _Recording(name.replace(" ", "_"), run)
+
+        def finished(step: int) -> None:
+            if step == WARM_UP and run.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(run.device)
+            if step == WARM_UP + run.rounds and trace:
+                recording.begin()
+
+        clock = Clock(parts, finished)
+        watch(trainer, parts)
+        trainer.add_callback(clock)
+        trainer.train()
+        if trace:
+            recording.end()
+        records = [json.loads(line) for line in trainer.metrics_path.read_text().splitlines()]
+    timed = slice(WARM_UP, WARM_UP + run.rounds)
+    times, by_part, record = clock.seconds[timed], clock.by_part[timed], records[-1]
+    seconds, rows = statistics.median(times), record["rows"]
     return {
         "seconds": seconds,
         "seconds_range": [min(times), max(times)],
-        "parts": {name: statistics.median(p[name] for p in parts) for name in parts[0]},
-        "tokens_per_second": setting.rows * setting.positions / seconds,
-        "answer_tokens_per_second": setting.rows * setting.answer_tokens / seconds,
-        "model_operations": model_operations(setting, stage),
+        "samples": len(times),
+        "parts": {name: statistics.median(p.get(name, 0.0) for p in by_part) for name in by_part[0]},
+        "tokens_per_second": rows * setting.tokens / seconds,
+        "answer_tokens_per_second": record["answer_tokens"] / seconds,
+        "model_operations": record["tflops_per_rank"] * 1e12 * record["step_seconds"],
         "peak_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
+        "attention": stage.attention,
+        "padding_free": stage.padding_free,
+        "liger": stage.liger,
+        "losses": [one["loss"] for one in records],
+        "parameters_trained": sum(p.numel() for p in trainer.module.parameters() if p.requires_grad),
     }
 
 
-def write_trace(stage: str, step: Step, run: Run) -> None:
-    """One step as a Chrome trace, `trace_<stage>.json.gz`."""
-    from torch.profiler import ProfilerActivity, profile
+class _Recording:
+    """One step as a Chrome trace, `trace_<name>.json.gz`."""
 
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (run.device.type == "cuda")
-    with profile(activities=activities) as recorded:
-        step()
-    run.out.mkdir(parents=True, exist_ok=True)
-    recorded.export_chrome_trace(str(run.out / f"trace_{stage}.json.gz"))
+    def __init__(self, name: str, run: Run):
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (run.device.type == "cuda")
+        self.profile, self.path = profile(activities=activities), run.out / f"trace_{name}.json.gz"
+
+    def begin(self) -> None:
+        self.profile.__enter__()
+
+    def end(self) -> None:
+        self.profile.__exit__(None, None, None)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.profile.export_chrome_trace(str(self.path))
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
@@ -174,25 +184,34 @@ def draw(figure, rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     """Profile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stages", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an optimizer step")
     parser.add_argument("--trace", action="store_true", help="write a Chrome trace of one step of each stage")
     run = parse(__doc__, "profile_throughput", parser=parser, compared=False)
-    setting = SETTINGS[run.device.type]
-    peak, rows = gemm_peak(run.device, run.dtype), []
-    for stage in run.arguments["stages"]:
-        row = {**new_row(f"ours {stage}"), "name": stage}
-        found = attempt(row, lambda stage=stage: profile_stage(stage, setting, run, run.arguments["trace"]))
+    rows = [{**new_row(f"ours {stage}"), "name": stage} for stage in run.arguments["stages"]]
+    rows += [new_row("eager interact")] * ("interact" in run.arguments["stages"])
+    if attempt(rows[0], lambda: require_packages() or True) is None:
+        rows = [row | {"status": ABSENT, "reason": rows[0]["reason"]} for row in rows]
+        print(f"left out: {rows[0]['reason']}")
+        return finish(run, document(run, parts=[{"rows": rows}]), lambda figure: draw(figure, rows))
+    if run.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # where there is a GPU, the trainer would take it
+    setting = replace(setting_for(run.device), accumulation=run.arguments["accumulation"])
+    peak = gemm_peak(run.device, run.dtype)
+    for row in rows:
+        found = attempt(row, lambda name=row["name"]: profile_stage(name, setting, run))
         if found is not None:
             row |= {**found, "utilisation": found["model_operations"] / (found["seconds"] * peak)}
-        rows.append(row)
         tidy(run.device)
     print_rows(rows)
     for row in rows:
         if row["status"] != OK:
             print(f"{row['name']}: {row['status']}: {row['reason']}")
-    sizes = {"teacher": vars(setting.teacher), "student": vars(setting.student), "vision": vars(setting.vision)}
-    sizes |= {name: getattr(setting, name) for name in ("rows", "positions", "image_tokens", "answer_tokens")}
-    result = document(run, setting=sizes, gemm_peak_tflops=peak / 1e12, parts=[{"rows": rows}])
+    sizes = {name: value for name, value in vars(setting).items() if name != "small"}
+    if setting.small is not None:
+        sizes |= dict(zip(("student", "teacher", "vision"), map(vars, setting.small)))
+    over = ratio(seconds_of(rows, "eager interact"), seconds_of(rows, "interact"))
+    result = document(run, setting=sizes, gemm_peak_tflops=peak / 1e12, eager_over_ours=over, parts=[{"rows": rows}])
     return finish(run, result, lambda figure: draw(figure, rows))
 
 

@@ -15,7 +15,7 @@ import torch
 from harness import ERROR, OK, WRONG, Run
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy")
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "liger-kernel", "cut-cross-entropy")
 
 
 # ---- where the numbers come from ----

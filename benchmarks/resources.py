@@ -1,9 +1,10 @@
 """Registers, spills, shared memory and tensor-core instructions of every Triton kernel. Compiles only: needs no GPU.
 
-    python benchmarks/resources.py [--only NAME] [--json PATH]
+    python benchmarks/resources.py [--capabilities 80 86 90] [--only NAME] [--json PATH]
 
-Kernels state how they are launched in their modules' BUILDS. Each build is compiled for its compute capabilities;
-the last line is JSON. Exits with 1 where a build breaks a rule of `problems_of`.
+What is looked at is what the public operators launch (`launches.py`), compiled by the launch itself for each compute
+capability; the last line is JSON. Exits with 1 where a build breaks a rule of `problems_of`, a call does not come
+through, or a kernel of the package is launched by no call.
 """
 
 from __future__ import annotations
@@ -19,31 +20,47 @@ import pkgutil
 import platform
 import re
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import launches
 import triton
+from launches import Call
 from rich.console import Console
 from rich.table import Table
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import vlsi_kernels
-from vlsi_kernels._resources import SHARED_LIMIT_KIB, assemble
-from vlsi_kernels._triton import Build
+from vlsi_kernels._resources import Build, assemble
 
+CAPABILITIES = (80, 86, 90)
+"""A100, the smaller GPUs of its kind with 99 KiB of shared memory, H100."""
 WGMMA_ROWS = 64
 """wgmma takes tiles of 64 rows or more; below that Triton falls back to mma.sync on Hopper too."""
+PRODUCT = re.compile(r"\btt\.dot\b.*: tensor<(\d+)x")
+"""A product of tiles in Triton's IR, with its rows."""
+WIDE = re.compile(
+    r"\b(?:ld|st)\.global[\w.:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)"
+    r"|cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10"
+)
+"""16 bytes at once, in PTX."""
 
 
 @dataclass(frozen=True)
 class Resources:
     """What one build costs on one compute capability, as the assembler says."""
 
-    module: str
+    kernel: str
     build: str
+    """What tells it from the kernel's other builds."""
+    call: str
+    """The call that launched it first."""
     capability: int
     registers: int  # per thread
     spill_bytes: int  # stored to and loaded from local memory, per thread
@@ -52,6 +69,68 @@ class Resources:
     threads: int  # per block
     mma: int  # mma.sync instructions in the PTX
     wgmma: int  # wgmma.mma_async instructions in the PTX
+    wide: int  # accesses of global memory of 16 bytes, in the PTX
+    product_rows: int | None  # of the smallest product of tiles, where data are in half precision; None: it has none
+
+
+def measure(build: Build, call: Call, capability: int) -> Resources:
+    """What the build of a launch costs."""
+    ptx, half = build.assembly("ptx"), any(kind in ("*bf16", "*fp16") for kind in build.types.values())
+    registers, spills, stack = assemble(ptx)
+    return Resources(
+        kernel=build.kernel,
+        build=build.signature,
+        call=call.name,
+        capability=capability,
+        registers=registers,
+        spill_bytes=spills,
+        stack_bytes=stack,
+        shared_bytes=build.metadata.shared,
+        threads=32 * build.metadata.num_warps,
+        mma=len(re.findall(r"\bmma\.sync", ptx)),
+        wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
+        wide=len(WIDE.findall(ptx)),
+        product_rows=min((int(rows) for rows in PRODUCT.findall(build.assembly("ttir")) if half), default=None),
+    )
+
+
+def problems_of(resources: Resources, wide: bool) -> list[str]:
+    """The rules that a build breaks, in words; empty when all is well. Too much shared memory stops the launch."""
+    found = []
+    if resources.spill_bytes or resources.stack_bytes:
+        found.append(f"spills {resources.spill_bytes} bytes, stack {resources.stack_bytes} bytes; use a smaller tile")
+    if resources.product_rows is not None:
+        hopper = resources.capability == 90 and resources.product_rows >= WGMMA_ROWS
+        if not (resources.wgmma if hopper else resources.mma + resources.wgmma):
+            found.append(
+                f"no {'wgmma' if hopper else 'mma.sync'} instruction in a product of half-precision data; are operands "
+                "widened before tl.dot?"
+            )
+    if wide and not resources.wide:
+        found.append("no access of 16 bytes at once: a size or stride that 16 does not divide, or a mask that hides it")
+    return found
+
+
+def check(capability: int, found: Callable[[], Iterator[Call]] = launches.calls, only: str = "") -> dict[str, Any]:
+    """Records the calls and looks at their builds.
+
+    Returns:
+        rows: a build each, the fields of Resources and `problems`; stopped: call -> what stopped it; escaped: kernels
+        of the package that nothing launched.
+    """
+    recorded = launches.record(capability, found, only)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the assembler is a process of its own
+        measured = list(pool.map(lambda item: measure(*item, capability), recorded.builds.items()))
+    rows = [
+        {**asdict(resources), "problems": problems_of(resources, call.wide)}
+        for resources, call in zip(measured, recorded.builds.values())
+    ]
+    rows.sort(key=lambda row: (row["kernel"], row["build"]))
+    escaped = escaped_kernels(operator_modules(), [build.function for build in recorded.builds])
+    return {"rows": rows, "stopped": recorded.stopped, "escaped": escaped}
+
+
+# ---- kernels that nothing launches ----
 
 
 def operator_modules() -> list[ModuleType]:
@@ -60,21 +139,9 @@ def operator_modules() -> list[ModuleType]:
     return [importlib.import_module(f"vlsi_kernels.{name}") for name in names]
 
 
-def builds_of(module: ModuleType) -> list[Build]:
-    """The module's BUILDS; empty where it has none."""
-    return list(getattr(module, "BUILDS", []))
-
-
-def kernel_functions(module: ModuleType) -> dict[str, JITFunction]:
-    """Functions under @jit that the module itself defines, by name."""
-    found = {name: _function(value) for name, value in vars(module).items()}
-    return {name: f for name, f in found.items() if f is not None and f.__module__ == module.__name__}
-
-
-def escaped_kernels(modules: list[ModuleType]) -> list[str]:
-    """Kernels that no build compiles, neither by itself nor as a helper of a kernel that is built."""
-    waiting = [_function(build.kernel) for module in modules for build in builds_of(module)]
-    seen: set[int] = set()
+def escaped_kernels(modules: Iterable[ModuleType], launched: Iterable[JITFunction]) -> list[str]:
+    """Kernels that the modules define and nothing launched, neither by itself nor as a helper of one that was."""
+    waiting, seen = list(launched), set()
     while waiting:
         function = waiting.pop()
         if id(function) in seen:
@@ -83,11 +150,17 @@ def escaped_kernels(modules: list[ModuleType]) -> list[str]:
         called = (function.fn.__globals__.get(name) for name in function.fn.__code__.co_names)
         waiting += [f for f in map(_function, called) if f is not None]
     return [
-        f"{_short(module)}.{name}"
+        f"{module.__name__.rpartition('.')[2]}.{name}"
         for module in modules
         for name, function in kernel_functions(module).items()
         if id(function) not in seen
     ]
+
+
+def kernel_functions(module: ModuleType) -> dict[str, JITFunction]:
+    """Functions under @jit that the module itself defines, by name."""
+    found = {name: _function(value) for name, value in vars(module).items()}
+    return {name: f for name, f in found.items() if f is not None and f.__module__ == module.__name__}
 
 
 def _function(value: object) -> JITFunction | None:
@@ -99,118 +172,51 @@ def _function(value: object) -> JITFunction | None:
     return value
 
 
-def _short(module: ModuleType) -> str:
-    return module.__name__.rpartition(".")[2]
-
-
-def measure(build: Build, capability: int, module: str = "") -> Resources:
-    """Compiles one build for one compute capability."""
-    kernel = _function(build.kernel)
-    unknown = (set(build.signature) | set(build.constants)) ^ set(kernel.arg_names)
-    if unknown or set(build.signature) & set(build.constants):
-        raise ValueError(
-            f"build {module}.{build.name}: signature and constants must name each argument of the kernel once; "
-            f"look at {sorted(unknown) or sorted(set(build.signature) & set(build.constants))}"
-        )
-    source = ASTSource(
-        kernel,
-        {name: build.signature.get(name, "constexpr") for name in kernel.arg_names},
-        constexprs=dict(build.constants),
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in build.aligned},
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
-    )
-    ptx = compiled.asm["ptx"]
-    registers, spills, stack = assemble(ptx)
-    return Resources(
-        module=module,
-        build=build.name,
-        capability=capability,
-        registers=registers,
-        spill_bytes=spills,
-        stack_bytes=stack,
-        shared_bytes=compiled.metadata.shared,
-        threads=32 * build.num_warps,
-        mma=len(re.findall(r"\bmma\.sync", ptx)),
-        wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
-    )
-
-
-def problems_of(build: Build, resources: Resources) -> list[str]:
-    """The rules that this build breaks, in words; empty when all is well."""
-    found = []
-    if resources.spill_bytes or resources.stack_bytes:
-        found.append(f"spills {resources.spill_bytes} bytes, stack {resources.stack_bytes} bytes; use a smaller tile")
-    limit = 1024 * SHARED_LIMIT_KIB.get(resources.capability, 0)
-    if not limit:
-        found.append(f"sm_{resources.capability} is unknown here; add its shared memory to SHARED_LIMIT_KIB")
-    elif resources.shared_bytes > limit:
-        found.append(f"shared memory of {resources.shared_bytes} bytes, limit {limit}; use fewer stages")
-    if build.tensor_cores:
-        # a tile of few rows may use mma.sync on Hopper; BLOCK_M is the project's name for a tile's rows
-        hopper = resources.capability == 90 and build.constants.get("BLOCK_M", WGMMA_ROWS) >= WGMMA_ROWS
-        if not (resources.wgmma if hopper else resources.mma + resources.wgmma):
-            found.append(f"no {'wgmma' if hopper else 'mma.sync'} instruction, and tensor_cores is stated")
-    return found
-
-
-def check(module: str, builds: list[Build]) -> list[dict]:
-    """Compiles `builds` for all their capabilities; one row each: the fields of Resources, and `problems`."""
-    rows = []
-    for build in builds:
-        for capability in build.targets:
-            try:
-                resources = measure(build, capability, module)
-            except Exception as error:  # whatever the compiler raises: the other builds are still worth a look
-                text = f"does not compile: {type(error).__name__}: {error}"
-                rows.append({"module": module, "build": build.name, "capability": capability, "problems": [text]})
-            else:
-                rows.append({**asdict(resources), "problems": problems_of(build, resources)})
-    return rows
+# ---- the command ----
 
 
 def print_table(rows: list[dict]) -> None:
     """One line a build and capability."""
-    table = Table("module", "build", "sm", "registers", "spill B", "shared B", "threads", "mma", "wgmma")
+    numbers = ("registers", "spill_bytes", "shared_bytes", "threads", "mma", "wgmma", "wide")
+    table = Table("kernel, build", "sm", "registers", "spill B", "shared B", "threads", "mma", "wgmma", "16 B")
     for r in rows:
-        numbers = ("capability", "registers", "spill_bytes", "shared_bytes", "threads", "mma", "wgmma")
-        table.add_row(r["module"], r["build"], *(str(r.get(n, "-")) for n in numbers))
-    Console(width=120).print(table)
-    for r in rows:
-        for problem in r["problems"]:
-            print(f"{r['module']}.{r['build']} for sm_{r['capability']}: {problem}")
+        table.add_row(f"{r['kernel']}\n  {r['build']}", str(r["capability"]), *(str(r[n]) for n in numbers))
+    Console(width=160).print(table)
 
 
 def main() -> None:
-    """Compile, print, write."""
+    """Record, compile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="compile builds whose module.name contains this")
+    parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES, help="default: 80 86 90")
+    parser.add_argument("--only", default="", help="make calls alone whose name contains this")
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
-    modules = operator_modules()
-    rows = []
-    for module in modules:
-        chosen = [b for b in builds_of(module) if arguments.only in f"{_short(module)}.{b.name}"]
-        rows += check(_short(module), chosen)
-    escaped = escaped_kernels(modules)
-    print_table(rows)
-    for name in escaped:
-        print(f"{name} is in no BUILDS, so nothing checks it: add a Build")
+    with ProcessPoolExecutor(min(len(arguments.capabilities), os.cpu_count() or 1), get_context("spawn")) as pool:
+        found = list(pool.map(partial(check, only=arguments.only), arguments.capabilities))
     result = {
         "benchmark": "resources",
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "escaped_kernels": escaped,
-        "rows": rows,
+        "escaped_kernels": [] if arguments.only else sorted({name for one in found for name in one["escaped"]}),
+        "stopped": {
+            f"{c}: {n}": why for c, one in zip(arguments.capabilities, found) for n, why in one["stopped"].items()
+        },
+        "rows": [row for one in found for row in one["rows"]],
     }
+    print_table(result["rows"])
+    for row in result["rows"]:
+        for problem in row["problems"]:
+            print(f"{row['kernel']} ({row['build']}; {row['call']}) for sm_{row['capability']}: {problem}")
+    for call, why in result["stopped"].items():
+        print(f"sm_{call} stopped: {why}")
+    for name in result["escaped_kernels"]:
+        print(f"{name} is launched by no call, so nothing checks it: add one to benchmarks/launches.py")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
-    sys.exit(1 if escaped or any(r["problems"] for r in rows) else 0)
+    broken = result["stopped"] or result["escaped_kernels"] or any(row["problems"] for row in result["rows"])
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":

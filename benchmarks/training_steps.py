@@ -1,64 +1,58 @@
-"""What profile_throughput runs: Qwen2-VL-shaped models with random weights, synthetic batches, the three stages' steps.
+"""What profile_throughput runs: the trainer's own stages on models of real configs with random weights.
 
-Steps are put together from the trainer's own modules as `vlsi_fast.stages` does; the stages themselves are not used,
-since reading their configs needs packages that a bare machine lacks. LoRA is written out for the same reason: peft's
-arithmetic, y + up(down(x)) at rank = alpha.
+A stage is built by its own `make_trainer` and trained by its own Trainer: forward, backward, clipping, optimizer,
+schedule, and the step's record. What differs from a run: no checkpoint is read or written, and rows are made up. They
+go through the stage's own collator.
 """
 
 from __future__ import annotations
 
-import re
+import copy
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
 from shapes import Backbone, Vision
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
-from vlsi_fast.backbones import family_of
-from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions, checkpoint_activations
-from vlsi_fast.losses import AnswerLoss, OperatorOptions, PairwiseKL, pick
-from vlsi_fast.matching import draw_generator, match_layers
-from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
+from vlsi_fast.config import RunConfig, load_config
+from vlsi_fast.loading import cut_config
+from vlsi_fast.planner.build import Models
+from vlsi_fast.planner.dry_run.rows import row_of
+from vlsi_fast.planner.dry_run.stage import LOSSES, UnloadedRole, backbones_of, stock_model
+from vlsi_fast.planner.report import Rows
+from vlsi_fast.planner.shapes import read_config
+from vlsi_fast.stages import STAGE_CLASSES
+from vlsi_fast.stages import stage as stages
+from vlsi_fast.stages.stage import Stage
+from vlsi_fast.stages.trainer import StageTrainer
+from vlsi_fast.teacher import held, resolve_mode
 
-LORA_RANK = 64
-LEARNING_RATE = 1e-4
-SPECIAL = 4
-"""Ids at the end of the shared vocabulary: image, video, start and end of vision."""
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 2
+"""Optimizer steps before those that are timed."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Models and the batch of one micro-step."""
+    """Models and rows of a step."""
 
-    teacher: Backbone
-    student: Backbone
-    vision: Vision
-    rows: int
-    side: int  # patches a side of an image, one image a row
-    prompt_tokens: int  # a row's text before the answer
+    config: str  # of which run, in configs/
+    rows: int  # of a micro-batch
+    tokens: int  # of a row, all of one length
+    image_tokens: int  # of them of its one image
     answer_tokens: int
-
-    @property
-    def vocab(self) -> int:
-        """Rows of both heads that take part."""
-        return min(self.teacher.vocab, self.student.vocab)
-
-    @property
-    def text_ids(self) -> int:
-        """Ids below this are text, the SPECIAL ones from here on mean the same to both models."""
-        return self.vocab - SPECIAL
-
-    @property
-    def image_tokens(self) -> int:
-        """Of one row."""
-        return (self.side // self.vision.merge) ** 2
-
-    @property
-    def positions(self) -> int:
-        """Of one row."""
-        return self.image_tokens + 2 + self.prompt_tokens + self.answer_tokens
+    accumulation: int = 1  # micro-batches of an optimizer step
+    small: tuple[Backbone, Backbone, Vision] | None = (
+        None  # sizes of student, teacher and towers in place of the config's
+    )
 
 
 # ---- time by parts ----
@@ -87,7 +81,7 @@ class Parts:
     def watch(self, module: nn.Module, name: str) -> None:
         """Counts the module's forward as a part."""
         module.register_forward_pre_hook(lambda *_: self.enter(name))
-        module.register_forward_hook(lambda *_: self.leave())
+        module.register_forward_hook(lambda *_: self.leave(), always_call=True)
 
     def _mark(self, name: str | None) -> None:
         if self.device.type == "cuda":
@@ -110,239 +104,193 @@ class Parts:
         return found
 
 
-# ---- models and batches ----
+class Clock(TrainerCallback):
+    """Seconds of each optimizer step and of its parts: from the end of the step before to its own."""
+
+    def __init__(self, parts: Parts, finished):
+        """`finished(step)` is called after each step with its number, from 1 on; its time is no step's."""
+        self.parts, self.finished = parts, finished
+        self.seconds: list[float] = []
+        self.by_part: list[dict[str, float]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.parts.leave()
+        self.by_part.append(self.parts.seconds())  # waits for the device
+        self.seconds.append(time.perf_counter() - self._began)
+        self.finished(state.global_step)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._began = time.perf_counter()
+        self.parts.enter("other")
 
 
-def build_model(setting: Setting, backbone: Backbone, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A stock model with random weights, frozen, in eval mode."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+def watch(trainer: StageTrainer, parts: Parts) -> None:
+    """Name the parts of a trainer's step."""
+    for role, backbone in backbones_of(trainer.module).items():
+        family = backbone.family
+        parts.watch(family.backbone(backbone.model), f"{role} language model")
+        for part in family.vision(backbone.model):
+            if isinstance(part, nn.Module):
+                parts.watch(part, f"{role} vision")
+        if backbone.verbalizers is not None:
+            parts.watch(backbone.verbalizers, f"{role} verbalizers")
+    for module in trainer.module.modules():
+        if isinstance(module, (*LOSSES, EagerKL)):
+            parts.watch(module, "head statistics")
+    backward = trainer.accelerator.backward
 
-    half, vision, special = backbone.width // backbone.heads // 2, setting.vision, setting.text_ids
-    temporal = half // 4
-    height = (half - temporal) // 2
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": backbone.vocab,
-            "hidden_size": backbone.width,
-            "intermediate_size": backbone.ffn,
-            "num_hidden_layers": backbone.depth,
-            "num_attention_heads": backbone.heads,
-            "num_key_value_heads": backbone.kv_heads,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [temporal, height, half - temporal - height]},
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
-        vision_config={
-            "depth": vision.depth,
-            "embed_dim": vision.width,
-            "hidden_size": backbone.width,
-            "num_heads": vision.heads,
-            "mlp_ratio": vision.mlp_ratio,
-            "patch_size": vision.patch,
-            "spatial_merge_size": vision.merge,
-        },
-        image_token_id=special,
-        video_token_id=special + 1,
-        vision_start_token_id=special + 2,
-        vision_end_token_id=special + 3,
-        tie_word_embeddings=backbone.tied,
-    )
-    with torch.device(device):  # made where it is used: filling billions of weights on a CPU takes minutes
-        model = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.requires_grad_(False).eval()
+    def watched(*arguments, **options):
+        with parts("backward"):
+            return backward(*arguments, **options)
+
+    trainer.accelerator.backward = watched
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(lambda *_: parts.enter("optimizer"))
+    trainer.optimizer.register_step_post_hook(lambda *_: parts.leave())
 
 
-def make_batch(setting: Setting, device: torch.device, seed: int = 0) -> dict[str, object]:
-    """Rows of one length: an image, a prompt, an answer. As `StageModule.forward` takes them."""
-    generator = torch.Generator().manual_seed(seed)
-    text = setting.text_ids
-    ids = torch.randint(text, (setting.rows, setting.positions), generator=generator)
-    image = slice(1, 1 + setting.image_tokens)
-    ids[:, 0], ids[:, image], ids[:, image.stop] = text + 2, text, text + 3
-    kinds = torch.zeros_like(ids)
-    kinds[:, image] = 1
-    labels = torch.full_like(ids, -100)
-    labels[:, -setting.answer_tokens :] = ids[:, -setting.answer_tokens :]
-    patches, values = setting.rows * setting.side**2, 3 * 2 * setting.vision.patch**2
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": kinds,
-        "pixel_values": torch.randn(patches, values, generator=generator),
-        "image_grid_thw": torch.tensor([[1, setting.side, setting.side]] * setting.rows),
-    }
-    index, answers = answer_positions(labels)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    return {"inputs": inputs, "index": index.to(device), "labels": answers.to(device)}
+# ---- a peer ----
 
 
-class LoRA(nn.Module):
-    """A frozen linear layer and its trained low-rank update, kept in float32."""
+class EagerKL(nn.Module):
+    """`losses.PairwiseKL` as one would write it first: both models' logits, and the KLs of all pairs from them."""
 
-    def __init__(self, base: nn.Linear, rank: int = LORA_RANK):
+    def __init__(self, student_weight: Tensor, teacher_weight: Tensor, vocab_size: int):
         super().__init__()
-        self.base = base
-        options = {"dtype": torch.float32, "device": base.weight.device}
-        self.down = nn.Parameter(torch.randn(rank, base.in_features, **options) * base.in_features**-0.5)
-        self.up = nn.Parameter(torch.randn(base.out_features, rank, **options) * 1e-4)
+        self._weights, self.vocab_size = (student_weight, teacher_weight), vocab_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        update = nn.functional.linear(nn.functional.linear(x.to(self.down.dtype), self.down), self.up)
-        y = self.base(x)
-        return y + update.to(y.dtype)
+    def forward(self, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+        """student [S, N, d_s], teacher [L, N, d_l] -> [S, L] float32 mean over tokens."""
+        student_weight, teacher_weight = (weight[: self.vocab_size] for weight in self._weights)
 
+        def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
+            return ((hidden.to(weight.dtype) @ weight.T).float() / temperature).log_softmax(-1)
 
-def add_lora(model: nn.Module) -> list[nn.Parameter]:
-    """LoRA on every linear layer of the language model. Returns what is trained."""
-    wanted = re.compile(family_of(model.config).lora_targets)
-    trained = []
-    for name, module in list(model.named_modules()):
-        if wanted.fullmatch(name):
-            parent, _, child = name.rpartition(".")
-            layer = LoRA(module)
-            setattr(model.get_submodule(parent), child, layer)
-            trained += [layer.down, layer.up]
-    return trained
+        log_q, columns = [log_softmax(layer, student_weight) for layer in student], []
+        for layer in teacher:
+            with torch.no_grad():
+                log_p = log_softmax(layer, teacher_weight)
+                p = log_p.exp()
+            columns.append(torch.stack([(p * (log_p - q)).sum(-1).mean() for q in log_q]))
+        return torch.stack(columns, 1)
 
 
-def speak(model: nn.Module, backbone: Backbone, train_backbone: bool, verbalize: bool) -> VerbalizedBackbone:
-    """A model with verb-FFN verbalizers in float32, as trained ones are."""
-    verbalizers = None
-    if verbalize:
-        spec = VerbalizerSpec("verb_ffn", backbone.target_layers, backbone.width, backbone.ffn, 1e-6)
-        with torch.device(next(model.parameters()).device):
-            verbalizers = Verbalizers(spec)
-    return VerbalizedBackbone(model, list(backbone.target_layers), verbalizers, train_backbone)
+def make_eager(trainer: StageTrainer) -> None:
+    """Put EagerKL in place of the trainer's own operators."""
+    module = trainer.module
+    module.pairwise_kl = EagerKL(
+        module.student.head_weight, module.teacher.head_weight, module.pairwise_kl.options.vocab_size
+    )
 
 
-# ---- steps ----
+# ---- models and rows ----
 
 
-class Step:
-    """One stage: calling it makes a micro-step and its optimizer step."""
-
-    max_grad_norm = 1.0
-    """The stage's default; 0: no clipping."""
-
-    def __init__(self, setting: Setting, device: torch.device, dtype: torch.dtype):
-        self.setting, self.device, self.dtype = setting, device, dtype
-        self.parts, self.batch = Parts(device), make_batch(setting, device)
-        self.options = OperatorOptions(setting.vocab)
-        self.count = 0
-
-    def model(self, role: str) -> nn.Module:
-        """A role's stock model, its forward watched."""
-        model = build_model(self.setting, getattr(self.setting, role), self.device, self.dtype)
-        family = family_of(model.config)
-        self.parts.watch(family.backbone(model), f"{role} language model")
-        (tower,) = family.vision(model)
-        self.parts.watch(tower, f"{role} vision")
-        return model
-
-    def autocast(self):
-        """bfloat16 products over float32 trained weights; nothing where the run is float32."""
-        low = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype) if low else nullcontext()
-
-    def train(self, parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-            parameter.data = parameter.data.float()
-        self.trained = parameters
-        self.optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.0)
-
-    def loss(self) -> Tensor:
-        raise NotImplementedError
-
-    def __call__(self) -> None:
-        with self.parts("other"):
-            with self.autocast():
-                loss = self.loss()
-            with self.parts("backward"):
-                loss.backward()
-            with self.parts("optimizer"):
-                if self.max_grad_norm:
-                    nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-        self.count += 1
-
-    def spoken(self, role: str, backbone: VerbalizedBackbone) -> tuple[Tensor | None, Tensor]:
-        """What a model says at its target layers; the time beyond its own forward is the verbalizers' and norm's."""
-        with self.parts(f"{role} verbalizers"):
-            return backbone(self.batch["inputs"], self.batch["index"])
+def config_of(setting: Setting, out: Path, steps: int, dtype: str) -> RunConfig:
+    """The setting's config, for so many optimizer steps of one process."""
+    training = {
+        "per_device_train_batch_size": setting.rows,
+        "gradient_accumulation_steps": setting.accumulation,
+        "max_steps": steps,
+        "deepspeed": None,
+        "report_to": [],
+        "balance_batch": False,  # all rows are of one size
+    }
+    changes = {f"training.{name}": value for name, value in training.items()}
+    changes |= {"output_dir": str(out), "dtype": dtype, "data.num_workers": 0, "sft.start_from": "base"}
+    if setting.small is not None:
+        for role, sizes in zip(("student", "teacher"), setting.small):
+            changes[f"{role}.layers"] = list(sizes.target_layers)
+    return load_config(ROOT / "configs" / setting.config, changes)
 
 
-class VerbalizeStep(Step):
-    """Stage verbalize: verbalizers of both models against the answers."""
-
-    max_grad_norm = 0.0
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.backbones, self.heads, trained = {}, {}, []
-        for role in ("teacher", "student"):
-            one = speak(self.model(role), getattr(self.setting, role), False, True)
-            self.backbones[role], self.heads[role] = one.train(), AnswerLoss(one.head_weight, self.options)
-            trained += list(one.verbalizers.parameters())
-        self.train(trained)
-
-    def loss(self) -> Tensor:
-        losses = []
-        for role, backbone in self.backbones.items():
-            said, _ = self.spoken(role, backbone)
-            with self.parts("head statistics"):
-                losses.append(self.heads[role](said, self.batch["labels"]).sum())
-        return sum(losses)
+def models_of(config: RunConfig, setting: Setting) -> Models:
+    """Both models' configs, the real ones or such of the setting's sizes."""
+    configs = {role: read_config(getattr(config, role), role) for role in ("student", "teacher")}
+    if setting.small is not None:
+        for role, sizes in zip(configs, setting.small):
+            configs[role] = resized(configs[role], sizes, setting.small[2])
+    return Models(config, configs=configs)
 
 
-class InteractStep(Step):
-    """Stage interact: LoRA on the student by the KLs of matched layers and of the last one."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        model = self.model("student")
-        trained = add_lora(model)
-        checkpoint_activations(model)
-        self.student = speak(model, self.setting.student, True, True)
-        self.teacher = speak(self.model("teacher"), self.setting.teacher, False, True)
-        for backbone in (self.student, self.teacher):
-            backbone.verbalizers.requires_grad_(False)
-            backbone.train()
-        self.pairwise_kl = PairwiseKL(self.student.head_weight, self.teacher.head_weight, self.options)
-        self.train(trained)
-
-    def loss(self) -> Tensor:
-        said, last = self.spoken("student", self.student)
-        with torch.no_grad():
-            teacher_said, teacher_last = self.spoken("teacher", self.teacher)
-        with self.parts("head statistics"):
-            student, teacher = torch.cat([said, last[None]]), torch.cat([teacher_said, teacher_last[None]])
-            both = self.pairwise_kl(student, teacher)
-        with self.parts("matching"):
-            matches = match_layers(both[:-1, :-1], generator=draw_generator(0, self.count, 0))
-            return pick(both[:-1, :-1], matches).sum() + both[-1, -1]
+def resized(config, sizes: Backbone, vision: Vision):
+    """A Qwen2-VL config with other sizes. Its special tokens are the last ids of its vocabulary."""
+    config = copy.deepcopy(config)
+    cut_config(config, sizes.depth)
+    text, tower = config.get_text_config(), config.vision_config
+    text.hidden_size, text.intermediate_size, text.vocab_size = sizes.width, sizes.ffn, sizes.vocab
+    text.num_attention_heads, text.num_key_value_heads = sizes.heads, sizes.kv_heads
+    half = sizes.width // sizes.heads // 2
+    temporal, height = half // 4, (half - half // 4) // 2
+    text.rope_parameters = text.rope_parameters | {"mrope_section": [temporal, height, half - temporal - height]}
+    tower.depth, tower.embed_dim, tower.num_heads = vision.depth, vision.width, vision.heads
+    tower.hidden_size, tower.mlp_ratio = sizes.width, vision.mlp_ratio
+    tower.patch_size, tower.spatial_merge_size = vision.patch, vision.merge
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    for i, name in enumerate(names):
+        setattr(config, name, SMALL_VOCABULARY - len(names) + i)
+    return config
 
 
-class SftStep(Step):
-    """Stage sft: all of the student's language model against the answers."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        model = self.model("student")
-        (tower,) = family_of(model.config).vision(model)
-        frozen = {id(p) for p in tower.parameters()}
-        trained = [p for p in model.parameters() if id(p) not in frozen]
-        checkpoint_activations(model)
-        self.train(trained)
-        self.student = speak(model, self.setting.student, True, False).train()
-        self.head = AnswerLoss(self.student.head_weight, self.options)
-
-    def loss(self) -> Tensor:
-        with self.parts("student verbalizers"):  # there are none: what is left is taking the answers' positions
-            _, last = self.student(self.batch["inputs"], self.batch["index"])
-        with self.parts("head statistics"):
-            return self.head(last[None], self.batch["labels"]).sum()
+SMALL_VOCABULARY = 4096
+"""Of both models that `resized` makes: rows beyond it are padding."""
 
 
-STEPS = {"verbalize": VerbalizeStep, "interact": InteractStep, "sft": SftStep}
+class MadeUpRows(torch.utils.data.Dataset):
+    """Rows of an image, a question and an answer, as `data.VlsiDataset` gives them, with random contents."""
+
+    def __init__(self, stage: Stage, setting: Setting, count: int):
+        self.count, self.sources = count, SimpleNamespace(sizes=[count], weights=None)
+        tokens, answers = setting.tokens, setting.answer_tokens
+        rows = Rows(tokens, answers, tokens, answers, setting.image_tokens)
+        generator = torch.Generator().manual_seed(0)
+        self.row: dict[str, dict[str, Tensor]] = {}
+        for name, role in stage.roles.items():
+            row = row_of(role.config, rows)
+            first = next(iter(self.row.values()), None)  # of one tokenizer and one image processor: the same row
+            self.row[name] = row if first is None else first
+            if first is None:
+                special = role.config.image_token_id, role.config.vision_start_token_id, role.config.vision_end_token_id
+                text = ~torch.isin(row["input_ids"], torch.tensor(special))
+                row["input_ids"][text] = torch.randint(min(special), (int(text.sum()),), generator=generator)
+                row["labels"] = torch.where(row["labels"] != -100, row["input_ids"], -100)
+                row["pixel_values"].normal_(generator=generator)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"id": str(index), "skipped": [], "answered": False, **{n: dict(row) for n, row in self.row.items()}}
+
+
+def build(name: str, config: RunConfig, models: Models, setting: Setting) -> tuple[Stage, StageTrainer]:
+    """A stage, and its own trainer on models with random weights."""
+    stage = STAGE_CLASSES[name](config)
+    stage.args = stages.training_arguments(config, name)
+    stage.args.save_strategy, stage.args.disable_tqdm = SaveStrategy.NO, True
+    stage.roles = {role: UnloadedRole(role, config, models) for role in stage.role_names()}
+    if "teacher" in stage.roles:
+        stage.teacher_mode = resolve_mode(config.teacher.mode, stage.args.device)
+    collator, own = stage._collator(), stage.build
+
+    def student(folder: Path, dtype: str, attention: str, depth: int | None = None) -> nn.Module:
+        return stock_model(models.configs["student"], dtype, attention, depth)
+
+    def teacher(folder: Path, mode: str, dtype: str, attention: str, depth: int | None, args) -> nn.Module:
+        return held(stock_model(models.configs["teacher"], dtype, attention, depth))
+
+    def build_there() -> nn.Module:
+        with (
+            mock.patch.object(stages, "load_backbone", student),
+            mock.patch.object(stages, "load_teacher", teacher),
+            torch.device(stage.args.device),  # filling billions of weights on a CPU takes minutes
+        ):
+            return own()
+
+    stage.build = build_there
+    count = setting.rows * setting.accumulation * config.stage_training(name).max_steps
+    return stage, stage.make_trainer(MadeUpRows(stage, setting, count), collator)

@@ -28,6 +28,8 @@ import report  # noqa: E402
 import shapes  # noqa: E402
 import training_steps  # noqa: E402
 
+from vlsi_fast.stages.trainer import StageTrainer  # noqa: E402
+
 CPU = torch.device("cpu")
 CASES = ["bench_layer_kl", "bench_verbalize_ce", "bench_divergence", "bench_verb_ffn"]
 ROW_KEYS = {
@@ -139,24 +141,48 @@ def test_memory_profile(monkeypatch, capsys, tmp_path):
     assert names == {"layer KL", "cross-entropy", "divergence", "verb-FFN"}
 
 
+def small_setting(monkeypatch):
+    """Of four layers."""
+    student, teacher, vision = profile_throughput.SMALL
+    small = [replace(sizes, depth=4, target_layers=(1, 3)) for sizes in (student, teacher)]
+    monkeypatch.setattr(profile_throughput, "SMALL", (*small, vision))
+
+
 def test_throughput_profile(monkeypatch, capsys, tmp_path):
-    small = profile_throughput.SETTINGS["cpu"]
-    backbones = {"teacher": replace(small.teacher, depth=4), "student": replace(small.student, depth=4)}
-    backbones = {role: replace(b, target_layers=(1, 3)) for role, b in backbones.items()}
-    monkeypatch.setitem(profile_throughput.SETTINGS, "cpu", replace(small, **backbones, prompt_tokens=4))
-    status, _, result = start(monkeypatch, capsys, "profile_throughput", tmp_path, "--trace")
+    """The steps are those of the stages' own Trainer: its records have the losses, and eager logits give the same."""
+    small_setting(monkeypatch)
+    made, compute_loss = [], StageTrainer.compute_loss
+    monkeypatch.setattr(
+        StageTrainer, "compute_loss", lambda self, *a, **k: (made.append(self.stage), compute_loss(self, *a, **k))[1]
+    )
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # as the script sets it
+    status, _, result = start(monkeypatch, capsys, "profile_throughput", tmp_path, "--trace", "--accumulation", "2")
     assert status == 0
     rows = {row["name"]: row for row in rows_of(result)}
-    assert list(rows) == ["verbalize", "interact", "sft"]
+    assert list(rows) == ["verbalize", "interact", "sft", "eager interact"]
+    steps = training_steps.WARM_UP + 1 + 1  # one is timed, one is traced
+    assert made == [name for name in ("verbalize", "interact", "sft", "interact") for _ in range(2 * steps)]
     for name, row in rows.items():
         assert row["status"] == harness.OK, row["reason"]
-        assert sum(row["parts"].values()) == pytest.approx(row["seconds"], rel=0.1)
-        assert row["tokens_per_second"] > 0 and 0 < row["utilisation"]
+        assert row["attention"]["student"] == "sdpa"  # of the stage, on a CPU
+        assert row["samples"] == 1 and len(row["losses"]) == steps
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"], rel=0.2)
+        assert row["tokens_per_second"] > 0 and 0 < row["utilisation"] < 2
         assert {"student language model", "student vision", "head statistics", "backward", "optimizer"} <= set(
             row["parts"]
         )
-        assert (tmp_path / f"trace_{name}.json.gz").stat().st_size > 1000
-    assert {"teacher language model", "teacher verbalizers", "matching"} <= set(rows["interact"]["parts"])
+        assert (tmp_path / f"trace_{name.replace(' ', '_')}.json.gz").stat().st_size > 1000
+    assert {"teacher language model", "teacher verbalizers"} <= set(rows["interact"]["parts"])
+    ours, eager = rows["interact"], rows["eager interact"]
+    assert ours["losses"] == pytest.approx(eager["losses"], rel=1e-3) and ours["losses"][0] > 0.1
+    assert rows["sft"]["losses"][-1] < rows["sft"]["losses"][0]  # the optimizer steps: all rows are one
+    assert result["eager_over_ours"] == pytest.approx(eager["seconds"] / ours["seconds"])
+    assert ours["model_operations"] == pytest.approx(eager["model_operations"])
+    trained = {name: row["parameters_trained"] for name, row in rows.items()}
+    width, ffn = 128, 256  # LoRA at rank 64: q, k, v, o of 2 and 1 heads, gate, up, down; of four layers
+    lora = 64 * (4 * width + 2 * (width + width // 2) + 3 * (width + ffn))
+    assert trained["interact"] == 4 * lora
+    assert trained["verbalize"] == 2 * 3 * (128**2 + 256**2)  # verb-FFNs at two layers of both models
 
 
 # ---- rows without a speed ----
@@ -313,33 +339,33 @@ def test_shapes_by_name():
         assert [shapes.shape(name) for name in importlib.import_module(script).SHAPES["cuda"]]
 
 
-def test_model_operations_are_those_of_the_model():
-    """The formula against torch's own count of the linear layers of one forward."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    setting = profile_throughput.SETTINGS["cpu"]
-    model = training_steps.build_model(setting, setting.student, CPU, torch.float32)
-    batch = training_steps.make_batch(setting, CPU)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.model(**batch["inputs"], use_cache=False)
-    counts = counter.get_flop_counts()
-    linear = sum(n for op, n in counts["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
-    convolution = sum(n for op, n in counts["Global"].items() if "conv" in str(op))
-    attention = 4.0 * setting.rows * setting.side**4 * setting.vision.width * setting.vision.depth
-    expected = profile_throughput.language_operations(setting, setting.student)[0]
-    expected += profile_throughput.vision_operations(setting, setting.student) - attention
-    assert linear + convolution == pytest.approx(expected, rel=1e-3)
-
-
 @pytest.mark.parametrize("stage", ["interact", "sft"])
-def test_the_frozen_vision_tower_runs_once_a_step(stage):
+def test_the_frozen_vision_tower_runs_once_a_step(monkeypatch, tmp_path, stage):
     """Under gradient checkpointing it would otherwise be computed again, and run backwards, for nothing."""
-    step = training_steps.STEPS[stage](profile_throughput.SETTINGS["cpu"], CPU, torch.float32)
-    (tower,) = training_steps.family_of(step.student.model.config).vision(step.student.model)
+    small_setting(monkeypatch)
+    setting = profile_throughput.setting_for(CPU)
+    config = training_steps.config_of(setting, tmp_path, 1, "float32")
+    _, trainer = training_steps.build(stage, config, training_steps.models_of(config, setting), setting)
+    backbone = training_steps.backbones_of(trainer.module)["student"]
+    assert config.stage_training(stage).gradient_checkpointing
+    (tower,) = backbone.family.vision(backbone.model)
     calls = []
     tower.blocks[0].register_forward_hook(lambda module, arguments, output: calls.append(output.requires_grad))
-    step()
+    trainer.train()
     assert calls == [False]
+
+
+def test_small_models_are_the_configs_own_but_in_size(monkeypatch, tmp_path):
+    setting = profile_throughput.setting_for(CPU)
+    models = training_steps.models_of(training_steps.config_of(setting, tmp_path, 1, "float32"), setting)
+    real = replace(setting, small=None)
+    wanted = training_steps.models_of(training_steps.config_of(real, tmp_path, 1, "float32"), real)
+    assert wanted.configs["teacher"].get_text_config().hidden_size == shapes.BACKBONES["7b"].width
+    for role in ("student", "teacher"):
+        found, whole = models.configs[role], wanted.configs[role]
+        assert found.model_type == whole.model_type and found.get_text_config().num_hidden_layers == 8
+        assert found.get_text_config().rms_norm_eps == whole.get_text_config().rms_norm_eps
+        assert found.tie_word_embeddings == whole.tie_word_embeddings
 
 
 BLOCKED = """
@@ -374,6 +400,18 @@ def test_the_suite_needs_no_more_than_it_says(tmp_path):
     for command in (["-c", f"import {', '.join(scripts)}"], ["-m", "pytest", "--collect-only", "-q", *tests]):
         done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+
+
+def test_throughput_is_left_out_where_the_trainer_cannot_be(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCKED.format(absent={"pydantic", "peft"}))
+    root = BENCHMARKS.parent
+    path = os.pathsep.join(map(str, [tmp_path, root, root / "kernels"]))
+    command = [sys.executable, str(BENCHMARKS / "profile_throughput.py"), "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "left out: the trainer's step needs pydantic, peft: pip install pydantic peft" in done.stdout
+    rows = rows_of(json.loads(done.stdout.splitlines()[-1]))
+    assert len(rows) == 4 and all(row["status"] == harness.ABSENT and "pydantic" in row["reason"] for row in rows)
 
 
 def test_parts_are_exclusive(monkeypatch):

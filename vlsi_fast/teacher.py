@@ -97,6 +97,11 @@ def load_teacher(
         model = load_backbone(folder, dtype, attn_implementation, depth, **options)
     if mode == "offload":
         return _offloaded_by_accelerate(model, args.device)
+    return held(model)
+
+
+def held(model: nn.Module) -> Held:
+    """A whole model, outside the module tree."""
     family = family_of(model.config)
     return Held(model, _runner(model), family.final_norm(model), family.head(model).weight)
 

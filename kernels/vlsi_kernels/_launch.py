@@ -1,4 +1,4 @@
-"""How the feed-forward network's and the norm's kernels are launched, and the builds that follow from it."""
+"""How the feed-forward network's and the norm's kernels are launched."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ._common import launch_on
-from ._triton import Build
 
 
 @dataclass(frozen=True)
@@ -35,26 +34,3 @@ def unit_stride(t: Tensor) -> Tensor:
 def layered(t: Tensor) -> Tensor:
     """[K, ..] of a stack, or of one layer."""
     return t if t.dim() == 3 else t[None]
-
-
-def build_of(
-    name: str, kernel, launch: Launch, element: str, absent: tuple[str, ...] = (), even: bool = True, **more
-) -> Build:
-    """A build in which `absent` arguments are None; the types follow from the arguments' names.
-
-    even: sizes and strides are multiples of 16, as those of real models are; only counts of rows are not.
-    """
-    types = {}
-    for argument in kernel.arg_names:
-        if argument in ("rstd_ptr", "partial_ptr"):
-            types[argument] = "*fp32"
-        elif argument.endswith("_ptr"):
-            types[argument] = f"*{element}"
-        else:
-            types[argument] = "fp32" if argument in ("inverse_width", "eps") else "i32"
-    constants = dict.fromkeys(absent) | launch.constants
-    types = {argument: kind for argument, kind in types.items() if argument not in constants}
-    aligned = tuple(
-        n for n, kind in types.items() if kind[0] == "*" or even and kind == "i32" and n not in ("rows", "size")
-    )
-    return Build(name, kernel, types, constants, launch.num_warps, launch.num_stages, aligned=aligned, **more)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._common import MAX_TILE_COLUMNS, HeadOptions, compute_dtype, plan_chunks, plan_tiles, product
-from ._triton import Build, constant, jit, tl
+from ._triton import constant, jit, tl
 from .head_statistics import BLOCK_WIDTH, TileValues, block_of, tile_dtype
 
 # log(q / p) is not let below this: q is then under 1e-34 and counts for nothing, but exp of more would overflow.
@@ -243,70 +243,11 @@ def divergence_gradient_kernel(
 
 
 # A row of up to 4096 columns in 16 registers a thread, some four such arrays live: at most 128 registers in all, so two
-# blocks share an SM and one computes while the other loads. Not yet measured on a GPU.
+# blocks share an SM and one computes while the other loads. The assembler is told so: left alone, it spills to come
+# down to 80, for three blocks. Not yet measured on a GPU.
 TILE_WARPS = 8
+TILE_REGISTERS = 128
 TILE_COLUMNS = MAX_TILE_COLUMNS // 2
-
-
-def _builds() -> list[Build]:
-    shared = {
-        "student_ptr": "*fp32",
-        "teacher_ptr": "*fp32",
-        "student_lse_ptr": "*fp32",
-        "teacher_lse_ptr": "*fp32",
-        "columns": "i32",
-        "student_stride": "i32",
-        "teacher_stride": "i32",
-        "to_logit": "fp32",
-        "beta": "fp32",
-    }
-    aligned = ("student_ptr", "teacher_ptr", "student_stride", "teacher_stride")
-    sizes = {"LOWEST": LOWEST_LOG_RATIO, "BLOCK": TILE_COLUMNS}
-    builds = []
-    for mode in ("lse", "forward", "reverse", "mixture"):
-        for tile in ("none",) if mode == "lse" else ("fp16", "fp32", "none"):
-            write = tile != "none"
-            signature = shared | {
-                "state_ptr": "*fp64",
-                "tile_ptr": f"*{tile}" if write else "*fp32",
-                "sum_ptr": "*fp32",
-                "rows": "i32",
-                "width": "i32",
-                "tile_stride": "i32",
-                "sum_stride": "i32",
-            }
-            constants = sizes | {"MODE": mode, "WRITE": write, "BLOCK_WIDTH": BLOCK_WIDTH}
-            builds.append(
-                Build(
-                    f"divergence_tile {mode} tile={tile}",
-                    divergence_tile_kernel,
-                    signature,
-                    constants,
-                    TILE_WARPS,
-                    aligned=(*aligned, "state_ptr", "tile_ptr", "tile_stride", "sum_ptr", "sum_stride"),
-                )
-            )
-        for out in () if mode == "lse" else ("bf16", "fp16", "fp32"):
-            signature = shared | {
-                "mean_ratio_ptr": "*fp32",
-                "scale_ptr": "*fp32",
-                "out_ptr": f"*{out}",
-                "out_stride": "i32",
-            }
-            builds.append(
-                Build(
-                    f"divergence_gradient {mode} {out}",
-                    divergence_gradient_kernel,
-                    signature,
-                    sizes | {"MODE": mode},
-                    TILE_WARPS,
-                    aligned=(*aligned, "out_ptr", "out_stride"),
-                )
-            )
-    return builds
-
-
-BUILDS = _builds()
 
 
 # ---- launcher ----
@@ -318,7 +259,8 @@ class TritonTiles:
     def __init__(self, heads: HeadPair, options: DivergenceOptions, with_product: bool):
         self.options = options
         self.row_chunk, self.vocab_chunk = plan(heads, options, with_product)
-        self.block = {"LOWEST": LOWEST_LOG_RATIO, "BLOCK": block_of(self.vocab_chunk), "num_warps": TILE_WARPS}
+        self.block = {"LOWEST": LOWEST_LOG_RATIO, "BLOCK": block_of(self.vocab_chunk)}
+        self.block |= {"num_warps": TILE_WARPS, "maxnreg": TILE_REGISTERS}
         weight, size = heads.student_weight, (2, self.row_chunk, self.vocab_chunk)
         self.buffers = torch.empty(size, dtype=torch.float32, device=weight.device)
         self.pair, self.unit = None, 1.0  # what is multiplied; what one unit of the products is worth

@@ -39,7 +39,7 @@ from ._common import (
     product,
     spans,
 )
-from ._triton import Build, constant, jit, tl
+from ._triton import constant, jit, tl
 
 # Without a host sync to pay for (CPU), sums are rescaled only when some row's maximum has grown by more than this:
 # exp(16) times a vocabulary is far from overflow, and the accuracy of floating-point sums does not depend on scale.
@@ -139,46 +139,6 @@ SOFTMAX_WARPS = 8  # 8192 columns in 32 registers a thread, and two such arrays 
 def block_of(columns: int) -> int:
     """Smallest power of two that holds a tile's columns."""
     return 1 << max(4, (columns - 1).bit_length())
-
-
-def _softmax_builds() -> list[Build]:
-    builds = []
-    for first in (True, False):
-        for kind, write in (("f16", True), ("f32", True), ("none", False)):
-            builds.append(
-                Build(
-                    f"softmax_tile first={first} exp={kind}",
-                    softmax_tile_kernel,
-                    {
-                        "logits_ptr": "*fp32",
-                        "exp_ptr": "*fp16" if kind == "f16" else "*fp32",
-                        "state_ptr": "*fp64",
-                        "sum_ptr": "*fp32",
-                        "logits_stride": "i32",
-                        "exp_stride": "i32",
-                        "sum_stride": "i32",
-                        "rows": "i32",
-                        "columns": "i32",
-                        "width": "i32",
-                        "to_base2": "fp32",
-                    },
-                    {"FIRST": first, "WRITE": write, "BLOCK": 8192, "BLOCK_WIDTH": BLOCK_WIDTH},
-                    SOFTMAX_WARPS,
-                    aligned=(
-                        "logits_ptr",
-                        "exp_ptr",
-                        "state_ptr",
-                        "sum_ptr",
-                        "logits_stride",
-                        "exp_stride",
-                        "sum_stride",
-                    ),
-                )
-            )
-    return builds
-
-
-BUILDS = _softmax_builds()
 
 
 class RowState:

@@ -32,7 +32,7 @@ from ._common import (
     make_options,
     spans,
 )
-from ._triton import Build, jit, tl
+from ._triton import jit, tl
 from .head_statistics import reference_head_statistics, stream_head_statistics
 
 
@@ -147,58 +147,6 @@ PAIR_WARPS = 4  # 32 layers x 128 columns: 32 float32 numbers a thread
 GRADIENT_BLOCK = 1024
 GRADIENT_WARPS = 4
 MAX_BLOCK_L = 32
-
-
-def _builds() -> list[Build]:
-    builds = []
-    for dtype in ("bf16", "fp16", "fp32"):
-        for block_l in (1, 4, 16, MAX_BLOCK_L):
-            builds.append(
-                Build(
-                    f"pair_kl {dtype} layers={block_l}",
-                    pair_kl_kernel,
-                    {
-                        "hidden_ptr": f"*{dtype}",
-                        "expectation_ptr": "*fp32",
-                        "neg_entropy_ptr": "*fp32",
-                        "logsumexp_ptr": "*fp32",
-                        "kl_ptr": "*fp64",
-                        "hidden_stride_s": "i32",
-                        "hidden_stride_n": "i32",
-                        "students": "i32",
-                        "tokens": "i32",
-                        "layers": "i32",
-                        "width": "i32",
-                        "inverse_temperature": "fp32",
-                    },
-                    {"BLOCK_L": block_l, "BLOCK": PAIR_BLOCK},
-                    PAIR_WARPS,
-                    aligned=("hidden_ptr", "expectation_ptr", "hidden_stride_s", "hidden_stride_n", "width"),
-                )
-            )
-        builds.append(
-            Build(
-                f"pair_gradient {dtype}",
-                pair_gradient_kernel,
-                {
-                    "student_ptr": "*fp32",
-                    "teacher_ptr": "*fp32",
-                    "share_ptr": "*fp32",
-                    "grad_ptr": "*fp32",
-                    "out_ptr": f"*{dtype}",
-                    "tokens": "i32",
-                    "layers": "i32",
-                    "width": "i32",
-                },
-                {"BLOCK": GRADIENT_BLOCK},
-                GRADIENT_WARPS,
-                aligned=("student_ptr", "teacher_ptr", "out_ptr", "width"),
-            )
-        )
-    return builds
-
-
-BUILDS = _builds()
 
 
 def _pair_tokens_triton(

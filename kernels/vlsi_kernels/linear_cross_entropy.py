@@ -35,7 +35,7 @@ from ._common import (
     reduce_tokens,
     spans,
 )
-from ._triton import Build, jit, tl
+from ._triton import jit, tl
 from .head_statistics import block_of, stream_head_statistics
 
 # ---- reference ----
@@ -123,70 +123,6 @@ def label_gradient_tile_kernel(
 LABEL_BLOCK = 1024
 LABEL_WARPS = 4
 TILE_WARPS = 8  # as for the softmax tile: a row of up to 8192 columns in registers
-
-
-def _builds() -> list[Build]:
-    builds = []
-    for dtype in ("bf16", "fp16", "fp32"):
-        for grad in (True, False):
-            builds.append(
-                Build(
-                    f"subtract_label {dtype} grad={grad}",
-                    subtract_label_kernel,
-                    {
-                        "hidden_ptr": f"*{dtype}",
-                        "weight_ptr": f"*{dtype}",
-                        "label_ptr": "*i64",
-                        "expectation_ptr": "*fp32",
-                        "direction_ptr": f"*{dtype}",
-                        "logit_ptr": "*fp32",
-                        "hidden_stride": "i32",
-                        "weight_stride": "i32",
-                        "expectation_stride": "i32",
-                        "direction_stride": "i32",
-                        "width": "i32",
-                    },
-                    {"GRAD": grad, "BLOCK": LABEL_BLOCK},
-                    LABEL_WARPS,
-                    aligned=(
-                        "hidden_ptr",
-                        "weight_ptr",
-                        "expectation_ptr",
-                        "direction_ptr",
-                        "hidden_stride",
-                        "weight_stride",
-                        "expectation_stride",
-                        "direction_stride",
-                        "width",
-                    ),
-                )
-            )
-        for labels in (True, False):
-            builds.append(
-                Build(
-                    f"label_gradient_tile {dtype} labels={labels}",
-                    label_gradient_tile_kernel,
-                    {
-                        "logits_ptr": "*fp32",
-                        "out_ptr": f"*{dtype}",
-                        "logsumexp_ptr": "*fp32",
-                        "label_ptr": "*i64",
-                        "scale_ptr": "*fp32",
-                        "logits_stride": "i32",
-                        "out_stride": "i32",
-                        "columns": "i32",
-                        "first_column": "i32",
-                        "to_logit": "fp32",
-                    },
-                    {"LABELS": labels, "BLOCK": 8192},
-                    TILE_WARPS,
-                    aligned=("logits_ptr", "out_ptr", "logits_stride", "out_stride"),
-                )
-            )
-    return builds
-
-
-BUILDS = _builds()
 
 
 # ---- streaming implementation ----

@@ -13,7 +13,6 @@ Triton: gate, up and SwiGLU are one kernel, so that h is read once and g and u a
 them. The other products have nothing to fuse with and stay with the library.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._common import check_same_device, check_tensor, resolve_impl, widen
-from ._launch import Launch, build_of, launch_kernel, layered, unit_stride
-from ._triton import Build, constant, interpreted, jit, tl, triton
+from ._launch import Launch, launch_kernel, layered, unit_stride
+from ._triton import constant, interpreted, jit, tl, triton
 from .rms_norm import NormOptions, RMSNorm, check_norm, reference_rms_norm
 
 # ---- reference ----
@@ -168,7 +167,6 @@ _FEW_ROWS = 64  # one row of small tiles; a large one would be at least half emp
 _ENOUGH_TILES = 66  # fewer large tiles than this leave more than half of an H200's 132 multiprocessors idle
 
 
-@functools.cache
 def _gpu_kind(device: torch.device) -> str:
     """Third part of _GATE_UP's key."""
     if device.type != "cuda":
@@ -217,29 +215,6 @@ def _triton_swiglu_backward(
     launch_kernel(_swiglu_backward_kernel, grid, arguments, _SWIGLU_BACKWARD, g.device)
     return grad_g, grad_u, a
 
-
-def _builds() -> list[Build]:
-    """Every way in which the launchers above launch, in bfloat16 (float16 is the same code) and float32."""
-    builds = []
-    for (itemsize, rows, kind), launch in _GATE_UP.items():
-        element = {2: "bf16", 4: "fp32"}[itemsize]
-        more = {"tensor_cores": itemsize == 2, "targets": (90,) if kind == "hopper" else (80, 86)}
-        more["even"] = rows != "ragged"
-        for suffix, absent in (("", ("g_ptr", "u_ptr")), ("_keep", ())):
-            name = f"gate_up_{element}_{rows}_rows{suffix}"
-            builds.append(build_of(name, _gate_up_kernel, launch, element, absent, **more))
-    for element in ("bf16", "fp32"):
-        frozen_down, down_alone = ("a_ptr",), ("grad_a_ptr", "grad_g_ptr", "grad_u_ptr")
-        for name, kernel, launch, absent in (
-            ("swiglu_backward", _swiglu_backward_kernel, _SWIGLU_BACKWARD, ()),
-            ("swiglu_backward_frozen_down", _swiglu_backward_kernel, _SWIGLU_BACKWARD, frozen_down),
-            ("swiglu_backward_down_alone", _swiglu_backward_kernel, _SWIGLU_BACKWARD, down_alone),
-        ):
-            builds.append(build_of(f"{name}_{element}", kernel, launch, element, absent))
-    return builds
-
-
-BUILDS = _builds() if triton is not None else []
 
 # ---- autograd ----
 

@@ -65,6 +65,7 @@ from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
 from .balancing import row_costs
 from .module import StageModule
+from .sampling import RowCosts
 from .throughput import Throughput
 from .trainer import StageTrainer
 
@@ -225,28 +226,11 @@ class Stage:
     def _train(self, dataset: VlsiDataset, collator: Collator, record: dict[str, Any], checkpoint: str | None):
         """Build, train and save. Returns the finished record."""
         start, costs = record["identity"]["data_start"], None
-        configs = {name: role.config for name, role in self.roles.items()}
         if self.config.stage_training(self.name).balance_batch:
+            configs = {name: role.config for name, role in self.roles.items()}
             costs = row_costs(self.config, self.name, dataset, start, configs, self.padding_free)
-        set_seed(self.config.seed)
-        module = self.build()
-        if self.args.deepspeed is None:
-            _keep_master_weights(module)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        trainer = StageTrainer(
-            module,
-            self.args,
-            self.config,
-            self.name,
-            dataset,
-            collator,
-            start,
-            self.deadline,
-            costs,
-            Throughput(self.config, self.name, configs, world_size(), self.args.device),
-            self.eval_dataset,
-        )
+        trainer = self.make_trainer(dataset, collator, start, costs)
+        module = trainer.module
         with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         made, wanted = result.global_step, trainer.state.max_steps
@@ -286,6 +270,32 @@ class Stage:
             write_record(self.folder, record)
         _release(trainer, self.releases)
         return record
+
+    def make_trainer(
+        self, dataset: VlsiDataset, collator: Collator, data_start: int = 0, costs: RowCosts | None = None
+    ) -> StageTrainer:
+        """Build the module, and what trains it."""
+        configs = {name: role.config for name, role in self.roles.items()}
+        set_seed(self.config.seed)
+        module = self.build()
+        if self.args.deepspeed is None:
+            _keep_master_weights(module)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        throughput = Throughput(self.config, self.name, configs, world_size(), self.args.device)
+        return StageTrainer(
+            module,
+            self.args,
+            self.config,
+            self.name,
+            dataset,
+            collator,
+            data_start,
+            self.deadline,
+            costs,
+            throughput,
+            self.eval_dataset,
+        )
 
     def _check_inputs(self) -> tuple[VlsiDataset, Collator]:
         """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""

@@ -21,7 +21,7 @@ from ..speed import operations
 from ..walk import walk
 from .device import DEVICE, on, require_torch
 from .gpus import Gpu
-from .kernels import Launches, compiling_for
+from .kernels import Launches, compiling_for, table_of
 from .stage import DryStage
 from .tape import Tape, place_of
 
@@ -86,7 +86,7 @@ def run_stage(config: RunConfig, models: Models, name: str, rows: Rows, gpu: Gpu
             found.waits = dict(tape.waits)
             found.flops, found.operators = _by_part(tape.flops), _by_part(tape.operators)
             found.notes = stage.notes
-            found.kernels = [] if driver is None else driver.table()
+            found.kernels = [] if driver is None else table_of(driver)
             planned = stage.planned
             del stage, batch
     except Exception as error:

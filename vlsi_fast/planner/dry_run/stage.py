@@ -24,7 +24,6 @@ from transformers.initialization import no_init_weights
 
 from ...acceleration import attention_name, use_packing
 from ...attention import VARLEN, set_varlen
-from ...backbones import family_of
 from ...config import RunConfig
 from ...data.collate import Collator
 from ...data.packing import Packer
@@ -37,6 +36,7 @@ from ...stages import STAGE_CLASSES
 from ...stages import stage as stages
 from ...stages.batches import StageCollator, restore_shared, to_device
 from ...stages.interact import InteractStage
+from ...teacher import held
 from ...verbalizer import Verbalizers
 from ..build import Models
 from ..memory import Batch, Setup
@@ -50,8 +50,11 @@ from .tape import Tape
 LOSSES = (AnswerLoss, LogitL2, MatchedDivergence, OwnOutputLoss, PairwiseKL)
 
 
-class _Role(stages.Role):
-    """A role whose checkpoint is not there."""
+VISION_INPUTS = ["pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"]
+
+
+class UnloadedRole(stages.Role):
+    """A role whose checkpoint is not there. Its processor holds what collating rows asks of one."""
 
     facts: dict[str, Any] = {}
 
@@ -59,10 +62,32 @@ class _Role(stages.Role):
         self.name, self.run, self.settings = name, config, getattr(config, name)
         self.folder = Path(self.settings.path)
         self.config, self.layers = models.configs[name], models.layers[name]
+        self.processor = SimpleNamespace(
+            tokenizer=SimpleNamespace(pad_token_id=0), image_processor=SimpleNamespace(model_input_names=VISION_INPUTS)
+        )
 
     def trained_verbalizers(self) -> Verbalizers:
         """Theirs in shape."""
         return Verbalizers(self.spec(), self.run.impl).requires_grad_(False)
+
+
+def stock_model(config, dtype: str, attention: str, depth: int | None = None) -> nn.Module:
+    """A model of a transformers config as `load_backbone` returns one, but as initialised, on the default device."""
+    config = copy.deepcopy(config)
+    if depth is not None:
+        cut_config(config, depth)
+    stock = "sdpa" if attention == VARLEN else attention
+    model = model_class(config)._from_config(config, dtype=getattr(torch, dtype), attn_implementation=stock)
+    model.tie_weights()
+    if attention == VARLEN:
+        set_varlen(model)
+    return model.requires_grad_(False).eval()
+
+
+def backbones_of(module: nn.Module) -> dict[str, VerbalizedBackbone]:
+    """Role -> its backbone in a stage's module."""
+    found = getattr(module, "backbones", None)
+    return {role: found[role] if found is not None else getattr(module, role) for role in module.roles}
 
 
 class DryStage:
@@ -84,7 +109,7 @@ class DryStage:
         self.planned: dict[str, Batch] = {}
         """Role -> its micro-batch, for the planner."""
         stage = self.stage = STAGE_CLASSES[name](self.config)
-        stage.roles = {role: _Role(role, self.config, models) for role in stage.role_names()}
+        stage.roles = {role: UnloadedRole(role, self.config, models) for role in stage.role_names()}
         stage.args = SimpleNamespace(device=DEVICE, deepspeed=self.training.deepspeed)
         stage.teacher_mode = setup.teacher_mode
         self.packed = {role: use_packing(self.config.data.padding_free, self._attention(role)) for role in stage.roles}
@@ -139,35 +164,15 @@ class DryStage:
             return model
         if mode != "replicated":
             self._note(f"the teacher is on the GPU in {dtype}, as in teacher.mode replicated and not {mode}")
-        family = family_of(model.config)
-        backbone = family.backbone(model)
-
-        def run(inputs: dict) -> Tensor:
-            return backbone(**inputs, use_cache=False).last_hidden_state
-
-        return Held(model, run, family.final_norm(model), family.head(model).weight)
+        return held(model)
 
     def _empty(self, role: str, dtype: str, attention: str, depth: int | None) -> nn.Module:
-        config = copy.deepcopy(self.models.configs[role])
-        if depth is not None:
-            cut_config(config, depth)
-        stock = "sdpa" if attention == VARLEN else attention
         with torch.device("meta"), no_init_weights():
-            model = model_class(config)._from_config(config, dtype=getattr(torch, dtype), attn_implementation=stock)
-        model.tie_weights()
-        if attention == VARLEN:
-            set_varlen(model)
-        return model.requires_grad_(False).eval()
-
-    def backbones(self) -> dict[str, VerbalizedBackbone]:
-        """Role -> its backbone in the stage's module."""
-        found = getattr(self.module, "backbones", None)
-        roles = self.module.roles
-        return {role: found[role] if found is not None else getattr(self.module, role) for role in roles}
+            return stock_model(self.models.configs[role], dtype, attention, depth)
 
     def _hold(self, tape: Tape) -> None:
         """Weights to the columns of the planner."""
-        for role, backbone in self.backbones().items():
+        for role, backbone in backbones_of(self.module).items():
             for tensor in (*backbone.model.parameters(), *backbone.model.buffers(), *backbone.parameters()):
                 frozen = role == "teacher" and not tensor.requires_grad
                 tape.hold(tensor, "teacher" if frozen else "parameters")
@@ -177,7 +182,7 @@ class DryStage:
 
     def _watch(self, tape: Tape) -> None:
         """Name the parts of a step by the modules that run."""
-        for role, backbone in self.backbones().items():
+        for role, backbone in backbones_of(self.module).items():
             family = backbone.family
             _part(tape, family.backbone(backbone.model), f"{role} forward")
             for part in family.vision(backbone.model):
@@ -207,11 +212,8 @@ class DryStage:
             for row, encoded in zip(rows, same):
                 row[name] = encoded
         packers = {name: Packer(role.config) for name, role in self.stage.roles.items() if self.packed[name]}
-        vision = ["pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"]
-        stub = SimpleNamespace(
-            tokenizer=SimpleNamespace(pad_token_id=0), image_processor=SimpleNamespace(model_input_names=vision)
-        )
-        collate = Collator(dict.fromkeys(self.stage.roles, stub), packers=packers)
+        processors = {name: role.processor for name, role in self.stage.roles.items()}
+        collate = Collator(processors, packers=packers)
         whole = StageCollator(collate, tuple(self.stage.roles))(rows)
         batch = to_device(whole["batch"], DEVICE)
         restore_shared(batch, whole["facts"])
