@@ -62,7 +62,7 @@ def test_results_are_the_same_to_the_last_bit(impl, dtype):
 
 
 def test_one_conversion_for_all_passes(monkeypatch):
-    """Of teacher and student, over several row blocks; as tensors each block of each pass looks for a scale of its own."""
+    """Of teacher and student, over several row blocks; as tensors each pass looks for a scale of its own."""
     made = []
     scale_of = module.scale_of
     monkeypatch.setattr(module, "scale_of", lambda *a: made.append(1) or scale_of(*a))
@@ -144,7 +144,7 @@ def test_storage_at_the_same_address_is_another():
     head = FrozenHead(weight)
     head.scaled(V)
     before, address = head._made_of, weight.data_ptr()
-    for attempt in range(50):
+    for _ in range(50):
         weight.data = torch.empty(0, dtype=torch.bfloat16, device=DEVICE)
         weight.data = torch.ones(V, DS, dtype=torch.bfloat16, device=DEVICE)
         if weight.data_ptr() == address:

@@ -1,17 +1,17 @@
 """How many rows to multiply at once, so that the tiles of matrix products fill whole waves of a GPU.
 
-A library product of [M, K] x [K, N] is cut into tiles of 128 x 256 results, one to a multiprocessor (SM) at a time. With
-S of them the tiles run in ceil(tiles / S) waves, each as long as K, and a last wave of few tiles costs as much as a
-full one. Per row block of R rows and chunk of C vocabulary rows the streaming pass has two products:
+A library product of [M, K] x [K, N] is cut into tiles of 128 x 256 results, one to a multiprocessor (SM) at a time.
+With S of them the tiles run in ceil(tiles / S) waves, each as long as K, and a last wave of few tiles costs as much as
+a full one. Per row block of R rows and chunk of C vocabulary rows the streaming pass has two products:
 
     logits  [R, Dk] x [Dk, C]    waves(R, C) Dk        expectation  [R, C] x [C, Dv]    waves(R, Dv) C
 
 Their sum over all row blocks, in units of one tile and one column of K, is the measure here; full tiles without any
 last wave would be `rows / 128 C / 256 (Dk + Dv) / S`, and efficiency is that over the measure. An example of the
 expectation alone, Dv = 1536 (6 tiles wide), on 132 SMs (H100, H200): 7168 rows are 336 tiles, 2.55 waves that cost 3,
-85%; 8448 rows are 396 tiles, 3.00 waves, 100%. So of 28672 rows, with room for 9254 at once, four blocks of 7168 cost 12
-waves, while three of 7808 and one of 5248 cost 11. Tile sizes are those that cuBLAS mostly takes for half-precision products of these
-shapes on sm_80 and later, not a promise: nothing but the row blocks depends on them, and no result does.
+85%; 8448 rows are 396 tiles, 3.00 waves, 100%. So of 28672 rows, with room for 9254 at once, four blocks of 7168 cost
+12 waves, while three of 7808 and one of 5248 cost 11. Tile sizes are assumed, as libraries often have them for
+half-precision products on sm_80 and later; nothing but the row blocks depends on them. Not measured on a GPU yet.
 """
 
 from __future__ import annotations

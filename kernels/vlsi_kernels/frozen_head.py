@@ -65,7 +65,9 @@ def weight_of(head: Tensor | FrozenHead | None) -> Tensor | None:
     if not isinstance(head, FrozenHead):
         return head
     if head.weight.requires_grad:
-        raise ValueError("a FrozenHead holds a weight that requires a gradient, so it is trained; pass the weight itself")
+        raise ValueError(
+            "a FrozenHead holds a weight that requires a gradient, so it is trained; pass the weight itself"
+        )
     return head.weight
 
 

@@ -383,9 +383,7 @@ def _rows_at_once(hidden: Tensor, weight: Tensor, need_hidden: bool, options: He
 
 
 @torch.compiler.disable
-def _apply(
-    hidden: Tensor, weight: Tensor | FrozenHead, label_columns: Tensor | None, options: HeadOptions
-) -> Tensor:
+def _apply(hidden: Tensor, weight: Tensor | FrozenHead, label_columns: Tensor | None, options: HeadOptions) -> Tensor:
     weight, frozen = weight_of(weight), frozen_of(weight)
     if not torch.is_grad_enabled():  # a Function cannot see this itself, and would compute what backward needs
         hidden, weight = hidden.detach(), weight.detach()

@@ -67,7 +67,7 @@ class InteractModule(StageModule):
         window: int = 1,
         teach_by: Callable | None = None,
     ):
-        super().__init__()
+        super().__init__(options.heads)
         self.student, self.window = student, window
         if teach_by is None:
             self.teacher = teacher
