@@ -22,7 +22,7 @@ from harness import Case, Run, bar, measure, need_impl, parse, ratio, require_me
 from inputs import LayerProblem, Pair
 from peers import PairLoss, liger_chunked_jsd, liger_fused_jsd, need_compile, not_compiled
 from report import document, draw_rows, finish, print_rows
-from roofline import pass_flops, passes, work
+from roofline import pass_flops, passes, waves_note, work
 from shapes import shape as named
 from torch import Tensor
 
@@ -211,7 +211,8 @@ def roofline_case(problem: LayerProblem, unchunked: bool) -> Case:
         (problem.teacher.flatten(0, 1), problem.teacher_head, head),
         (problem.student.flatten(0, 1), head, head),
     ]
-    return Case(passes(needed, problem.vocab, unchunked), flops=our_flops(problem))
+    note = "" if unchunked else waves_note(needed, problem.vocab)
+    return Case(passes(needed, problem.vocab, unchunked), flops=our_flops(problem), note=note)
 
 
 # ---- the comparison ----

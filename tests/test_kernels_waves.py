@@ -105,3 +105,21 @@ def test_the_gpu_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert multiprocessors(torch.device("cuda", 0)) == 108
     assert multiprocessors(torch.device("cpu")) == _waves.MULTIPROCESSORS == 132
+
+
+def test_table_of_the_benchmark(capsys, monkeypatch):
+    """Nothing in it is dearer than equal blocks, and it says what the operators do."""
+    import json
+
+    import waves
+
+    monkeypatch.setattr("sys.argv", ["waves.py", "--shapes", "72b-to-7b:4096"])
+    waves.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["rows"] for row in rows] == [21 * 4096, 8 * 4096] * 3
+    for row in rows:
+        key = {"teacher": 8192, "student": 3584}[row["pass"]]
+        options = HeadOptions(152064, 1.0, "triton", 2**29)
+        sms = {"A100": 108, "H100, H200": 132, "B200": 148}[row["gpu"]]
+        block, _ = plan_tiles(row["rows"], 3584, torch.float16, options, key=key, sms=sms)
+        assert row["ours"]["block"] == block and row["ours"]["efficiency"] >= row["equal"]["efficiency"]
