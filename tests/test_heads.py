@@ -70,6 +70,11 @@ def two_ranks(tmp_path_factory):
         for role in ("student", "teacher"):
             tree[role]["verbalizers"] = str(folder / "off" / "verbalize" / role)
         jobs.append(f"window_{name}=interact={runs.write_config(tree, path)}")
+    # the student's head is its embedding, which the engine gathers, keeps and releases as it likes
+    runs.make_models(folder / "tied")
+    runs.make_rows(folder / "tied")
+    for name, persist in (("off", False), ("on", True)):
+        jobs.append(f"tied_{name}=sft={config_of(folder / 'tied', folder / f'tied_{name}', persist)}")
     # begun without, continued with
     jobs.append(f"resumed:off:1=interact={config_of(models, folder / 'resumed', True)}")
     port, script = str(28000 + os.getpid() % 1000), runs.ROOT / "tests" / "heads_ranks.py"
@@ -92,7 +97,7 @@ RUNS = [*(("", stage) for stage in STAGES), ("window_", "interact")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("run", "stage"), RUNS)
+@pytest.mark.parametrize(("run", "stage"), [*RUNS, ("tied_", "sft")])
 def test_losses_and_evaluations_are_those_without(two_ranks, run, stage):
     """To the last digit."""
     folder, _ = two_ranks
