@@ -71,6 +71,8 @@ def test_memory_and_traffic_of_two_ranks(tmp_path, checkpointing, persist_heads)
     models, ratios = Models(config), {}
     for stage, measured in json.loads((tmp_path / "found.json").read_text()).items():
         assert len(measured["batches"]) == 1 + persist_heads
+        if persist_heads and stage == "sft":  # it trains its head
+            continue
         moved, peaks = Counter(), []
         for shapes in measured["batches"]:
             batches = {r: Batch(*found["tokens"], found["answers"], found["patches"]) for r, found in shapes.items()}
