@@ -20,7 +20,6 @@ from vlsi_fast.backbones import family_of
 from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions, checkpoint_activations
 from vlsi_fast.losses import AnswerLoss, OperatorOptions, PairwiseKL, pick
 from vlsi_fast.matching import draw_generator, match_layers
-from vlsi_fast.ranks.heads import FrozenHeads
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 LORA_RANK = 64
@@ -228,7 +227,7 @@ class Step:
     def __init__(self, setting: Setting, device: torch.device, dtype: torch.dtype):
         self.setting, self.device, self.dtype = setting, device, dtype
         self.parts, self.batch = Parts(device), make_batch(setting, device)
-        self.options = OperatorOptions(setting.vocab, heads=FrozenHeads(keep=True))  # as stages where memory allows
+        self.options = OperatorOptions(setting.vocab)
         self.count = 0
 
     def model(self, role: str) -> nn.Module:
