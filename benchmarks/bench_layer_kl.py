@@ -22,11 +22,11 @@ from harness import Case, Run, bar, measure, need_impl, parse, ratio, require_me
 from inputs import LayerProblem, Pair
 from peers import PairLoss, liger_chunked_jsd, liger_fused_jsd, need_compile, not_compiled
 from report import document, draw_rows, finish, print_rows
-from roofline import pass_flops, passes, work
+from roofline import pass_flops, passes, waves_note, work
 from shapes import shape as named
 from torch import Tensor
 
-from vlsi_kernels import TeacherTargets, layer_kl_matrix, teacher_targets
+from vlsi_kernels import FrozenHead, TeacherTargets, layer_kl_matrix, teacher_targets
 
 SHAPES = {
     "cuda": [
@@ -48,17 +48,18 @@ TOKEN_CHUNK = 256
 # ---- ours ----
 
 
-def our_case(problem: LayerProblem, impl: str, pairs: list[Pair]) -> Case:
-    """All pairs, and the gradient of `pairs`."""
+def our_case(problem: LayerProblem, impl: str, pairs: list[Pair], frozen: bool = False) -> Case:
+    """All pairs, and the gradient of `pairs`; `frozen`: the student's head is converted once, before the first step."""
     note = need_impl(impl, problem.device)
+    head = FrozenHead(problem.student_weight) if frozen else problem.student_weight
     rows, columns = (list(side) for side in zip(*pairs))
 
     def targets_of() -> TeacherTargets:
-        return teacher_targets(problem.teacher, problem.teacher_weight, problem.student_weight, impl=impl)
+        return teacher_targets(problem.teacher, problem.teacher_weight, head, impl=impl)
 
     def step() -> Tensor:
         leaf = problem.student.detach().requires_grad_()
-        kl = layer_kl_matrix(leaf, problem.student_weight, targets_of(), impl=impl)
+        kl = layer_kl_matrix(leaf, head, targets_of(), impl=impl)
         return torch.autograd.grad(kl[rows, columns].sum(), leaf)[0]
 
     def check() -> dict[str, float]:
@@ -67,9 +68,7 @@ def our_case(problem: LayerProblem, impl: str, pairs: list[Pair]) -> Case:
         everything = [(s, l) for s in range(problem.shape.student_layers) for l in range(problem.shape.teacher_layers)]
         return problem.errors(
             everything,
-            lambda weight: layer_kl_matrix(
-                problem.student, problem.student_weight, targets, token_weight=weight, impl=impl
-            ).flatten(),
+            lambda weight: layer_kl_matrix(problem.student, head, targets, token_weight=weight, impl=impl).flatten(),
             {group: gradient[s] for s, group in groups.items()},
         )
 
@@ -211,7 +210,8 @@ def roofline_case(problem: LayerProblem, unchunked: bool) -> Case:
         (problem.teacher.flatten(0, 1), problem.teacher_head, head),
         (problem.student.flatten(0, 1), head, head),
     ]
-    return Case(passes(needed, problem.vocab, unchunked), flops=our_flops(problem))
+    note = "" if unchunked else waves_note(needed, problem.vocab)
+    return Case(passes(needed, problem.vocab, unchunked), flops=our_flops(problem), note=note)
 
 
 # ---- the comparison ----
@@ -223,6 +223,8 @@ def builders(problem: LayerProblem, run: Run, part: int) -> dict:
     heads = problem.student_head, problem.teacher_head
     found = {f"ours {impl}": partial(our_case, problem, impl, problem.matched) for impl in ("torch", "triton")}
     impl = "triton" if problem.device.type == "cuda" else "torch"
+    if impl == "triton":
+        found["ours triton, frozen head"] = partial(our_case, problem, impl, problem.matched, frozen=True)
     found[f"ours {impl}{many}"] = partial(our_case, problem, impl, problem.candidates)
     found["eager"] = partial(eager_case, problem, problem.matched)
     found["eager, drawn pairs only"] = partial(eager_case, problem, problem.matched, score_all=False)

@@ -18,7 +18,7 @@ from harness import ABSENT, OK, Case, Run, bar, measure, need_impl, parse, ratio
 from inputs import HeadProblem
 from peers import CrossEntropy
 from report import document, draw_rows, finish, print_rows
-from roofline import pass_flops, passes, work
+from roofline import pass_flops, passes, waves_note, work
 from torch import Tensor
 
 from vlsi_kernels import linear_cross_entropy
@@ -67,7 +67,9 @@ def compiled_case(problem: HeadProblem, run: Run, part: int) -> Case:
 def roofline_case(problem: HeadProblem, unchunked: bool) -> Case:
     """The products of the one pass."""
     head = problem.weight[: problem.vocab]
-    return Case(passes([(problem.flat, head, head)], problem.vocab, unchunked), flops=flops(problem))
+    needed = [(problem.flat, head, head)]
+    note = "" if unchunked else waves_note(needed, problem.vocab)
+    return Case(passes(needed, problem.vocab, unchunked), flops=flops(problem), note=note)
 
 
 def builders(problem: HeadProblem, run: Run, part: int) -> dict:

@@ -17,7 +17,8 @@ from meter import tensor_bytes
 from torch import Tensor
 
 from vlsi_kernels import _common
-from vlsi_kernels.head_statistics import tile_dtype
+from vlsi_kernels._waves import multiprocessors, pass_waves
+from vlsi_kernels.frozen_head import tile_dtype
 
 UNCHUNKED_BYTES = {"cuda": 16 * 2**30, "cpu": 512 * 2**20}
 """Scratch of the unchunked products: whole vocabularies for as many rows as this holds."""
@@ -27,8 +28,24 @@ def our_chunks(rows: int, vocab: int, weight: Tensor, values: Tensor | None) -> 
     """Row and vocabulary chunk of one of our passes on weight's device, as "auto" plans them."""
     options = _common.make_options(vocab, (weight,), 1.0, "auto", None, ())
     if options.impl == "triton":
-        return _common.plan_tiles(rows, 0 if values is None else values.shape[1], tile_dtype(values), options)
+        width, sms = 0 if values is None else values.shape[1], multiprocessors(weight.device)
+        return _common.plan_tiles(rows, width, tile_dtype(values), options, key=weight.shape[1], sms=sms)
     return _common.plan_chunks(rows, options, _common.compute_dtype(weight), weight.device)
+
+
+def waves_note(needed: Sequence[tuple[Tensor, Tensor, Tensor | None]], vocab: int) -> str:
+    """Of each pass the rows of a block, waves of both products, and the share of whole waves that does work; nothing on
+    the CPU. See `vlsi_kernels._waves` for the tiles that it assumes."""
+    told = []
+    for hidden, weight, values in needed:
+        if not hidden.is_cuda:
+            continue
+        sms, width = multiprocessors(hidden.device), 0 if values is None else values.shape[1]
+        block, columns = our_chunks(len(hidden), vocab, weight, values)
+        found = pass_waves(len(hidden), block, weight.shape[1], width, columns, sms)
+        waves = f"{found.logits} + {found.expectation} waves of {sms} SMs, {found.efficiency:.0%} full"
+        told.append(f"{len(hidden)} rows in blocks of {block}: {waves}")
+    return "; ".join(told)
 
 
 def whole_vocabulary(rows: int, vocab: int, device: torch.device) -> tuple[int, int]:

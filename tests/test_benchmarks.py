@@ -112,6 +112,7 @@ def test_our_triton_cases_make_a_step():
     network = bench_verb_ffn.Problem(shapes.shape("tiny"), CPU, torch.float32, "input")
     for case in (
         bench_layer_kl.our_case(one, "triton", one.matched),
+        bench_layer_kl.our_case(one, "triton", one.matched, frozen=True),
         bench_verbalize_ce.our_case(head, "triton"),
         bench_divergence.our_case(pair, 0.5, "triton"),
         bench_verb_ffn.our_case(network, "triton", True),

@@ -27,7 +27,7 @@ from vlsi_fast.planner.report import largest
 from vlsi_fast.planner.shapes import model_shape, read_config, shards, shipped_config
 from vlsi_fast.planner.speed import communication_seconds, inside_nodes, operations, over_pcie, speed, traffic
 from vlsi_fast.planner.walk import walk
-from vlsi_fast.planner.window import with_window
+from vlsi_fast.planner.window import resolved_setup, with_window
 
 PAPER = runs.ROOT / "configs" / "qwen2vl_72b_to_7b.yaml"
 ZERO3 = str(runs.ROOT / "configs" / "zero3.json")
@@ -450,6 +450,65 @@ def test_auto_window_is_the_largest_that_fits(paper):
     assert setup_of(paper.models.config, "verbalize", 8).window == 1
 
 
+def test_kept_heads_by_hand(paper):
+    """One gather of each head a step in place of 16; both whole in backward, with the student's float16 copy."""
+    kept, plain = (windowed(paper, 1, **{"training.persist_heads": choice}) for choice in (True, False))
+    heads = {"student": 152064 * 3584, "teacher": 152064 * 8192}
+    for role, size in heads.items():
+        saved = traffic(plain)[f"{role} gathers"] - traffic(kept)[f"{role} gathers"]
+        assert saved == pytest.approx(2 * size * 15 / 16, rel=1e-12)
+    assert operations(kept) == operations(plain)
+    found, expected = (dict(walk(step).moments) for step in (kept, plain))
+    copy = 2 * 152064 * 3584
+    whole = 2 * sum(heads.values()) + copy
+    for moment in ("student forward", "teacher forward", "student backward, layer 3"):
+        assert found[moment] - expected[moment] == whole, moment
+    assert found["optimizer step"] == expected["optimizer step"] and found["at rest"] == expected["at rest"]
+    chunk = 2 * 8064 * 3584  # converted anew in every pass
+    assert found["teacher statistics"] - expected["teacher statistics"] == copy - chunk
+    # the window's forward comes first where it is the only one of the step: no head is whole then
+    first, later = (dict(walk(windowed(paper, n, **{"training.persist_heads": True})).moments) for n in (16, 8))
+    without = [dict(walk(windowed(paper, n, **{"training.persist_heads": False})).moments) for n in (16, 8)]
+    assert first["teacher forward"] == without[0]["teacher forward"]
+    assert later["teacher forward"] - without[1]["teacher forward"] == whole
+    for window in (8, 16):  # and the targets need no gather of their own
+        step = windowed(paper, window, **{"training.persist_heads": True})
+        other = windowed(paper, window, **{"training.persist_heads": False})
+        saved = traffic(other)["student gathers"] - traffic(step)["student gathers"]
+        assert saved == pytest.approx(2 * heads["student"] * (1 + 1 / window - 1 / 16), rel=1e-12)
+
+
+def test_copies_of_heads_that_nobody_shards(paper):
+    """Without DeepSpeed nothing is gathered, and the copy stays for the run."""
+    options = {"training.deepspeed": None}
+    kept, plain = (windowed(paper, 1, **options, **{"training.persist_heads": choice}) for choice in (True, False))
+    assert traffic(kept) == traffic(plain)
+    found, expected = (dict(walk(step).moments) for step in (kept, plain))
+    for moment in ("student forward", "student backward, layer 3", "optimizer step"):
+        assert found[moment] - expected[moment] == 2 * 152064 * 3584, moment
+
+
+def test_auto_keeps_heads_where_they_fit(paper):
+    """After the window, which takes what it can."""
+
+    def resolved(memory, choice="auto", stage="interact", device="cuda", **changes):
+        models = copy.copy(paper.models)
+        models.config = load_config(PAPER, {"training.persist_heads": choice, "teacher.window": 1} | changes)
+        setup = setup_of(models.config, stage, 8, device)
+        return resolved_setup(models, stage, setup, lambda shape: Batch(2, 1024, 128, 2 * 256 * 4), memory)
+
+    need = 1.1 * walk(windowed(paper, 1, **{"training.persist_heads": True})).peak.total
+    assert resolved(need + 1).persist_heads and not resolved(need - 1).persist_heads
+    assert resolved(1, True).persist_heads and not resolved(10**15, False).persist_heads
+    assert not resolved(10**15, device="cpu").persist_heads
+    assert resolved(10**15, stage="verbalize").persist_heads and not resolved(10**15, stage="sft").persist_heads
+    assert resolved(10**15, stage="sft", **{"sft.method": "lora"}).persist_heads
+    both = resolved(10**15, **{"teacher.window": "auto"})
+    assert both.persist_heads and both.window == 16
+    narrow = 1.1 * walk(windowed(paper, 16)).peak.total + 1
+    assert resolved(narrow, **{"teacher.window": "auto"}).window == 16
+
+
 def test_offload_over_pcie_once_a_window(paper):
     one, four = (windowed(paper, window, **{"teacher.mode": "offload"}) for window in (1, 4))
     assert over_pcie(four) == over_pcie(one) / 4
@@ -542,6 +601,7 @@ def test_table_of_the_docs_is_what_the_command_prints(capsys):
                 f"{stage['micro_batch']} / {stage['largest_micro_batch']}"
             ),
             "teacher's window, micro-batches": str(stage["teacher_window"]) if stage["stage"] == "interact" else "-",
+            "frozen heads kept for the step": "yes" if stage["persist_heads"] else "no",
             "TFLOP a row": f"{sum(stage['flops_per_sample'].values()) / 1e12:.0f}",
             "GB gathered and reduced a micro-batch": f"{moved:.0f}",
             "communication, share of the step if none is hidden": f"{one['communication_share']:.0%}",

@@ -173,6 +173,11 @@ class TrainingConfig(Section):
     another; rows of like length together where there is padding. per_device_train_batch_size is then a mean. The rows
     of a step stay, and so does the loss in verbalize and sft; interact matches layers by micro-batch, so its matches
     differ."""
+    persist_heads: Literal["auto", True, False] = "auto"
+    """Keep frozen language heads whole from the first micro-batch of an optimizer step to the last: with ZeRO-3 each is
+    gathered once a step, as if below stage3_param_persistence_threshold until then, and with the fused kernels its
+    float16 copy is made once a step (without ZeRO-3 once a run). Losses are the same. auto: on CUDA where both fit on
+    paper (`vlsi-fast plan`), else false."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay (matrices only)."""
     adam_beta2: float = Field(0.999, gt=0, lt=1)

@@ -140,7 +140,7 @@ def identity_of(
     """
     settings = config.stage_training(stage)
     dump, training = config.model_dump(), settings.model_dump()
-    for name in ("logging_steps", "save_steps", "save_minutes", "save_total_limit", "report_to"):
+    for name in ("logging_steps", "save_steps", "save_minutes", "save_total_limit", "report_to", "persist_heads"):
         del training[name]  # may change between a run and its continuation
     for name in () if settings.evaluations_decide else EVALUATION:
         del training[name]

@@ -19,14 +19,22 @@ All losses are means over the N tokens, one number a layer; the caller sums over
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from vlsi_kernels import TeacherTargets, layer_kl_matrix, linear_cross_entropy, linear_divergence, teacher_targets
+from vlsi_kernels import (
+    FrozenHead,
+    TeacherTargets,
+    layer_kl_matrix,
+    linear_cross_entropy,
+    linear_divergence,
+    teacher_targets,
+)
+from vlsi_kernels.frozen_head import weight_of
 
-from .ranks.sharding import gathered
+from .ranks.heads import FrozenHeads
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class OperatorOptions:
     """Rows of both heads that take part: the vocabulary shared by teacher and student."""
     impl: str = "auto"
     """Implementation (`vlsi_kernels`)."""
+    heads: FrozenHeads = field(default_factory=FrozenHeads)
+    """How frozen heads are read; one for all losses of a stage."""
 
 
 class AnswerLoss(nn.Module):
@@ -57,11 +67,11 @@ class AnswerLoss(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of each layer: hidden [L, N, d], labels [N] -> [L] float32 (0 where N is 0)."""
         layers, tokens = hidden.shape[:2]
-        with gathered(self._frozen):
-            weight = self._frozen[0] if self._frozen else self.weight
+        with self.options.heads.whole(self._frozen) as frozen:
+            weight = frozen[0] if frozen else self.weight
             if torch.is_autocast_enabled(hidden.device.type):  # trained weights are float32 there; compute is not
                 dtype = torch.get_autocast_dtype(hidden.device.type)
-                hidden, weight = hidden.to(dtype), weight.to(dtype)
+                hidden, weight = hidden.to(dtype), weight if isinstance(weight, FrozenHead) else weight.to(dtype)
             loss = linear_cross_entropy(
                 hidden.flatten(0, 1),
                 weight,
@@ -93,9 +103,9 @@ class OwnOutputLoss(nn.Module):
         options = {"vocab_size": self.options.vocab_size, "impl": self.options.impl}
         if torch.is_autocast_enabled(hidden.device.type):  # as in AnswerLoss
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        with gathered(self._frozen):
-            weight = self._frozen[0].detach()
-            targets = teacher_targets(last[None], weight, weight, **options)
+        with self.options.heads.whole(self._frozen) as (head,):
+            weight = weight_of(head)
+            targets = teacher_targets(last[None], weight, head, **options)
             if self.with_answers:
                 neg_entropy, expectation = targets.neg_entropy, targets.expectation
                 rows = self.options.vocab_size  # a label beyond them is no token of this head: NaN stops the stage
@@ -104,7 +114,7 @@ class OwnOutputLoss(nn.Module):
                 targets = targets._replace(
                     neg_entropy=torch.cat([neg_entropy, sure]), expectation=torch.cat([expectation, answers])
                 )
-            return layer_kl_matrix(hidden, weight, targets, **options).sum(1)
+            return layer_kl_matrix(hidden, head, targets, **options).sum(1)
 
 
 class PairwiseKL(nn.Module):
@@ -123,21 +133,20 @@ class PairwiseKL(nn.Module):
 
         Differentiable in student.
         """
-        student_weight, teacher_weight = self._weights
         options = self._options(temperature)
         if isinstance(teacher, TeacherTargets):
-            with gathered([student_weight]):
-                return layer_kl_matrix(student, student_weight, teacher, **options)
-        with gathered(self._weights):
-            targets = teacher_targets(teacher, teacher_weight, student_weight, **options)
-            return layer_kl_matrix(student, student_weight, targets, **options)
+            with self.options.heads.whole(self._weights[:1]) as (head,):
+                return layer_kl_matrix(student, head, teacher, **options)
+        with self.options.heads.whole(self._weights) as (head, teacher_head):
+            targets = teacher_targets(teacher, weight_of(teacher_head), head, **options)
+            return layer_kl_matrix(student, head, targets, **options)
 
     def targets(self, teachers: Iterable[Tensor], temperature: float = 1.0) -> list[TeacherTargets]:
         """What `forward` needs of each micro-batch's teacher [L, N_i, d_l]: neg_entropy [L, N_i] and expectation
         [L, N_i, d_s], float32."""
-        student_weight, teacher_weight = self._weights
-        with gathered(self._weights):
-            return [teacher_targets(t, teacher_weight, student_weight, **self._options(temperature)) for t in teachers]
+        with self.options.heads.whole(self._weights) as (head, teacher_head):
+            weight, options = weight_of(teacher_head), self._options(temperature)
+            return [teacher_targets(t, weight, head, **options) for t in teachers]
 
     def _options(self, temperature: float) -> dict:
         return {"vocab_size": self.options.vocab_size, "temperature": temperature, "impl": self.options.impl}
@@ -162,13 +171,12 @@ class MatchedDivergence(nn.Module):
         Differentiable in student.
         """
         layers, tokens = student.shape[:2]
-        with gathered(self._weights):
-            student_weight, teacher_weight = (weight.detach() for weight in self._weights)
+        with self.options.heads.whole(self._weights) as (head, teacher_head):
             loss = linear_divergence(
                 student.flatten(0, 1),
-                student_weight,
+                head,
                 teacher.detach().flatten(0, 1),
-                teacher_weight,
+                weight_of(teacher_head),
                 beta=self.beta,
                 reduction="none",
                 temperature=temperature,
@@ -193,8 +201,8 @@ class LogitL2(nn.Module):
 
     @torch.no_grad()
     def _make_grams(self) -> tuple[Tensor, Tensor, Tensor]:
-        with gathered(self._weights):
-            ws, wl = (w[: self.options.vocab_size] for w in self._weights)
+        with self.options.heads.whole(self._weights) as heads:
+            ws, wl = (weight_of(head)[: self.options.vocab_size] for head in heads)
             pairs = ((wl, wl), (wl, ws), (ws, ws))
             grams = [wl.new_zeros(a.shape[1], b.shape[1], dtype=torch.float32) for a, b in pairs]
             for start in range(0, self.options.vocab_size, 16384):

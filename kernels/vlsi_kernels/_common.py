@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._triton import interpreted, triton
+from ._waves import row_block
 
 IMPLS = ("auto", "torch", "reference", "triton")
 REDUCTIONS = ("mean", "sum", "none")
@@ -235,11 +236,15 @@ def plan_chunks(
     return row_chunk, min(vocab_chunk, options.vocab_size)
 
 
-def plan_tiles(rows: int, width: int, tile_dtype: torch.dtype, options: HeadOptions) -> tuple[int, int]:
+def plan_tiles(
+    rows: int, width: int, tile_dtype: torch.dtype, options: HeadOptions, *, key: int = 0, sms: int | None = None
+) -> tuple[int, int]:
     """Row and vocabulary chunk of the Triton path: rows first, since they decide whether a matrix product fills a GPU.
 
     Counted against the workspace: float32 logits and the tile made of them in `tile_dtype`, a float32 sum of `width`
     columns per row, and a converted chunk of the values. The vocabulary is cut into equal chunks, multiples of 128.
+    Rows are cut into as few blocks as fit: equal ones, or, for a pass with hidden states of width `key` on a GPU of
+    `sms` multiprocessors, blocks whose products fill whole waves (see `_waves.row_block`).
     """
     rows, vocab_chunk = max(1, rows), min(MAX_TILE_COLUMNS, max(1, options.vocab_size))
     per_row = 4 * width + (4 + tile_dtype.itemsize) * vocab_chunk
@@ -252,6 +257,8 @@ def plan_tiles(rows: int, width: int, tile_dtype: torch.dtype, options: HeadOpti
     chunks = math.ceil(options.vocab_size / vocab_chunk)
     if chunks > 1:
         vocab_chunk = min(math.ceil(options.vocab_size / chunks / 128) * 128, MAX_TILE_COLUMNS)
+    if sms is not None:
+        return row_block(rows, limit, key, width, vocab_chunk, sms), vocab_chunk
     return math.ceil(rows / math.ceil(rows / limit)), vocab_chunk
 
 

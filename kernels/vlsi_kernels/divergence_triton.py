@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ._common import MAX_TILE_COLUMNS, HeadOptions, compute_dtype, plan_chunks, plan_tiles, product
 from ._triton import constant, jit, tl
-from .head_statistics import BLOCK_WIDTH, TileValues, block_of, tile_dtype
+from .frozen_head import FrozenHead, TileValues, tile_dtype
+from .head_statistics import BLOCK_WIDTH, block_of
 
 # log(q / p) is not let below this: q is then under 1e-34 and counts for nothing, but exp of more would overflow.
 LOWEST_LOG_RATIO = -80.0
@@ -256,7 +257,9 @@ TILE_COLUMNS = MAX_TILE_COLUMNS // 2
 class TritonTiles:
     """Fused kernels; the library's matrix products stand around them. Holds the buffers of one call."""
 
-    def __init__(self, heads: HeadPair, options: DivergenceOptions, with_product: bool):
+    def __init__(
+        self, heads: HeadPair, options: DivergenceOptions, with_product: bool, frozen: FrozenHead | None = None
+    ):
         self.options = options
         self.row_chunk, self.vocab_chunk = plan(heads, options, with_product)
         self.block = {"LOWEST": LOWEST_LOG_RATIO, "BLOCK": block_of(self.vocab_chunk)}
@@ -265,7 +268,7 @@ class TritonTiles:
         self.buffers = torch.empty(size, dtype=torch.float32, device=weight.device)
         self.pair, self.unit = None, 1.0  # what is multiplied; what one unit of the products is worth
         if with_product:
-            self.values = TileValues(weight, options.head.vocab_size, self.vocab_chunk)
+            self.values = TileValues(frozen or weight, options.head.vocab_size, self.vocab_chunk)
             self.unit = 1.0 if self.values.scale is None else 1.0 / self.values.scale
             self.pair = torch.empty(size, dtype=tile_dtype(weight), device=weight.device).flatten(0, 1)
 

@@ -40,6 +40,8 @@ from ._common import (
     spans,
 )
 from ._triton import constant, jit, tl
+from ._waves import multiprocessors
+from .frozen_head import FrozenHead, TileValues, tile_dtype, weight_of
 
 # Without a host sync to pay for (CPU), sums are rescaled only when some row's maximum has grown by more than this:
 # exp(16) times a vocabulary is far from overflow, and the accuracy of floating-point sums does not depend on scale.
@@ -48,8 +50,6 @@ RESCALE_MARGIN = 16.0
 # the row is rescaled (float16 ends at 2^16). Below 2^-14 float16 loses digits, 2^-22 of the largest and less.
 LOG2_TOP = constant(8.0)
 LOG2_LIMIT = constant(15.9)
-# Half-precision values are scaled by a power of two so that the largest is between 2^9 and 2^10.
-VALUE_EXPONENT = 10
 BLOCK_WIDTH = 1024
 
 
@@ -185,42 +185,13 @@ class RowState:
         return self.numbers[2]
 
 
-def tile_dtype(values: Tensor | None) -> torch.dtype:
-    """In what the exponentials are stored and multiplied with `values`."""
-    return torch.float32 if values is None or values.dtype == torch.float32 else torch.float16
-
-
-class TileValues:
-    """Chunks of values [V, D] in the dtype that the exponentials are multiplied in."""
-
-    def __init__(self, values: Tensor, vocab_size: int, chunk: int):
-        self.values, self.scale, self.buffer = values, None, None
-        if values.dtype == torch.bfloat16:
-            # bfloat16's range is wider than float16's: a power of two, found on the device, brings the largest below
-            # 2^10, where what underflows is below 2^-34 of it
-            largest = torch.linalg.vector_norm(values[:vocab_size], math.inf, dtype=torch.float32)
-            self.scale = torch.ldexp(torch.ones_like(largest), VALUE_EXPONENT - torch.frexp(largest).exponent)
-            self.buffer = values.new_empty(chunk, values.shape[1], dtype=torch.float16)
-
-    def __getitem__(self, chunk: slice) -> Tensor:
-        if self.scale is None:
-            return self.values[chunk]
-        return torch.mul(self.values[chunk], self.scale, out=self.buffer[: chunk.stop - chunk.start])
-
-    def normalise(self, total: Tensor, rounded_total: Tensor) -> None:
-        """Divides the accumulated product [R, D] by the exponentials' sum [R] and the scale, in place."""
-        if self.scale is not None:
-            rounded_total = rounded_total * self.scale
-        total.mul_(rounded_total.reciprocal().float()[:, None])
-
-
 # ---- streaming implementation ----
 
 
 def stream_head_statistics(
     hidden: Tensor,  # [N, Dk]
     weight: Tensor,  # [V, Dk]
-    values: Tensor | None,  # [V, Dv]
+    values: Tensor | FrozenHead | None,  # [V, Dv]
     options: HeadOptions,
     *,
     with_mean: bool = True,
@@ -230,23 +201,25 @@ def stream_head_statistics(
     No checks and no autograd: the operators of this package build on it.
     """
     if options.vocab_size == 0:  # a shard of nothing but padding
-        dtype = compute_dtype(hidden, weight, values)
+        plain = weight_of(values)
+        dtype = compute_dtype(hidden, weight, plain)
         empty = hidden.new_zeros(hidden.shape[0], dtype=dtype)
-        expectation = None if values is None else hidden.new_zeros(hidden.shape[0], values.shape[1], dtype=dtype)
+        expectation = None if plain is None else hidden.new_zeros(hidden.shape[0], plain.shape[1], dtype=dtype)
         result = (empty - math.inf, empty if with_mean else None, expectation)
     elif options.impl == "triton":
         result = _stream_triton(hidden, weight, values, options, with_mean)
     else:
-        result = _stream_torch(hidden, weight, values, options, with_mean)
+        result = _stream_torch(hidden, weight, weight_of(values), options, with_mean)
     return result if options.shard is None else _merge_over_group(*result, options.shard)
 
 
 def _stream_triton(
-    hidden: Tensor, weight: Tensor, values: Tensor | None, options: HeadOptions, with_mean: bool
+    hidden: Tensor, weight: Tensor, values: Tensor | FrozenHead | None, options: HeadOptions, with_mean: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    rows, width = hidden.shape[0], 0 if values is None else values.shape[1]
-    low = tile_dtype(values)
-    row_chunk, vocab_chunk = plan_tiles(rows, width, low, options)
+    rows, width = hidden.shape[0], 0 if values is None else weight_of(values).shape[1]
+    low = tile_dtype(weight_of(values))
+    key, sms = hidden.shape[1], multiprocessors(hidden.device)
+    row_chunk, vocab_chunk = plan_tiles(rows, width, low, options, key=key, sms=sms)
     logsumexp = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     mean = torch.empty_like(logsumexp) if with_mean else None
     expectation = None if values is None else torch.empty(rows, width, dtype=torch.float32, device=hidden.device)
@@ -381,7 +354,7 @@ def _merge_over_group(
 def head_statistics(
     hidden: Tensor,
     weight: Tensor,
-    values: Tensor | None = None,
+    values: Tensor | FrozenHead | None = None,
     *,
     vocab_size: int | None = None,
     temperature: float = 1.0,
@@ -397,7 +370,8 @@ def head_statistics(
     Args:
         hidden: [N, Dk] float32, bfloat16, float16 or float64; N may be 0.
         weight: [V, Dk] head that gives the logits.
-        values: [V', Dv] rows to average under the distribution, or None.
+        values: [V', Dv] rows to average under the distribution, or None. As a `FrozenHead` they are converted for the
+            fused kernels once and not in every call.
         vocab_size: rows of the heads that take part; None: as many as the shorter head has. Rows beyond are never read.
         temperature: logits are divided by it.
         impl: "triton": fused kernels on CUDA; "torch": streaming in plain PyTorch; "reference": dense float64; "auto":
@@ -421,17 +395,17 @@ def head_statistics(
     check_tensor("hidden", hidden, ("N", "Dk"))
     check_tensor("weight", weight, ("V", "Dk"))
     check_width("hidden", hidden.shape[1], "weight", weight.shape[1])
-    heads = (weight,)
-    if values is not None:
-        check_tensor("values", values, ("V", "Dv"))
-        heads = (weight, values)
-    check_same_device(hidden=hidden, weight=weight, values=values)
+    heads, plain = (weight,), weight_of(values)
+    if plain is not None:
+        check_tensor("values", plain, ("V", "Dv"))
+        heads = (weight, plain)
+    check_same_device(hidden=hidden, weight=weight, values=plain)
     options = make_options(vocab_size, heads, temperature, impl, workspace_bytes, (hidden,), shard)
     if options.impl == "reference":
         stats = reference_head_statistics(
-            hidden, weight, values, vocab_size=options.vocab_size, temperature=options.temperature
+            hidden, weight, plain, vocab_size=options.vocab_size, temperature=options.temperature
         )
-        dtype = compute_dtype(hidden, weight, values)
+        dtype = compute_dtype(hidden, weight, plain)
         return HeadStatistics(*(None if t is None else t.to(dtype) for t in stats))
     return HeadStatistics(*stream_head_statistics(hidden, weight, values, options))
 

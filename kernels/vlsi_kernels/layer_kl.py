@@ -33,6 +33,7 @@ from ._common import (
     spans,
 )
 from ._triton import jit, tl
+from .frozen_head import FrozenHead, frozen_of, weight_of
 from .head_statistics import reference_head_statistics, stream_head_statistics
 
 
@@ -242,13 +243,16 @@ class _LayerKL(torch.autograd.Function):
         share: Tensor,
         targets: TeacherTargets,
         options: HeadOptions,
+        frozen: FrozenHead | None,
     ) -> Tensor:
         layers, tokens, width = student_hidden.shape
         need_grad = ctx.needs_input_grad[0]
+        if frozen is not None:
+            student_weight = frozen.weight  # the same object, by which the pass knows key and values to be one
         logsumexp, _, expectation = stream_head_statistics(
             student_hidden.reshape(layers * tokens, width),
             student_weight,
-            student_weight if need_grad else None,
+            (frozen or student_weight) if need_grad else None,
             options,
             with_mean=False,
         )
@@ -266,7 +270,7 @@ class _LayerKL(torch.autograd.Function):
         if ctx.options.impl == "triton":
             share = (share / ctx.options.temperature).float()
             result = _pair_gradient_triton(student, teacher, share, grad, ctx.hidden_dtype)
-            return result, None, None, None, None
+            return result, None, None, None, None, None
         total = torch.zeros_like(student)
         difference = torch.empty_like(student)
         # Elementwise on purpose: e - g cancels as the student converges, and a product with g alone would have to
@@ -276,7 +280,7 @@ class _LayerKL(torch.autograd.Function):
             total.addcmul_(difference, grad[:, layer, None, None].to(student.dtype))
         total.mul_((share / ctx.options.temperature).to(student.dtype)[:, None])
         total.masked_fill_((share == 0)[:, None], 0.0)
-        return total.to(ctx.hidden_dtype), None, None, None, None
+        return total.to(ctx.hidden_dtype), None, None, None, None, None
 
 
 def _layer_kl_tokens(
@@ -305,7 +309,7 @@ def _layer_kl_tokens(
 def teacher_targets(
     hidden: Tensor,
     weight: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | FrozenHead,
     *,
     vocab_size: int | None = None,
     temperature: float = 1.0,
@@ -320,7 +324,8 @@ def teacher_targets(
     Args:
         hidden: [L, N, Dl] verbalized hidden states of the teacher; float32, bfloat16, float16 or float64; N may be 0.
         weight: [V, Dl] the teacher's head.
-        student_weight: [V', Ds] the student's head, over the same tokens; V' may differ from V by padding rows.
+        student_weight: [V', Ds] the student's head, over the same tokens; V' may differ from V by padding rows. As a
+            `FrozenHead` it is converted for the fused kernels once, for this and all other passes.
         vocab_size: rows of both heads that take part; None: the shorter head's. Rows beyond are never read.
         temperature: the teacher's logits are divided by it; the student's must be divided by the same.
         impl: as for `head_statistics`.
@@ -337,23 +342,24 @@ def teacher_targets(
         ImportError: impl="triton" without Triton.
     """
     check_tensor("hidden", hidden, ("L", "N", "Dl"))
+    student = weight_of(student_weight)
     check_tensor("weight", weight, ("V", "Dl"))
-    check_tensor("student_weight", student_weight, ("V'", "Ds"))
+    check_tensor("student_weight", student, ("V'", "Ds"))
     check_width("hidden", hidden.shape[2], "weight", weight.shape[1])
-    check_same_device(hidden=hidden, weight=weight, student_weight=student_weight)
-    heads = (weight, student_weight)
+    check_same_device(hidden=hidden, weight=weight, student_weight=student)
+    heads = (weight, student)
     options = make_options(vocab_size, heads, temperature, impl, workspace_bytes, (hidden,), shard)
     flat = hidden.flatten(0, 1)
     if options.impl == "reference":
         lse, mean, expectation = reference_head_statistics(
-            flat, weight, student_weight, vocab_size=options.vocab_size, temperature=options.temperature
+            flat, weight, student, vocab_size=options.vocab_size, temperature=options.temperature
         )
     else:
         lse, mean, expectation = stream_head_statistics(flat, weight, student_weight, options)
-    dtype = compute_dtype(hidden, weight, student_weight)
+    dtype = compute_dtype(hidden, weight, student)
     return TeacherTargets(
         (mean - lse).to(dtype).view(hidden.shape[:2]),
-        expectation.to(dtype).view(*hidden.shape[:2], student_weight.shape[1]),
+        expectation.to(dtype).view(*hidden.shape[:2], student.shape[1]),
         options.vocab_size,
         options.temperature,
     )
@@ -361,7 +367,7 @@ def teacher_targets(
 
 def layer_kl_matrix(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | FrozenHead,
     targets: TeacherTargets,
     *,
     token_weight: Tensor | None = None,
@@ -378,7 +384,8 @@ def layer_kl_matrix(
 
     Args:
         student_hidden: [S, N, Ds] verbalized hidden states of the student; float32, bfloat16, float16 or float64.
-        student_weight: [V', Ds] the student's frozen head, the one that the targets were built with.
+        student_weight: [V', Ds] the student's frozen head, the one that the targets were built with; as for
+            `teacher_targets`.
         targets: from `teacher_targets`, for the same N tokens.
         token_weight: [N] non-negative weights of the tokens, or None for equal ones. A token of weight 0 has no
             influence at all. No gradient.
@@ -399,23 +406,29 @@ def layer_kl_matrix(
         TypeError: dtypes other than the four; float64 for impl="triton".
         ImportError: impl="triton" without Triton.
     """
+    weight, frozen = weight_of(student_weight), frozen_of(student_weight)
     options = _checked_options(
-        student_hidden, student_weight, targets, token_weight, vocab_size, temperature, impl, workspace_bytes, shard
+        student_hidden, weight, targets, token_weight, vocab_size, temperature, impl, workspace_bytes, shard
     )
     share = _token_share(token_weight, student_hidden)
     if options.impl == "reference":
-        dtype = compute_dtype(student_hidden, student_weight, targets.expectation)
-        return _weighted_mean(_reference_from_targets(student_hidden, student_weight, targets), share).to(dtype)
-    return _apply(student_hidden, student_weight.detach(), share, targets, options)
+        dtype = compute_dtype(student_hidden, weight, targets.expectation)
+        return _weighted_mean(_reference_from_targets(student_hidden, weight, targets), share).to(dtype)
+    return _apply(student_hidden, weight.detach(), share, targets, options, frozen)
 
 
 @torch.compiler.disable
 def _apply(
-    student_hidden: Tensor, student_weight: Tensor, share: Tensor, targets: TeacherTargets, options: HeadOptions
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    share: Tensor,
+    targets: TeacherTargets,
+    options: HeadOptions,
+    frozen: FrozenHead | None,
 ) -> Tensor:
     if not torch.is_grad_enabled():  # a Function cannot see this itself, and would compute what backward needs
         student_hidden = student_hidden.detach()
-    return _LayerKL.apply(student_hidden, student_weight, share, targets, options)
+    return _LayerKL.apply(student_hidden, student_weight, share, targets, options, frozen)
 
 
 def _token_share(token_weight: Tensor | None, student_hidden: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ from ._common import (
     spans,
 )
 from ._triton import jit, tl
+from ._waves import multiprocessors
+from .frozen_head import FrozenHead, frozen_of, weight_of
 from .head_statistics import block_of, stream_head_statistics
 
 # ---- reference ----
@@ -262,8 +264,17 @@ class _LinearLogsumexp(torch.autograd.Function):
     """logsumexp [N], less the label's logit where labels are given."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, label_columns: Tensor | None, options: HeadOptions) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        label_columns: Tensor | None,
+        options: HeadOptions,
+        frozen: FrozenHead | None,
+    ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        if frozen is not None:
+            weight = frozen.weight  # the same object, by which the pass knows key and values to be one
         dtype = compute_dtype(hidden, weight)
         logsumexp = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
         result = logsumexp if label_columns is None else torch.empty_like(logsumexp)
@@ -271,7 +282,7 @@ class _LinearLogsumexp(torch.autograd.Function):
         direction = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
         for block in spans(hidden.shape[0], _rows_at_once(hidden, weight, need_hidden, options)):
             logsumexp[block], _, expectation = stream_head_statistics(
-                hidden[block], weight, weight if need_hidden else None, options, with_mean=False
+                hidden[block], weight, (frozen or weight) if need_hidden else None, options, with_mean=False
             )
             if label_columns is not None:
                 logit, expectation = _subtract_label(hidden[block], weight, label_columns[block], expectation, options)
@@ -295,22 +306,24 @@ class _LinearLogsumexp(torch.autograd.Function):
             grad_hidden.masked_fill_((grad == 0)[:, None], 0.0)  # an ignored token's hidden state may be anything
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(grad, hidden, weight, label_columns, logsumexp, ctx.options)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _rows_at_once(hidden: Tensor, weight: Tensor, need_hidden: bool, options: HeadOptions) -> int:
     """Rows whose float32 expectations are alive at once: one row block of the stream below."""
     rows, width = hidden.shape[0], weight.shape[1] if need_hidden else 0
     if options.impl == "triton":
-        return plan_tiles(rows, width, hidden.dtype, options)[0]
+        sms = multiprocessors(hidden.device)
+        return plan_tiles(rows, width, hidden.dtype, options, key=hidden.shape[1], sms=sms)[0]
     return plan_chunks(rows, options, compute_dtype(hidden, weight), hidden.device, width)[0]
 
 
 @torch.compiler.disable
-def _apply(hidden: Tensor, weight: Tensor, label_columns: Tensor | None, options: HeadOptions) -> Tensor:
+def _apply(hidden: Tensor, weight: Tensor | FrozenHead, label_columns: Tensor | None, options: HeadOptions) -> Tensor:
+    weight, frozen = weight_of(weight), frozen_of(weight)
     if not torch.is_grad_enabled():  # a Function cannot see this itself, and would compute what backward needs
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearLogsumexp.apply(hidden, weight, label_columns, options)
+    return _LinearLogsumexp.apply(hidden, weight, label_columns, options, frozen)
 
 
 # ---- public functions ----
@@ -318,7 +331,7 @@ def _apply(hidden: Tensor, weight: Tensor, label_columns: Tensor | None, options
 
 def linear_logsumexp(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenHead,
     *,
     vocab_size: int | None = None,
     temperature: float = 1.0,
@@ -330,7 +343,8 @@ def linear_logsumexp(
 
     Args:
         hidden: [N, D] float32, bfloat16, float16 or float64; N may be 0. Differentiable.
-        weight: [V, D] head. Differentiable where it requires a gradient (which costs a second pass, in backward).
+        weight: [V, D] head. Differentiable where it requires a gradient (which costs a second pass, in backward). One
+            that is not trained may be a `FrozenHead`, which is converted for the fused kernels once.
         vocab_size: rows of the head that take part (None: all). Rows beyond are never read; their gradient is 0.
         temperature: logits are divided by it.
         impl: as for `head_statistics`.
@@ -348,16 +362,17 @@ def linear_logsumexp(
     """
     options = _checked_options(hidden, weight, None, vocab_size, temperature, impl, workspace_bytes, shard)
     if options.impl == "reference":
+        plain = weight_of(weight)
         result = reference_linear_logsumexp(
-            hidden, weight, vocab_size=options.vocab_size, temperature=options.temperature
+            hidden, plain, vocab_size=options.vocab_size, temperature=options.temperature
         )
-        return result.to(compute_dtype(hidden, weight))
+        return result.to(compute_dtype(hidden, plain))
     return _apply(hidden, weight, None, options)
 
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenHead,
     labels: Tensor,
     *,
     ignore_index: int = -100,
@@ -376,7 +391,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: [N, D] float32, bfloat16, float16 or float64; N may be 0. Differentiable.
-        weight: [V, D] head. Differentiable where it requires a gradient; a frozen one costs no pass in backward.
+        weight: [V, D] head. Differentiable where it requires a gradient; a frozen one costs no pass in backward, and
+            may be a `FrozenHead`, which is converted for the fused kernels once.
         labels: [N] int64 or int32, already shifted; each in 0..vocab_size - 1, or ignore_index.
         ignore_index: tokens with this label give loss 0 and no gradient, and do not count in the mean.
         reduction: "mean" over the tokens that count, "sum", or "none".
@@ -418,9 +434,10 @@ def linear_cross_entropy(
         columns = columns - shard.start
         columns = torch.where((columns >= 0) & (columns < options.vocab_size), columns, -1)
     if options.impl == "reference":
+        plain = weight_of(weight)
         loss = reference_linear_cross_entropy(
-            hidden, weight, columns, ignore_index=-1, vocab_size=options.vocab_size, temperature=options.temperature
-        ).to(compute_dtype(hidden, weight))
+            hidden, plain, columns, ignore_index=-1, vocab_size=options.vocab_size, temperature=options.temperature
+        ).to(compute_dtype(hidden, plain))
     else:
         loss = _apply(hidden, weight, columns, options)
     if labels.device.type != "cpu":
@@ -430,7 +447,7 @@ def linear_cross_entropy(
 
 def _checked_options(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenHead,
     labels: Tensor | None,
     vocab_size: int | None,
     temperature: float,
@@ -438,6 +455,7 @@ def _checked_options(
     workspace_bytes: int | None,
     shard: VocabularyShard | None,
 ) -> HeadOptions:
+    weight = weight_of(weight)
     check_tensor("hidden", hidden, ("N", "D"))
     check_tensor("weight", weight, ("V", "D"))
     check_width("hidden", hidden.shape[1], "weight", weight.shape[1])

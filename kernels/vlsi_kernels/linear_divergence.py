@@ -45,6 +45,7 @@ from ._common import (
     spans,
 )
 from .divergence_triton import LOWEST_LOG_RATIO, DivergenceOptions, HeadPair, RowNumbers, TritonTiles, new_state, plan
+from .frozen_head import FrozenHead, frozen_of, weight_of
 
 # ---- reference ----
 
@@ -184,19 +185,25 @@ def _move_torch(totals: Tensor, step: Tensor | None, first_factor: Tensor | None
         of_q.mul_(q_factor.to(totals.dtype)[:, None])
 
 
-def _tiles_for(heads: HeadPair, options: DivergenceOptions, with_product: bool) -> TritonTiles | _TorchTiles:
-    return (TritonTiles if options.head.impl == "triton" else _TorchTiles)(heads, options, with_product)
+def _tiles_for(
+    heads: HeadPair, options: DivergenceOptions, with_product: bool, frozen: FrozenHead | None = None
+) -> TritonTiles | _TorchTiles:
+    if options.head.impl == "triton":
+        return TritonTiles(heads, options, with_product, frozen)
+    return _TorchTiles(heads, options, with_product)
 
 
 # ---- streaming implementation ----
 
 
-def _forward(heads: HeadPair, direction: Tensor | None, options: DivergenceOptions) -> tuple[Tensor, RowNumbers]:
+def _forward(
+    heads: HeadPair, direction: Tensor | None, options: DivergenceOptions, frozen: FrozenHead | None
+) -> tuple[Tensor, RowNumbers]:
     """Loss [N] and what backward needs of the rows; writes T d loss / d student_hidden to direction [N, Ds]."""
     device = heads.student_weight.device
     loss = torch.empty(heads.student_hidden.shape[0], dtype=compute_dtype(*heads), device=device)
     numbers = RowNumbers(*(torch.empty_like(loss) for _ in RowNumbers._fields))
-    tiles = _tiles_for(heads, options, direction is not None)
+    tiles = _tiles_for(heads, options, direction is not None, frozen)
     with exact_matmul(device):
         for block in spans(loss.shape[0], tiles.row_chunk):
             here, kept = heads.rows(block), numbers.rows(block)
@@ -288,6 +295,7 @@ class _LinearDivergence(torch.autograd.Function):
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
         options: DivergenceOptions,
+        frozen: FrozenHead | None,
     ) -> Tensor:
         heads = HeadPair(student_hidden, student_weight, teacher_hidden, teacher_weight)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -295,7 +303,7 @@ class _LinearDivergence(torch.autograd.Function):
         if need_hidden:  # .. but not in float16, below whose range it may be before it is multiplied by grad
             dtype = torch.float32 if student_hidden.dtype == torch.float16 else student_hidden.dtype
             direction = torch.empty(student_hidden.shape, dtype=dtype, device=student_hidden.device)
-        loss, numbers = _forward(heads, direction, options)
+        loss, numbers = _forward(heads, direction, options, frozen)
         ctx.save_for_backward(direction, *((*heads, *numbers) if need_weight else ()))
         ctx.options, ctx.hidden_dtype = options, student_hidden.dtype
         return loss
@@ -311,15 +319,15 @@ class _LinearDivergence(torch.autograd.Function):
             torch.mul(direction, (grad / ctx.options.head.temperature)[:, None], out=grad_hidden)
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(grad, HeadPair(*saved[:4]), RowNumbers(*saved[4:]), ctx.options)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 @torch.compiler.disable
-def _apply(heads: HeadPair, options: DivergenceOptions) -> Tensor:
+def _apply(heads: HeadPair, options: DivergenceOptions, frozen: FrozenHead | None) -> Tensor:
     if not torch.is_grad_enabled():  # a Function cannot see this itself, and would compute what backward needs
         heads = HeadPair(*(t.detach() for t in heads))
     with launch_on(heads.student_weight.device):
-        return _LinearDivergence.apply(*heads, options)
+        return _LinearDivergence.apply(*heads, options, frozen)
 
 
 # ---- public function ----
@@ -327,7 +335,7 @@ def _apply(heads: HeadPair, options: DivergenceOptions) -> Tensor:
 
 def linear_divergence(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | FrozenHead,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     *,
@@ -356,7 +364,8 @@ def linear_divergence(
 
     Args:
         student_hidden: [N, Ds] float32, bfloat16, float16 or float64; N may be 0. Differentiable.
-        student_weight: [V, Ds] head. Differentiable where it requires a gradient (a further pass, in backward).
+        student_weight: [V, Ds] head. Differentiable where it requires a gradient (a further pass, in backward). One
+            that is not trained may be a `FrozenHead`, which is converted for the fused kernels once.
         teacher_hidden: [N, Dl] of the same tokens. No gradient.
         teacher_weight: [V', Dl] head over the same vocabulary; V' may differ from V by padding rows. No gradient.
         beta: 0..1, see above. 0 and 1 need one pass over the heads, all else two.
@@ -384,6 +393,7 @@ def linear_divergence(
         TypeError: other dtypes; float64 for impl="triton".
         ImportError: impl="triton" where Triton is not installed.
     """
+    frozen, student_weight = frozen_of(student_weight), weight_of(student_weight)
     heads = HeadPair(student_hidden, student_weight, teacher_hidden, teacher_weight)
     check_reduction(reduction)
     _check_tensors(heads, labels)
@@ -408,7 +418,7 @@ def linear_divergence(
             *heads, beta=beta, vocab_size=head.vocab_size, temperature=head.temperature
         ).to(compute_dtype(*heads))
     else:
-        loss = _apply(heads, DivergenceOptions(head, float(beta)))
+        loss = _apply(heads, DivergenceOptions(head, float(beta)), frozen)
     return reduce_tokens(loss, kept, reduction)
 
 

@@ -56,7 +56,7 @@ def _student_beside(config: RunConfig, path: str | None) -> RunConfig:
 
 def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda", node: int | None = None) -> Setup:
     """How a stage of the config runs on so many ranks, `node` of them on each machine (None: as launched, or all on
-    one). `teacher.window` auto is 1 here; see `window.with_window`."""
+    one). `teacher.window` auto is 1 here, and `training.persist_heads` auto is false; see `window.resolved_setup`."""
     training, window = config.stage_training(stage), config.teacher.window
     deepspeed = read_deepspeed(training.deepspeed)
     if deepspeed is not None:
@@ -75,6 +75,7 @@ def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda", no
         accumulate_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(kind, width),
         secondary=(zero or {}).get(KEY, 1),
         window=1 if stage != "interact" or window == "auto" else min(window, training.gradient_accumulation_steps),
+        persist_heads=training.persist_heads is True,
     )
 
 

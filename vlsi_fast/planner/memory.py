@@ -85,6 +85,8 @@ class Setup:
     """Ranks that share second shards (hpZ, `zero_hpz_partition_size`, auto resolved); 1: there are none."""
     window: int = 1
     """Micro-batches for which the teacher runs at once in interact (`teacher.window`)."""
+    persist_heads: bool = False
+    """Frozen heads stay whole for an optimizer step (`training.persist_heads`)."""
 
     @property
     def windows(self) -> int:
@@ -270,11 +272,17 @@ def vision_forward(shape: ModelShape, patches: int, setup: Setup) -> int:
     return patches * max(e * 5 * v + upcast + 4 * 4 * v, e * (3 * v + 2 * shape.vision_inner))
 
 
-def statistics_scratch(rows: int, key: int, value: int, vocab: int, buffers: int, setup: Setup) -> int:
-    """Scratch of one `stream_head_statistics` (buffers: 1, or 2 with the mean logit), as the operators plan it."""
+def statistics_scratch(
+    rows: int, key: int, value: int, vocab: int, buffers: int, setup: Setup, frozen: bool = True
+) -> int:
+    """Scratch of one `stream_head_statistics` (buffers: 1, or 2 with the mean logit), as the operators plan it.
+
+    The float16 copy of a frozen head that is kept is not part of it; of another a chunk is converted at a time.
+    """
     import torch
 
     from vlsi_kernels import _common as common
+    from vlsi_kernels._waves import MULTIPROCESSORS
 
     budget = setup.workspace or common.DEFAULT_WORKSPACE_BYTES.get(setup.device, common.DEFAULT_WORKSPACE_BYTES["cuda"])
     options = common.HeadOptions(vocab, 1.0, "torch", budget, None)
@@ -283,12 +291,14 @@ def statistics_scratch(rows: int, key: int, value: int, vocab: int, buffers: int
         converted = 4 * (row * key + chunk * (key + value)) if setup.compute_bytes < 4 else 0
         return 4 * row * chunk * buffers + converted
     low = torch.float32 if setup.compute_bytes == 4 else torch.float16
-    row, chunk = common.plan_tiles(max(1, rows), value, low, options)
-    return row * chunk * (4 + (low.itemsize if value else 0)) + (2 * chunk * value if setup.compute_bytes < 4 else 0)
+    row, chunk = common.plan_tiles(max(1, rows), value, low, options, key=key, sms=MULTIPROCESSORS)
+    converted = 2 * chunk * value if setup.compute_bytes < 4 and not (frozen and setup.persist_heads) else 0
+    return row * chunk * (4 + (low.itemsize if value else 0)) + converted
 
 
 def divergence_scratch(rows: int, student: int, teacher: int, vocab: int, setup: Setup) -> int:
-    """Scratch of one `linear_divergence` of `rows` tokens for heads of these widths, as the operator plans it."""
+    """Scratch of one `linear_divergence` of `rows` tokens for heads of these widths, as the operator plans it; as for
+    `statistics_scratch`."""
     import torch
 
     from vlsi_kernels import _common as common
@@ -304,7 +314,7 @@ def divergence_scratch(rows: int, student: int, teacher: int, vocab: int, setup:
     tile = torch.float16 if low else torch.float32
     row, chunk = common.plan_tiles(max(1, rows), 2 * student, tile, options)
     chunk = min(-(-chunk // 256) * 128, vocab)
-    values = 2 * chunk * student if low else 0
+    values = 2 * chunk * student if low and not setup.persist_heads else 0
     return 2 * row * chunk * (4 + tile.itemsize) + 4 * 2 * row * student + values
 
 

@@ -15,7 +15,7 @@ from .memory import RESERVE_BYTES, Batch, Setup
 from .shapes import ModelShape
 from .speed import inside_nodes, operations, over_pcie, speed, traffic
 from .walk import walk
-from .window import with_window
+from .window import resolved_setup
 
 COLUMNS = {
     "parameters": "parameters",
@@ -75,14 +75,14 @@ def plan_stage(models: Models, stage: str, machine: Machine, rows: Rows, samples
 
     def setup_at(at: Machine, count: int = micro) -> Setup:
         setup = setup_of(config, stage, at.ranks, node=at.gpus)
-        return with_window(models, stage, setup, rows.batch(count), room)
+        return resolved_setup(models, stage, setup, rows.batch(count), room)
 
     setup = setup_at(machine)
     curve = walk(step_of(models, stage, setup, rows.batch(micro)))
     other = {}
     for name, on in (("with_checkpointing", True), ("without_checkpointing", False)):
         changed = dataclasses.replace(setup, checkpointing=on)
-        changed = with_window(models, stage, changed, rows.batch(micro), room)
+        changed = resolved_setup(models, stage, changed, rows.batch(micro), room)
         other[name] = walk(step_of(models, stage, changed, rows.batch(micro))).peak
 
     def fits(count: int) -> bool:
@@ -101,6 +101,7 @@ def plan_stage(models: Models, stage: str, machine: Machine, rows: Rows, samples
         "activations": {name: peak.columns.get("activations", 0) for name, peak in other.items()},
         "largest_micro_batch": largest(fits),
         "teacher_window": setup.window,
+        "persist_heads": setup.persist_heads,
         "flops_per_sample": {name: value / micro for name, value in operations(mean).items()},
         "traffic_bytes_per_micro_batch": moved,
         "inside_nodes_bytes_per_micro_batch": inside_nodes(mean, moved),
@@ -142,7 +143,7 @@ def compare_modes(models: Models, machine: Machine, rows: Rows, samples: int) ->
                 break
             setup = dataclasses.replace(setup, teacher_mode=mode)
             micro = config.stage_training(stage).per_device_train_batch_size
-            setup = with_window(models, stage, setup, rows.batch(micro), machine.memory_bytes - RESERVE_BYTES)
+            setup = resolved_setup(models, stage, setup, rows.batch(micro), machine.memory_bytes - RESERVE_BYTES)
             step = step_of(models, stage, setup, rows.batch(micro))
             if "teacher" not in step.roles:
                 continue
@@ -283,6 +284,7 @@ def _memory_table(plan: dict[str, Any]):
     if any(s["teacher_window"] > 1 for s in stages):
         windows = (str(s["teacher_window"]) if s["stage"] == "interact" else "-" for s in stages)
         table.add_row("teacher's window, micro-batches", *windows)
+    table.add_row("frozen heads kept for the step", *("yes" if s["persist_heads"] else "no" for s in stages))
     return table
 
 

@@ -25,6 +25,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .arguments import Machine
+from .loss_memory import read_heads
 from .memory import Spoken, kept_for_backward, kept_verbalizers
 from .placement import pcie_bytes
 from .walk import Step, after
@@ -116,7 +117,8 @@ def traffic(step: Step) -> dict[str, float]:
     more for backward, unless `stage3_max_reuse_distance` keeps them. Under gradient checkpointing the recomputation
     gathers decoder layers. Trained tensors then stay for the backward that follows, but frozen ones are released with
     the first module of the layer that has finished its backward, and gathered a third time. With prefetching the
-    deepest layer's last tensor is still there even where a teacher ran between.
+    deepest layer's last tensor is still there even where a teacher ran between. Heads that are kept whole
+    (`training.persist_heads`) are gathered once an optimizer step; a tied one as embedding as often as before.
     """
     setup, moved = step.setup, Counter()
     e = setup.compute_bytes
@@ -134,10 +136,13 @@ def traffic(step: Step) -> dict[str, float]:
         if spoken.is_gathered(setup):
             total += sum(n for n in shape.parameters if n > limit)
             total += shape.head if shape.tied else 0  # as embedding and as head
+        kept = setup.persist_heads and role in read_heads(step) and spoken.is_gathered(setup) and shape.head > limit
+        total -= shape.head if kept else 0
         if role == "teacher" and step.windowed:
             total *= setup.windows / setup.accumulation
-        elif step.windowed and (step.settings.matches_by_kl or step.settings.last_by_forward_kl):
+        elif step.windowed and (step.settings.matches_by_kl or step.settings.last_by_forward_kl) and not kept:
             total += shape.head * setup.windows / setup.accumulation  # for the targets, beside each micro-batch's own
+        total += shape.head / setup.accumulation if kept else 0
         if spoken.grad:
             total += _for_backward(step, role, limit)
         moved[f"{role} gathers"] += e * total

@@ -9,7 +9,16 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..config_stages import InteractConfig, SftConfig, VerbalizeConfig
-from .loss_memory import answer_loss, divergence, kl, own_output, teacher_statistics
+from .loss_memory import (
+    answer_loss,
+    divergence,
+    head_bytes,
+    kl,
+    own_output,
+    read_heads,
+    teacher_statistics,
+    whole,
+)
 from .memory import (
     Batch,
     Curve,
@@ -63,9 +72,25 @@ def walk(step: Step) -> Curve:
     """Held bytes, forward, losses, backward, optimizer."""
     curve = Curve(held(step.roles, step.setup, step.batches))
     curve.moment("at rest")
+    if step.setup.persist_heads and not _taught_first(step):
+        _keep_heads(curve, step)
     {"verbalize": _verbalize, "interact": _interact, "sft": _sft}[step.stage](curve, step)
+    if step.setup.persist_heads:  # released after the last loss
+        for column, size in head_bytes(step, *read_heads(step), released=True).items():
+            curve.hold(column, -size)
     optimizer_moment(curve, step.roles, step.setup)
     return curve
+
+
+def _taught_first(step: Step) -> bool:
+    """Whether the first read of a step's heads comes after the only forward of the teacher: then that runs without."""
+    return step.windowed and step.setup.windows == 1
+
+
+def _keep_heads(curve: Curve, step: Step) -> None:
+    """The curve is that of a micro-batch between the first and the last, where heads are whole throughout."""
+    for column, size in head_bytes(step, *read_heads(step)).items():
+        curve.hold(column, size)
 
 
 def after(step: Step, role: str) -> int:
@@ -274,10 +299,13 @@ def _window(curve: Curve, step: Step, teachers: int) -> int:
     if spoken.verbalizer:
         _speak(curve, joined, "teacher", grad=False)
     row = setup.compute_bytes * one.answers * spoken.shape.width
+    if setup.persist_heads and _taught_first(step):
+        _keep_heads(curve, step)
     if teachers:
         curve.hold("activations", row * teachers)  # torch.cat of the layers and the last, a micro-batch at a time
-        for _ in range(count):
-            teacher_statistics(curve, step, teachers)
+        with whole(curve, step, "student", "teacher"):
+            for _ in range(count):
+                teacher_statistics(curve, step, teachers)
         curve.hold("activations", -row * teachers)
     settings = step.settings
     kept = spoken.layers * settings.reads_teacher_layers + settings.reads_teacher_last

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback
 
+from vlsi_kernels.frozen_head import weight_of
+
 from ..checkpoints import EVALUATIONS_NAME, damage, lines_up_to, looks_whole, write_lines
 from ..config import ConfigError, TrainingConfig
 from ..data.encoding import IGNORED
@@ -155,6 +157,7 @@ class Evaluation:
                 sums = sum(self._sums(model, student, number, batch) for number, batch in self._numbered())
         finally:
             self.module.train(training)
+            self.module.frozen_heads.release()
             release_gathered(model)
         if world_size() > 1:
             dist.all_reduce(sums)
@@ -193,10 +196,20 @@ class Evaluation:
     def _right(self, model: nn.Module, head: Tensor, hidden: Tensor, labels: Tensor, facts: dict[str, Any]) -> Tensor:
         """How many rows' last answers are the likeliest token by token, a scalar on the device."""
         release_gathered(model)  # the head may be on its way for a backward that never comes
-        with gathered([head]):
-            wrong = (likeliest_tokens(hidden, head) != labels) & (facts["owners"] >= 0)
+        with self._whole(head) as weight:
+            wrong = (likeliest_tokens(hidden, weight) != labels) & (facts["owners"] >= 0)
         rows = torch.zeros(len(facts["ids"]), device=self.device)
         return (rows.index_add(0, facts["owners"].clamp(min=0), wrong.float()) == 0).sum()
+
+    @contextlib.contextmanager
+    def _whole(self, head: Tensor) -> Iterator[Tensor]:
+        """The student's head, [V, d], inside the block; one that is not trained as the losses have it."""
+        if head.requires_grad:
+            with gathered([head]):
+                yield head
+            return
+        with self.module.frozen_heads.whole([head]) as (frozen,):
+            yield weight_of(frozen)
 
 
 @contextlib.contextmanager

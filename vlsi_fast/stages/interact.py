@@ -83,7 +83,7 @@ class InteractModule(StageModule):
         window: int = 1,
         teach_by: Callable | None = None,
     ):
-        super().__init__()
+        super().__init__(options.heads)
         self.student, self.window = student, window
         if teach_by is None and not isinstance(teacher, Absent):
             self.teacher = teacher

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..ranks.heads import FrozenHeads
+
 
 class StageModule(nn.Module):
     """What a stage trains.
@@ -30,6 +32,11 @@ class StageModule(nn.Module):
     teacher_widths: tuple[int, ...] | list[int] = ()
     layer_names: tuple[list[int], list[int]] = ([], [])
     """Target layers of student and teacher, for logs."""
+
+    def __init__(self, frozen_heads: FrozenHeads | None = None):
+        """`frozen_heads`: those that the stage's losses read, to be released after a step's last micro-batch."""
+        super().__init__()
+        self.frozen_heads = frozen_heads or FrozenHeads()
 
     def schedule(self, progress: float) -> dict[str, float]:
         """Numbers that `forward` takes and metrics.jsonl tells; `progress` is the share of the stage's optimizer steps

@@ -23,7 +23,7 @@ class SftModule(StageModule):
     part_names = ["answer"]
 
     def __init__(self, student: VerbalizedBackbone, options: OperatorOptions):
-        super().__init__()
+        super().__init__(options.heads)
         self.student = student
         self.head = AnswerLoss(student.head_weight, options)
 

@@ -51,8 +51,10 @@ from ..loading import (
 from ..locking import claimed
 from ..losses import OperatorOptions
 from ..planner.checks.command import require_ready
+from ..planner.window import fitting_heads
+from ..ranks.heads import FrozenHeads
 from ..ranks.rescaling import require_same_batch, rows_per_step
-from ..ranks.sharding import barrier, gather_state, rank, unsharded, world_size
+from ..ranks.sharding import barrier, gather_state, gathered_objects, rank, unsharded, world_size
 from ..ranks.watch import watch
 from ..resuming import checkpoint_to_resume
 from ..self_test import of_run
@@ -257,6 +259,7 @@ class Stage:
             "padding_free": self.padding_free,
             "liger": self.liger,
             "teacher_window": module.window,
+            "persist_heads": module.frozen_heads.keep,
             **trainer.summary(),
         }
         if rank() == 0 and trainer.skip_log.total():
@@ -417,7 +420,16 @@ class Stage:
         """Heads are cut to the rows that mean the same in all models of the stage; further rows are padding, or special
         tokens that only one of two families has."""
         rows = [model.config.get_text_config().vocab_size for model in (*self.roles.values(), *self.caches)]
-        return OperatorOptions(shared_rows(rows, self.tokens), self.config.impl)
+        return OperatorOptions(shared_rows(rows, self.tokens), self.config.impl, FrozenHeads(self._persists_heads()))
+
+    def _persists_heads(self) -> bool:
+        """`training.persist_heads`, auto resolved."""
+        wanted = self.config.stage_training(self.name).persist_heads
+        if wanted != "auto" or self.args.device.type != "cuda":
+            return wanted is True
+        memory = torch.cuda.get_device_properties(self.args.device).total_memory
+        configs = {name: role.config for name, role in self.roles.items()}
+        return min(gathered_objects(fitting_heads(self.config, self.name, configs, world_size(), memory)))
 
     def load_model(self, name: str, folder: Path | None = None, depth: int | None = None) -> nn.Module | Held:
         """A role's stock model, frozen; from `folder` where an earlier stage made it; its first `depth` layers only.

@@ -177,6 +177,7 @@ class StageTrainer(EvaluatingTrainer):
         output = model(**batch, **self._schedule())
         self._pending.append((sums_of(self.module, output, facts), facts))
         if self.accelerator.sync_gradients:
+            self.module.frozen_heads.release()  # the last that reads them: no backward does
             self._finish_step()
         # Gradients are averaged over ranks; the loss is a sum of tokens over their global count.
         loss = output["loss"] * (facts["answer_tokens"] * world_size() / num_items_in_batch.clamp_min(1))

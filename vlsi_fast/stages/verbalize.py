@@ -23,7 +23,7 @@ class VerbalizeModule(StageModule):
     """Verbalizers of one or both models with their frozen backbones."""
 
     def __init__(self, backbones: dict[str, VerbalizedBackbone], options: OperatorOptions, objective: str = "answers"):
-        super().__init__()
+        super().__init__(options.heads)
         self.roles, self.objective = tuple(backbones), objective
         self.backbones = torch.nn.ModuleDict(backbones)
         self.heads = torch.nn.ModuleDict({n: self._loss(b.head_weight, options) for n, b in backbones.items()})

@@ -71,7 +71,7 @@ def dry_run(config: RunConfig, models: Models, rows: Rows, gpu: Gpu) -> list[Fou
 def run_stage(config: RunConfig, models: Models, name: str, rows: Rows, gpu: Gpu) -> Found:
     """One stage; what stops it is told in the result."""
     found, began, tape = Found(name), time.perf_counter(), Tape()
-    setup = dataclasses.replace(setup_of(config, name, 1), whole=True, window=1, secondary=1)
+    setup = dataclasses.replace(setup_of(config, name, 1), whole=True, window=1, secondary=1, persist_heads=False)
     try:
         compiling = compiling_for(gpu, tape) if uses_triton(config) else contextlib.nullcontext()
         with warnings.catch_warnings(), compiling as driver, on(gpu, tape):

@@ -106,6 +106,8 @@ class DryStage:
         self.notes: list[str] = []
         if name == "interact" and self.config.teacher.window not in ("auto", 1):
             self._note("teacher.window is 1 here: the teacher runs for each micro-batch")
+        if self.training.persist_heads is True:
+            self._note("training.persist_heads is false here: one micro-batch is a whole optimizer step")
         self.planned: dict[str, Batch] = {}
         """Role -> its micro-batch, for the planner."""
         stage = self.stage = STAGE_CLASSES[name](self.config)
@@ -139,6 +141,7 @@ class DryStage:
             mock.patch.object(stages, "load_teacher", self._teacher),
             mock.patch.object(stages.Stage, "_attention", lambda stage, name: self._attention(name)),
             mock.patch.object(InteractStage, "_window", lambda stage: 1),
+            mock.patch.object(stages.Stage, "_persists_heads", lambda stage: False),
             torch.device("meta"),
         ):
             module = self.module = self.stage.build()
