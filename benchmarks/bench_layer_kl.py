@@ -3,13 +3,13 @@
     python benchmarks/bench_layer_kl.py [--shapes 72b-to-7b:4096 7b-to-2b:2048] [--dtype bfloat16]
 
 A step takes hidden states of all layers and returns the [S, L] matrix and the gradient of one pair a student layer.
-"30 pairs" rows take the gradient of all pairs that Algorithm 1 may score instead. Liger's operators know one pair: a
-step is one call, and its time is multiplied by S * L, since matching needs the whole matrix.
+"30 pairs" rows take the gradient of all pairs that Algorithm 1 may score instead. Liger's and other published operators
+know one pair: a step is one call, and its time is multiplied by S * L, since matching needs the whole matrix.
 
 Operations: ours 2 N V (L (Dl + Ds) + 2 S Ds); eager 2 N V (L Dl + 2 S Ds). At 700 TFLOP/s a step of the default GPU
 shapes takes 0.52 s (72b-to-7b:4096), 0.20, 0.10, 0.05, 0.01 (7b-to-2b:8192, 4096, 2048, 512), 0.02, 0.01 and 0.14 s. A
-shape has nine cases, each checked, measured and then timed for 10 rounds or 2 s: 40 s, 20 s, and less than 10 s for the
-others; and a minute for torch.compile and float32 products, which the first shape alone gets. Two and a half minutes.
+shape has twelve cases, each checked, measured and then timed for 10 rounds or 2 s: 50 s, 25 s, and less than 15 s for
+the others; and a minute for torch.compile and float32 products, which the first shape alone gets. Three minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from functools import partial
 import torch
 from harness import Case, Run, bar, measure, need_impl, parse, ratio, require_memory, seconds_of
 from inputs import LayerProblem, Pair
-from peers import PairLoss, liger_chunked_jsd, liger_fused_jsd, need_compile, not_compiled
+from peers import PairLoss, liger_chunked_jsd, liger_fused_jsd, liger_fused_kl, need_compile, not_compiled
+from peers_published import hidden_state_kl, kl_cache
 from report import document, draw_rows, finish, print_rows
 from roofline import pass_flops, passes, work
 from shapes import shape as named
@@ -179,7 +180,7 @@ def compiled_case(problem: LayerProblem, run: Run, part: int) -> Case:
     return Case(step, check)
 
 
-# ---- Liger, a pair at a time ----
+# ---- others, a pair at a time ----
 
 
 def per_pair_case(problem: LayerProblem, loss: PairLoss, note: str = "") -> Case:
@@ -234,6 +235,11 @@ def builders(problem: LayerProblem, run: Run, part: int) -> dict:
     found["Liger chunked_loss JSD, per pair"] = lambda: per_pair_case(
         problem, liger_chunked_jsd(*heads, 0.0, compiled), not_compiled(compiled)
     )
+    found["Liger fused KL, per pair"] = lambda: per_pair_case(problem, liger_fused_kl(*heads))
+    found["Nitrobrew-style KL, per pair"] = lambda: per_pair_case(
+        problem, hidden_state_kl(*heads, False, run.compile), not_compiled(run.compile)
+    )
+    found["KL cache trick, per pair"] = lambda: per_pair_case(problem, kl_cache(*heads), "cache made in each call")
     found["roofline"] = partial(roofline_case, problem, False)
     found["roofline, unchunked"] = partial(roofline_case, problem, True)
     return found
