@@ -94,7 +94,8 @@ class FakeDriver:
 
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
             found.count += 1
-            self.tape.launched(name, PRODUCTS[name](dict(zip(names, arguments))) if name in PRODUCTS else 0)
+            flops = PRODUCTS[name](dict(zip(names, arguments))) if name in PRODUCTS else 0
+            self.tape.launched(name, flops, list(arguments))
 
         return launch
 
