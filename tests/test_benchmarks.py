@@ -422,6 +422,19 @@ def test_published_losses_are_the_reference(monkeypatch, name):
         assert not harness.verdict(other)  # the two directions are told apart
 
 
+def test_hidden_state_kl_compiles(monkeypatch):
+    """Traced as on a GPU; the code that would be made of it is not judged here. The last chunk is shorter."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
+    monkeypatch.setattr(peers_published, "CHUNK", 128)
+    pair = inputs.PairProblem(replace(shapes.shape("tiny"), tokens=12), CPU, torch.float32)
+    heads = pair.student_head, pair.teacher_head
+    plain, compiled = (peers_published.hidden_state_kl(*heads, False, compiled) for compiled in (False, True))
+    labels = torch.zeros(12, dtype=torch.long)
+    for one, other in zip(plain(pair.student, pair.teacher, labels), compiled(pair.student, pair.teacher, labels)):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
 def test_liger_fused_kl_is_the_reference():
     """`LigerFusedLinearKLDivLoss` itself, its kernels interpreted where there is no GPU."""
     pytest.importorskip("liger_kernel")
