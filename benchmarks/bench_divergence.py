@@ -18,6 +18,7 @@ import torch
 from harness import Case, Run, measure, need_impl, parse, require_memory
 from inputs import PairProblem
 from peers import PairLoss
+from peers_published import cached_teacher, hidden_state_kl, kl_cache
 from report import document, draw_rows, finish, print_rows
 from roofline import pass_flops, passes, work
 from torch import Tensor
@@ -108,6 +109,16 @@ def builders(problem: PairProblem, beta: float, run: Run) -> dict:
     found["Liger chunked_loss JSD"] = lambda: case_of(
         problem, beta, peers.liger_chunked_jsd(*heads, beta, compiled), note=peers.not_compiled(compiled)
     )
+    if beta in (0, 1):
+        found["Nitrobrew-style KL"] = lambda: case_of(
+            problem, beta, hidden_state_kl(*heads, beta == 1, run.compile), note=peers.not_compiled(run.compile)
+        )
+    if beta == 0:
+        found["Liger fused KL"] = lambda: case_of(problem, beta, peers.liger_fused_kl(*heads))
+        found["KL cache trick"] = lambda: case_of(problem, beta, kl_cache(*heads), note="cache made in the step")
+        found["KL cache trick, cached"] = lambda: case_of(
+            problem, beta, kl_cache(*heads, cached_teacher(problem.teacher, *heads)), note="no teacher in the step"
+        )
     found["roofline"] = partial(roofline_case, problem, beta, False)
     found["roofline, unchunked"] = partial(roofline_case, problem, beta, True)
     return found

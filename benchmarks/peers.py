@@ -76,6 +76,26 @@ def liger_chunked_jsd(student_weight: Tensor, teacher_weight: Tensor, beta: floa
     return run
 
 
+def liger_fused_kl(student_weight: Tensor, teacher_weight: Tensor) -> PairLoss:
+    """`LigerFusedLinearKLDivLoss` (liger-kernel 0.8.5): KL(teacher || student) from the teacher's probabilities, which
+    are therefore materialized first, in the head's dtype."""
+    need_triton(student_weight.device)
+    return liger_kl_of_probabilities(student_weight, teacher_weight)
+
+
+def liger_kl_of_probabilities(student_weight: Tensor, teacher_weight: Tensor) -> PairLoss:
+    """The same without a look at the device: tests run it in Triton's interpreter."""
+    from liger_kernel.transformers import LigerFusedLinearKLDivLoss
+
+    module = LigerFusedLinearKLDivLoss()
+
+    def run(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        p = (teacher @ teacher_weight.T).softmax(-1, dtype=torch.float32).to(student.dtype)
+        return with_gradient(lambda h: module(h, student_weight, p, labels), student)
+
+    return run
+
+
 # ---- cross-entropy ----
 
 

@@ -15,6 +15,7 @@ import torch
 from harness import ERROR, OK, WRONG, Run
 
 ROOT = Path(__file__).resolve().parent.parent
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "liger-kernel", "cut-cross-entropy")
 
 
@@ -28,6 +29,7 @@ def origin(device: torch.device) -> dict[str, Any]:
 
 def _machine(device: torch.device) -> dict[str, Any]:
     found = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found |= {"instructions": [name for name in INSTRUCTIONS if name in _cpu_fact("flags").split()]}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -39,11 +41,16 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
+    return _cpu_fact("model name") or platform.processor()
+
+
+def _cpu_fact(name: str) -> str:
+    """Of the first core in Linux's list; empty where there is none."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("model name"):
+        if line.startswith(name):
             return line.split(":", 1)[1].strip()
-    return platform.processor()
+    return ""
 
 
 def _versions() -> dict[str, str | None]:

@@ -78,11 +78,17 @@ class VocabularyPass:
                     size = rows.stop - rows.start, chunk.stop - chunk.start
                     count = size[0] * size[1]
                     logits = self.logits[:count].view(size)
-                    _common.product(self.hidden[rows], self.weight[chunk].t(), logits)
+                    hidden, key, first = self.hidden[rows], self.weight[chunk], chunk.start == 0
+                    if hidden.is_cuda:
+                        _common.product(hidden, key.t(), logits)
+                    else:  # by the library that ours takes
+                        _common.logits_chunk(hidden, key, 1.0, logits, torch.float32)
                     if self.values is not None:
                         exponentials = self.exponentials[:count].view(size)
-                        first = chunk.start == 0
-                        _common.product(exponentials, self.values[chunk], self.total[rows], accumulate=not first)
+                        if hidden.is_cuda:
+                            _common.product(exponentials, self.values[chunk], self.total[rows], accumulate=not first)
+                        else:
+                            _common.accumulate(self.total[rows], exponentials, self.values[chunk], first)
 
 
 def passes(needed: Sequence[tuple[Tensor, Tensor, Tensor | None]], vocab: int, unchunked: bool) -> Callable[[], None]:

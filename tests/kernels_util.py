@@ -24,6 +24,9 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.mkldnn._linear_pointwise}
+
+
 class MatmulSettings(TorchDispatchMode):
     """Records (CUDA float32 precision, CPU float32 precision) as they were at every matrix product."""
 
@@ -32,7 +35,7 @@ class MatmulSettings(TorchDispatchMode):
         self.seen = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+        if func.overloadpacket in PRODUCTS:
             backends = torch.backends
             self.seen.add((backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision))
         return func(*args, **(kwargs or {}))

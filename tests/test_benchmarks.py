@@ -23,6 +23,8 @@ import bench_verbalize_ce  # noqa: E402
 import harness  # noqa: E402
 import inputs  # noqa: E402
 import meter  # noqa: E402
+import peers  # noqa: E402
+import peers_published  # noqa: E402
 import profile_throughput  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
@@ -424,6 +426,66 @@ def test_parts_are_exclusive(monkeypatch):
             pass
     assert parts.seconds() == {"outer": 4.0, "inner": 2.0}
     assert parts.seconds() == {}
+
+
+# ---- other people's losses ----
+
+
+def published(pair, name):
+    """A loss of the pair's heads, and its beta."""
+    heads = pair.student_head, pair.teacher_head
+    makers = {
+        "hidden states": (0.0, lambda: peers_published.hidden_state_kl(*heads, False, False)),
+        "hidden states, reverse": (1.0, lambda: peers_published.hidden_state_kl(*heads, True, False)),
+        "cache trick": (0.0, lambda: peers_published.kl_cache(*heads)),
+        "cache trick, cached": (
+            0.0,
+            lambda: peers_published.kl_cache(*heads, peers_published.cached_teacher(pair.teacher, *heads)),
+        ),
+    }
+    beta, make = makers[name]
+    return beta, make()
+
+
+@pytest.mark.parametrize("name", ["hidden states", "hidden states, reverse", "cache trick", "cache trick, cached"])
+def test_published_losses_are_the_reference(monkeypatch, name):
+    """Against float64 in the three regimes, with several chunks of the vocabulary and tokens that do not count."""
+    monkeypatch.setattr(peers_published, "CHUNK", 128)
+    pair = inputs.PairProblem(replace(shapes.shape("tiny"), tokens=24), CPU, torch.float32)
+    beta, loss = published(pair, name)
+    errors = pair.errors(beta, loss)
+    # logits near 50 are exact to 4e-6 in float32, and the nearest pair's q - p is a hundredth of q: some 4e-4
+    assert errors["loss"] < 1e-5 and errors["gradient"] < 5e-4, errors
+    if name.startswith("hidden"):
+        other = pair.errors(1.0 - beta, loss)
+        assert not harness.verdict(other)  # the two directions are told apart
+
+
+def test_hidden_state_kl_compiles(monkeypatch):
+    """Traced as on a GPU; the code that would be made of it is not judged here. The last chunk is shorter."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
+    monkeypatch.setattr(peers_published, "CHUNK", 128)
+    pair = inputs.PairProblem(replace(shapes.shape("tiny"), tokens=12), CPU, torch.float32)
+    heads = pair.student_head, pair.teacher_head
+    plain, compiled = (peers_published.hidden_state_kl(*heads, False, compiled) for compiled in (False, True))
+    labels = torch.zeros(12, dtype=torch.long)
+    for one, other in zip(plain(pair.student, pair.teacher, labels), compiled(pair.student, pair.teacher, labels)):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_liger_fused_kl_is_the_reference():
+    """`LigerFusedLinearKLDivLoss` itself, its kernels interpreted where there is no GPU."""
+    pytest.importorskip("liger_kernel")
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        pytest.skip("kernels of this process are neither interpreted nor native")
+    from liger_util import liger_kernels
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pair = inputs.PairProblem(replace(shapes.shape("tiny"), tokens=12), device, torch.float32)
+    with liger_kernels():
+        errors = pair.errors(0.0, peers.liger_kl_of_probabilities(pair.student_head, pair.teacher_head))
+    assert errors["loss"] < 1e-4 and errors["gradient"] < 1e-3, errors
 
 
 # ---- the suite ----

@@ -5,7 +5,7 @@ import torch
 from kernels_util import VOCAB, LargestTensor, randn, regime, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlsi_kernels import DEFAULT_WORKSPACE_BYTES, TeacherTargets, layer_kl_matrix, teacher_targets
+from vlsi_kernels import DEFAULT_WORKSPACE_BYTES, TeacherTargets, _common, layer_kl_matrix, teacher_targets
 from vlsi_kernels.layer_kl import _layer_kl_tokens, reference_layer_kl
 
 TINY = 1  # bytes of workspace: the smallest chunks there are
@@ -44,11 +44,18 @@ def truth(student, student_weight, teacher, teacher_weight, token_weight=None, *
     return (kl * token_weight.double()).sum(-1) / token_weight.double().sum(), leaf
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["two_heads", "one_head"])
+@pytest.mark.parametrize("onednn", [False, True], ids=["blas", "onednn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["far", "near", "near_large"])
-def test_precision_bars_at_full_vocabulary(name, dtype):
-    """Per token |error| <= 1e-4 max(1, KL); gradient of matched pairs within 5e-3, whatever the regime."""
+def test_precision_bars_at_full_vocabulary(name, dtype, onednn, shared, monkeypatch):
+    """Per token |error| <= 1e-4 max(1, KL); gradient of matched pairs within 5e-3, whatever the regime.
+
+    With the products of either library. A teacher that speaks through the student's head has its mean logit from g.
+    """
+    monkeypatch.setattr(_common, "_slow_mkl", lambda: onednn)
     student, student_weight, teacher, teacher_weight = regime(name, dtype)
+    teacher_weight = student_weight if shared else teacher_weight
     leaf = student.double().requires_grad_()
     true = reference_layer_kl(leaf, student_weight, teacher, teacher_weight)  # [2, 2, N]
     matched = true[[0, 1], [0, 1]]
@@ -69,6 +76,47 @@ def test_precision_bars_at_full_vocabulary(name, dtype):
     matched.mean(-1).sum().backward()
     assert student.grad.dtype == dtype
     assert relative_error(student.grad, leaf.grad) <= 5e-3
+
+
+def test_products_of_a_processor_on_which_mkl_is_slow(monkeypatch):
+    """They all go to oneDNN, are counted, and hold the user's options off; those in float64 stay."""
+
+    def products(onednn, dtype):
+        monkeypatch.setattr(_common, "_slow_mkl", lambda: onednn)
+        torch.set_float32_matmul_precision("medium")
+        try:
+            with FlopCounterMode(display=False) as count:
+                ours(*problem(dtype=dtype)).sum().backward()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        counted = {str(op): n for op, n in count.get_flop_counts()["Global"].items() if "bmm" not in str(op)}
+        return set(counted), sum(counted.values())
+
+    blas, onednn = products(False, torch.bfloat16), products(True, torch.bfloat16)
+    assert onednn[0] == {"mkldnn._linear_pointwise"} and blas[0] == {"aten.addmm"} and onednn[1] == blas[1] > 0
+    assert products(True, torch.float64)[0] == {"aten.addmm"}
+
+
+AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512_bf16\n\nvendor_id\t: GenuineIntel\n"
+
+
+@pytest.mark.parametrize(
+    ("info", "slow"),
+    [
+        (AMD, True),
+        (AMD.replace("AuthenticAMD", "GenuineIntel"), False),
+        (AMD.replace("avx512f", "fma"), False),  # MKL's AVX2 code is then the best there is
+        ("processor\t: 0\nFeatures\t: fp asimd\n", False),  # no x86
+    ],
+)
+def test_where_mkl_is_slow(info, slow, monkeypatch, tmp_path):
+    if not torch.backends.mkl.is_available():
+        pytest.skip("this torch has no MKL")
+    (tmp_path / "cpuinfo").write_text(info)
+    monkeypatch.setattr(_common, "Path", lambda path: tmp_path / "cpuinfo")
+    assert _common._slow_mkl.__wrapped__() is slow
+    (tmp_path / "cpuinfo").unlink()
+    assert _common._slow_mkl.__wrapped__() is False
 
 
 @pytest.mark.parametrize("workspace", [None, TINY], ids=["default", "tiny_workspace"])

@@ -34,6 +34,7 @@ from ._common import (
     exact_matmul,
     logits_chunk,
     make_options,
+    makes_logits,
     plan_chunks,
     plan_tiles,
     product,
@@ -260,11 +261,16 @@ def _stream_torch(
     if values is not None:
         expectation = torch.empty(rows, values.shape[1], dtype=dtype, device=hidden.device)
     with exact_matmul(hidden.device):
-        tile = row_chunk * vocab_chunk
-        scratch = [torch.empty(tile, dtype=dtype, device=hidden.device) for _ in range(1 + with_mean)]
+        # a mean that is the product of hidden and expectation needs no pass over the tile
+        summed = with_mean and values is not weight
+        kept = [not makes_logits(hidden, weight, dtype), summed]
+        size = row_chunk * vocab_chunk
+        scratch = [torch.empty(size, dtype=dtype, device=hidden.device) if keep else None for keep in kept]
         for block in spans(rows, row_chunk):
             out = None if expectation is None else expectation[block]
             lse_block, mean_block = _stream_block(hidden[block], weight, values, options, vocab_chunk, scratch, out)
+            if with_mean and not summed:
+                mean_block = (hidden[block] * out).sum(1, dtype=torch.float64) / options.temperature
             logsumexp[block] = lse_block
             if mean is not None:
                 mean[block] = mean_block
@@ -277,22 +283,24 @@ def _stream_block(
     values: Tensor | None,  # [V, Dv]
     options: HeadOptions,
     vocab_chunk: int,
-    scratch: list[Tensor],  # one buffer of R * vocab_chunk, or two where the mean logit is wanted too
+    scratch: list[Tensor | None],  # R * vocab_chunk: logits, where they need a buffer; exponentials, for the mean logit
     expectation: Tensor | None,  # [R, Dv], written
 ) -> tuple[Tensor, Tensor | None]:
     """Online softmax of one row block; returns logsumexp [R] and mean logit [R] in float64."""
     rows = hidden.shape[0]
-    with_mean = len(scratch) == 2
+    dtype = compute_dtype(hidden, weight, values)
+    tile, exponentials = scratch
+    with_mean = exponentials is not None
     if not _stays_low(hidden):
-        hidden = hidden.to(scratch[0].dtype)
+        hidden = hidden.to(dtype)
     # [R] each: what is subtracted from logits; sum of exponentials; sum of exponential * (logit - shift)
     shift = total = moment = None
     for chunk in spans(options.vocab_size, vocab_chunk):
         columns = chunk.stop - chunk.start
         first = total is None
-        key = weight[chunk] if _stays_low(hidden) else weight[chunk].to(scratch[0].dtype)
-        tile = scratch[0][: rows * columns].view(rows, columns)
-        z = logits_chunk(hidden, key, 1.0 / options.temperature, tile)
+        key = weight[chunk] if _stays_low(hidden) else weight[chunk].to(dtype)
+        place = None if tile is None else tile[: rows * columns].view(rows, columns)
+        z = logits_chunk(hidden, key, 1.0 / options.temperature, place, dtype)
         highest = z.amax(1)
         if first:
             shift = highest
@@ -306,7 +314,7 @@ def _stream_block(
                 expectation.mul_(factor.to(expectation.dtype)[:, None])
             shift = raised
         z.sub_(shift[:, None])
-        p = torch.exp(z, out=scratch[1][: rows * columns].view(rows, columns) if with_mean else z)
+        p = torch.exp(z, out=exponentials[: rows * columns].view(rows, columns) if with_mean else z)
         chunk_total = p.sum(1).double()
         total = chunk_total if first else total + chunk_total
         if expectation is not None:

@@ -29,6 +29,7 @@ from ._common import (
     launch_on,
     logits_chunk,
     make_options,
+    makes_logits,
     plan_chunks,
     plan_tiles,
     product,
@@ -242,14 +243,15 @@ def _weight_gradient_torch(
     if not (hidden.is_cuda and hidden.dtype == torch.bfloat16):
         hidden = hidden.to(dtype)
     with exact_matmul(hidden.device):
-        scratch = torch.empty(row_chunk * vocab_chunk, dtype=dtype, device=hidden.device)
+        size = 0 if makes_logits(hidden, weight, dtype) else row_chunk * vocab_chunk
+        scratch = torch.empty(size, dtype=dtype, device=hidden.device)
         for chunk in spans(options.vocab_size, vocab_chunk):
             columns = chunk.stop - chunk.start
             total = torch.zeros(columns, weight.shape[1], dtype=dtype, device=weight.device)
             for block in spans(hidden.shape[0], row_chunk):
                 rows = block.stop - block.start
-                tile = scratch[: rows * columns].view(rows, columns)
-                z = logits_chunk(hidden[block], weight[chunk], 1.0 / options.temperature, tile)
+                tile = scratch[: rows * columns].view(rows, columns) if size else None
+                z = logits_chunk(hidden[block], weight[chunk], 1.0 / options.temperature, tile, dtype)
                 z.sub_(logsumexp[block, None]).exp_().mul_(grad[block])
                 if label_columns is not None:
                     column = label_columns[block, None] - chunk.start

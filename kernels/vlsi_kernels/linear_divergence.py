@@ -29,7 +29,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._common import (
+    MIN_VOCAB_CHUNK,
     accumulate,
+    by_onednn,
     check_labels,
     check_no_grad,
     check_reduction,
@@ -82,16 +84,20 @@ class _TorchTiles:
     def __init__(self, heads: HeadPair, options: DivergenceOptions, with_product: bool):
         self.options, self.with_product, self.values, self.unit = options, with_product, heads.student_weight, 1.0
         self.row_chunk, self.vocab_chunk = plan(heads, options, with_product)
+        dtype = compute_dtype(*heads)
+        if by_onednn(heads.student_weight.device, dtype):  # which makes two tiles of its own beside these
+            self.vocab_chunk = min(self.vocab_chunk, max(MIN_VOCAB_CHUNK, self.vocab_chunk * 2 // 3))
         size = 4 * self.row_chunk * self.vocab_chunk
-        self.buffer = torch.empty(size, dtype=compute_dtype(*heads), device=heads.student_weight.device)
+        self.buffer = torch.empty(size, dtype=dtype, device=heads.student_weight.device)
 
     def logits(self, heads: HeadPair, chunk: slice) -> tuple[Tensor, Tensor]:
         """Over temperature already."""
         rows, columns = heads.student_hidden.shape[0], chunk.stop - chunk.start
         _, student, teacher, _ = self._tiles(rows, columns)
         scale = 1.0 / self.options.head.temperature
-        student = logits_chunk(heads.student_hidden, heads.student_weight[chunk], scale, student)
-        return student, logits_chunk(heads.teacher_hidden, heads.teacher_weight[chunk], scale, teacher)
+        dtype = self.buffer.dtype
+        student = logits_chunk(heads.student_hidden, heads.student_weight[chunk], scale, student, dtype)
+        return student, logits_chunk(heads.teacher_hidden, heads.teacher_weight[chunk], scale, teacher, dtype)
 
     def _tiles(self, rows: int, columns: int) -> Tensor:
         """[4, R, C]: the pair to multiply, whose second is the student's logits at first; the teacher's; one more."""

@@ -133,7 +133,7 @@ def own_output(curve: Curve, step: Step, role: str) -> None:
     columns = 1 + (step.settings.objective == "both")
     curve.hold("targets", 4 * columns * n * (d + 1))
     with whole(curve, step, role):
-        scratch = statistics_scratch(n, d, d, step.vocab, 2, setup)
+        scratch = statistics_scratch(n, d, d, step.vocab, 1, setup)
         curve.moment(f"{role} last layer's statistics", workspace=scratch)
         curve.hold("targets", 4 * spoken.layers * n * d)
         scratch = statistics_scratch(spoken.layers * n, d, d, step.vocab, 1, setup)

@@ -287,9 +287,11 @@ def statistics_scratch(
     budget = setup.workspace or common.DEFAULT_WORKSPACE_BYTES.get(setup.device, common.DEFAULT_WORKSPACE_BYTES["cuda"])
     options = common.HeadOptions(vocab, 1.0, "torch", budget, None)
     if setup.device == "cpu":
-        row, chunk = common.plan_chunks(rows, options, torch.float32, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        row, chunk = common.plan_chunks(rows, options, torch.float32, cpu, value)
         converted = 4 * (row * key + chunk * (key + value)) if setup.compute_bytes < 4 else 0
-        return 4 * row * chunk * buffers + converted
+        product = 4 * row * value * common.by_onednn(cpu, torch.float32)
+        return 4 * row * chunk * buffers + converted + product
     low = torch.float32 if setup.compute_bytes == 4 else torch.float16
     row, chunk = common.plan_tiles(max(1, rows), value, low, options, key=key, sms=MULTIPROCESSORS)
     converted = 2 * chunk * value if setup.compute_bytes < 4 and not (frozen and setup.persist_heads) else 0
@@ -307,10 +309,13 @@ def divergence_scratch(rows: int, student: int, teacher: int, vocab: int, setup:
     options = common.HeadOptions(vocab, 1.0, "torch", budget, None)
     low = setup.compute_bytes < 4
     if setup.device == "cpu":  # four tiles, the sums of both products, and, where converted, a chunk of both heads
-        row, chunk = common.plan_chunks(max(1, rows), options, torch.float32, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        row, chunk = common.plan_chunks(max(1, rows), options, torch.float32, cpu, 2 * student)
         chunk = min(-(-chunk // 256) * 128, vocab)
+        anew = int(common.by_onednn(cpu, torch.float32))  # oneDNN's results: two tiles more, and both products
+        chunk = min(chunk, max(common.MIN_VOCAB_CHUNK, chunk * 2 // 3)) if anew else chunk
         converted = 4 * (row + chunk) * (student + teacher) if low else 0
-        return 4 * 4 * row * chunk + 4 * 2 * row * student + converted
+        return 4 * (4 + 2 * anew) * row * chunk + 4 * 2 * row * student * (1 + anew) + converted
     tile = torch.float16 if low else torch.float32
     row, chunk = common.plan_tiles(max(1, rows), 2 * student, tile, options)
     chunk = min(-(-chunk // 256) * 128, vocab)

@@ -62,7 +62,8 @@ def compiling_for(gpu: Gpu, tape: Tape) -> Iterator[FakeDriver | None]:
         raise ConfigError("TRITON_INTERPRET is set, and interpreted kernels do not compile: unset it for --dry-run")
 
     def launched(build: Build, arguments: dict[str, Any]) -> None:
-        tape.launched(build.kernel, PRODUCTS[build.kernel](arguments) if build.kernel in PRODUCTS else 0)
+        flops = PRODUCTS[build.kernel](arguments) if build.kernel in PRODUCTS else 0
+        tape.launched(build.kernel, flops, list(arguments.values()))
 
     with recording(gpu.target, launched) as driver:
         yield driver

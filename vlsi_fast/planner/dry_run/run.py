@@ -16,6 +16,7 @@ from vlsi_kernels import resolve_impl
 from ...acceleration import use_liger
 from ...config import RunConfig
 from ..build import Models, setup_of, step_of
+from ..memory import Batch
 from ..report import Rows
 from ..speed import operations
 from ..walk import walk
@@ -23,7 +24,7 @@ from .device import DEVICE, on, require_torch
 from .gpus import Gpu
 from .kernels import Launches, compiling_for, table_of
 from .stage import DryStage
-from .tape import Tape, place_of
+from .tape import Kernel, Tape, place_of
 
 TOLERANCE = 0.05
 """Difference from the planner's peak, as a share of it, above which one of the two is wrong."""
@@ -47,6 +48,10 @@ class Found:
     flops: dict[str, int] = field(default_factory=dict)
     planned_flops: dict[str, float] = field(default_factory=dict)
     operators: dict[str, int] = field(default_factory=dict)
+    work: list[tuple[Kernel, int]] = field(default_factory=list)
+    """What was launched, and how often."""
+    batches: dict[str, Batch] = field(default_factory=dict)
+    """Model's name -> the micro-batch, as the planner sees it."""
     kernels: list[Launches] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -85,15 +90,15 @@ def run_stage(config: RunConfig, models: Models, name: str, rows: Rows, gpu: Gpu
             found.peak, found.peak_part = _working_as_one(tape.peak), tape.peak_part
             found.waits = dict(tape.waits)
             found.flops, found.operators = _by_part(tape.flops), _by_part(tape.operators)
-            found.notes = stage.notes
+            found.work = [(each._replace(part=_part(each.part)), count) for each, count in tape.work.items()]
+            found.notes, found.batches = stage.notes, stage.planned
             found.kernels = [] if driver is None else table_of(driver)
-            planned = stage.planned
             del stage, batch
     except Exception as error:
         found.problem = f"{type(error).__name__}: {error} ({place_of(error)})"
         found.notes.append(traceback.format_exc())
     else:
-        step = step_of(models, name, setup, lambda shape: planned[shape.name])
+        step = step_of(models, name, setup, lambda shape: found.batches[shape.name])
         peak = walk(step).peak
         found.planned_peak, found.planned_moment = _working_as_one(peak.columns), peak.moment
         found.planned_flops = operations(step)
@@ -114,14 +119,17 @@ def _working_as_one(columns: dict[str, int]) -> dict[str, int]:
 
 
 def _by_part(counted: Counter[str]) -> dict[str, int]:
-    """Under the planner's names: a part's own backward counts to it, but that of the backbone, which has a line."""
+    """Under the planner's names."""
     found: Counter[str] = Counter()
     for part, value in counted.items():
-        if part.endswith(" forward recomputation"):
-            name = part.replace(" forward recomputation", " recomputation")
-        elif part.endswith(" forward backward"):
-            name = part.replace(" forward backward", " backward")
-        else:
-            name = part.removesuffix(" backward").removesuffix(" recomputation")
-        found[name] += value
+        found[_part(part)] += value
     return {name: value for name, value in found.items() if value}
+
+
+def _part(name: str) -> str:
+    """The planner's name: a part's own backward counts to it, but that of the backbone, which has a line."""
+    if name.endswith(" forward recomputation"):
+        return name.replace(" forward recomputation", " recomputation")
+    if name.endswith(" forward backward"):
+        return name.replace(" forward backward", " backward")
+    return name.removesuffix(" backward").removesuffix(" recomputation")

@@ -1,7 +1,7 @@
 """What is noted of every operator that runs on a device that is not there, in forward and in autograd's own backward.
 
 * memory: each storage from its first tensor to its last, in the columns of the planner;
-* FLOPs of the products, by part of the step; how many operators would launch a kernel;
+* FLOPs of the products, by part of the step; how many operators would launch a kernel, and the bytes that each moves;
 * waits: where the host asks for a number on the device, with file and line. It is told 0, or, of small whole numbers
   that came from the host (lengths, image sizes) and what is computed of them, the number itself;
 * mixing: an operator that takes a tensor of the host beside one of the device raises, as it would on a GPU.
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import sys
 import traceback
 import weakref
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.attention.varlen  # registers its operators
@@ -42,7 +43,23 @@ SIZED_BY_VALUES = {
     *(aten._unique2.default, aten.unique_consecutive.default, aten.unique_dim.default),
 }
 """Operators whose result has a size that depends on values: the host waits for it."""
+READ_IN_PART = {aten.embedding, aten.index, aten.gather, aten.index_select}
+"""Operators that read of their largest input no more than they return."""
+WRITTEN_IN_PART = {aten.index_put, aten.index_put_, aten._index_put_impl_, aten.index_add_, aten.scatter_}
+"""Operators that touch of the tensor that they write as much as their largest other input holds."""
 HERE = str(Path(__file__).parent)
+
+
+class Kernel(NamedTuple):
+    """What one launch does, as far as its arguments tell."""
+
+    part: str
+    name: str
+    dtype: str
+    """Of the narrowest floating-point input: what a product multiplies in."""
+    flops: int
+    moved: int
+    """Bytes of all inputs and results, each read or written once."""
 
 
 class DeviceMixError(RuntimeError):
@@ -60,6 +77,7 @@ class Tape(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
         self.operators: Counter[str] = Counter()
+        self.work: Counter[Kernel] = Counter()
         self.part = "other"
         self.column = "activations"
         """Where what operators make is counted."""
@@ -138,7 +156,7 @@ class Tape(TorchDispatchMode):
     def begin(self) -> None:
         """Forget peak, waits and counts: what was before is preparation."""
         self._peak, self.peak = 0, {}
-        for counter in (self.waits, self.flops, self.operators):
+        for counter in (self.waits, self.flops, self.operators, self.work):
             counter.clear()
 
     # ---- what the host asks for ----
@@ -275,16 +293,24 @@ class Tape(TorchDispatchMode):
             return
         if func.overloadpacket.__name__ in WITHOUT_KERNEL:
             return
-        part = self._part_of_operator()
-        self.operators[part] += 1
-        if func.overloadpacket in FLOPS:
-            self.flops[part] += FLOPS[func.overloadpacket](*args, **kwargs, out_val=result)
+        packet = func.overloadpacket
+        flops = FLOPS[packet](*args, **kwargs, out_val=result) if packet in FLOPS else 0
+        read = _tensors((args, {name: value for name, value in kwargs.items() if name != "out"}))
+        self._note(packet.__name__, flops, read, _moved_bytes(packet, read, _written(func, args, kwargs, result)))
 
-    def launched(self, kernel: str, flops: int) -> None:
-        """Note the launch of a Triton kernel."""
+    def launched(self, kernel: str, flops: int, arguments: Any) -> None:
+        """Note the launch of a Triton kernel with these arguments, of which it touches each once."""
+        read = _tensors(arguments)
+        self._note(kernel, flops, read, sum(map(_size, read)))
+
+    def _note(self, name: str, flops: int, read: list[Tensor], moved: int) -> None:
         part = self._part_of_operator()
+        kinds = [t.dtype for t in read if t.is_floating_point()]
+        dtype = str(min(kinds, key=lambda kind: kind.itemsize, default="none")).removeprefix("torch.")
         self.operators[part] += 1
-        self.flops[part] += flops
+        if flops:
+            self.flops[part] += flops
+        self.work[Kernel(part, name, dtype, flops, moved)] += 1
 
     def _follow(self, func, args, kwargs, result) -> None:
         """Repeat an operator of known whole numbers on the host."""
@@ -307,6 +333,35 @@ class Tape(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(func(*host_args, **host_kwargs)) if isinstance(leaf, Tensor)]
         for leaf, value in zip(leaves, made):
             self._values[leaf] = value
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Every tensor of nested containers, once."""
+    return list({id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}.values())
+
+
+def _written(func, args, kwargs, result) -> list[Tensor]:
+    """Results, and the arguments that an operator writes to."""
+    given = [
+        *zip(func._schema.arguments, args),
+        *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs),
+    ]
+    return _tensors([result, [value for spec, value in given if spec.alias_info and spec.alias_info.is_write]])
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes, those of an expanded tensor once."""
+    return tensor.itemsize * math.prod(n for n, step in zip(tensor.shape, tensor.stride()) if step or n == 0)
+
+
+def _moved_bytes(packet, read: list[Tensor], written: list[Tensor]) -> int:
+    inputs, results = [_size(t) for t in read], [_size(t) for t in written]
+    if packet in READ_IN_PART:
+        return 2 * sum(results) + sum(inputs) - max(inputs)
+    if packet in WRITTEN_IN_PART:
+        others = sum(inputs) - max(inputs)
+        return others + 2 * min(others, max(results))
+    return sum(inputs) + sum(results)
 
 
 def _is_meta(value: Any) -> bool:
