@@ -58,6 +58,9 @@ class SourceConfig(BaseModel):
     answered: bool | None = None
     """Whether a model wrote the answers, which metrics then count apart. Default: rows that say so themselves, in a
     column `answered_by`, as those of `vlsi-fast data answer` do; true or false: all of the rows, or none."""
+    teacher: str | None = None
+    """Folder of the cache (`vlsi-fast teacher build`) whose teacher the rows learn from, with teacher.mode cached;
+    default: teacher.cache. So each source may have a teacher of its own."""
     type_column: str | None = None
     """Column of the question's type, e.g. its category, by which `vlsi-fast eval` splits its table; default: the type
     follows from the answer (yes/no, choice, number, other)."""

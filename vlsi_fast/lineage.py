@@ -151,8 +151,8 @@ def identity_of(
         (training["deepspeed"].get("zero_optimization") or {}).pop("zero_hpz_partition_size", None)
     loose = ("num_workers", "max_skipped_share", "padding_free") + ("eval",) * (not settings.evaluations_decide)
     data = {name: value for name, value in dump["data"].items() if name not in loose}
-    # what counts rows apart changes none of them
-    data["train"] = [{k: v for k, v in source.items() if k != "answered"} for source in data["train"]]
+    # what counts rows apart changes none of them; which teachers a stage learns from is among its inputs
+    data["train"] = [{k: v for k, v in source.items() if k not in ("answered", "teacher")} for source in data["train"]]
     # a run that was begun before an option was there goes on with the option's default
     fields = type(getattr(config, stage)).model_fields
     own = {

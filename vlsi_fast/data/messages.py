@@ -35,6 +35,7 @@ class Sample:
         type: what the source's `type_column` says, None without one.
         answered_by: what the row says of the model that wrote its answers (`vlsi-fast data answer`); None where people
             did, or nothing is said.
+        source: number of the source that the row is of, where it is read from several.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Sample:
     images: list[ImageRef] = field(default_factory=list)
     type: str | None = None
     answered_by: Any = None
+    source: int = 0
 
 
 def from_llava(row: dict, sample_id: str, image_root: str, placeholder: str = PLACEHOLDER) -> Sample:

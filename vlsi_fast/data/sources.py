@@ -58,7 +58,9 @@ class ConcatSource:
         """
         part, row = self._locate(index)
         with row_boundary():
-            return self.parts[part].read(row, self.row_id(index))
+            sample = self.parts[part].read(row, self.row_id(index))
+            sample.source = part
+            return sample
 
     def skip_record(self, index: int, error: UnusableRow) -> dict[str, Any]:
         """What is written of row `index`, which cannot be used: `id`, `cause`, `detail`, `file`, `line` if known."""

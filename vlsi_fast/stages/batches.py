@@ -53,7 +53,8 @@ class StageCollator:
             facts["shared"][role] = [name for name, value in inputs.items() if value is first["inputs"].get(name)]
             batch[role]["inputs"] = {n: value for n, value in inputs.items() if n not in facts["shared"][role]}
         if "taught" in rows[0]:
-            batch["taught"] = join_rows([row["taught"] for row in rows])
+            counts = [answer_positions(row["student"]["labels"])[0].numel() for row in rows]
+            batch["taught"] = join_rows([row["taught"] for row in rows], counts)
         return {"batch": batch, "facts": facts}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,9 +27,10 @@ from ..matching import match_layers
 from ..planner.window import fitting_window
 from ..ranks.sharding import gathered_objects, world_size
 from ..teacher_cache.forms import unpack_targets
-from ..teacher_cache.recalling import CachedTeacher
+from ..teacher_cache.recalling import CachedTeacher, cache_folders
 from ..teacher_cache.store import CacheError
 from ..verbalizer import Verbalizers
+from .many_teachers import ManyTeachers
 from .module import StageModule
 from .stage import Stage
 
@@ -129,7 +130,19 @@ class InteractModule(StageModule):
         if taught is None:
             taught = Taught() if teacher is None else self._hear(teacher["inputs"], teacher["index"])
         elif not isinstance(taught, Taught):
-            taught = self._recall(taught)
+            taught = self.recall(taught)
+        return self.learn(s_layers, s_last, taught, student["labels"], generator, intermediate_weight)
+
+    def learn(
+        self,
+        s_layers: Tensor | None,
+        s_last: Tensor | None,
+        taught: Taught,
+        labels: Tensor,
+        generator=None,
+        intermediate_weight: float | None = None,
+    ) -> dict[str, Tensor]:
+        """What `forward` returns, from the student's states: s_layers [S, N, d_s], s_last [N, d_s], labels [N]."""
         matrix, last_kl = self._divergences(s_layers, s_last, taught)
         record, parts = {}, []
         if self.matrix_shape is not None:
@@ -137,10 +150,10 @@ class InteractModule(StageModule):
             record = {"kl": matrix.detach(), "matches": _counts(matches, matrix.shape[1])}
             parts.append(self._intermediate(matrix, matches, s_layers, taught.layers))
         elif self.settings.intermediate == "ce":
-            parts.append(self.answer_loss(s_layers, student["labels"]))
+            parts.append(self.answer_loss(s_layers, labels))
         weight = self.settings.intermediate_weight if intermediate_weight is None else intermediate_weight
         parts = [weight * part for part in parts]
-        parts += self._last(last_kl, s_last, taught.last, student["labels"])
+        parts += self._last(last_kl, s_last, taught.last, labels)
         parts = torch.cat(parts)
         return {"loss": parts.sum(), "parts": parts.detach(), **record}
 
@@ -181,8 +194,12 @@ class InteractModule(StageModule):
         last = [each.clone() for each in last] if self.settings.reads_teacher_last else nothing
         return [Taught(*each) for each in zip(compared, layers, last)]
 
-    def _recall(self, stored: dict[str, Tensor] | CacheError) -> Taught:
-        """What a cache has of the micro-batch's rows (`teacher_cache.forms`)."""
+    def recall(self, stored: dict[str, Tensor] | CacheError) -> Taught:
+        """What a cache has of the micro-batch's rows (`teacher_cache.forms`), for `learn`.
+
+        Raises:
+            CacheError: it does not have one of them.
+        """
         if isinstance(stored, CacheError):
             raise stored
         if "hidden" not in stored:
@@ -257,31 +274,42 @@ class InteractStage(Stage):
     def role_names(self) -> list[str]:
         return ["student"] if self.config.teacher.mode == "cached" else self.settings.roles
 
-    def open_cache(self) -> CachedTeacher | None:
+    def open_caches(self) -> list[CachedTeacher]:
+        if self.config.teacher.mode != "cached":
+            named = [i for i, source in enumerate(self.config.data.train) if source.teacher is not None]
+            if named:
+                raise ConfigError(
+                    f"data.train.{named[0]}.teacher names a cache, and teacher.mode is {self.config.teacher.mode}: set "
+                    "it to cached, or remove the source's teacher"
+                )
         if self.config.teacher.mode != "cached" or "teacher" not in self.settings.roles:
-            return None
-        return CachedTeacher(self.config)
+            return []
+        return [CachedTeacher(self.config, folder) for folder in cache_folders(self.config)]
 
     def check_predecessors(self) -> None:
         if self.settings.matches_layers:
-            teacher = self.cached or self.roles["teacher"]
-            students, teachers = len(self.roles["student"].layers), len(teacher.layers)
-            if students > teachers:
-                raise ConfigError(
-                    f"student has {students} target layers, teacher {teachers}: matching needs t_s <= t_l; "
-                    "remove some of student.layers"
-                )
-            matching = self.config.matching
-            if matching.strategy == "bottom" and matching.k > teachers:
-                raise ConfigError(f"matching.k is {matching.k}, but the teacher has {teachers} target layers; lower it")
+            students, matching = len(self.roles["student"].layers), self.config.matching
+            for teacher in self.caches or [self.roles["teacher"]]:
+                teachers = len(teacher.layers)
+                if students > teachers:
+                    raise ConfigError(
+                        f"student has {students} target layers, teacher {teachers}: matching needs t_s <= t_l; "
+                        "remove some of student.layers"
+                    )
+                if matching.strategy == "bottom" and matching.k > teachers:
+                    raise ConfigError(
+                        f"matching.k is {matching.k}, but the teacher has {teachers} target layers; lower it"
+                    )
         for name in self._speakers:
             self.roles[name].require_verbalizers()
 
     def inputs(self) -> dict[str, str]:
         folders = {name: self.roles[name].verbalizer_folder() for name in self._speakers}
         found = {f"{name}_verbalizers": weights_digest(folder) for name, folder in folders.items()}
-        if self.cached is not None and self.cached.layers:
-            found["teacher_verbalizers"] = self.cached.verbalizers
+        if self.caches and self.caches[0].layers:
+            found["teacher_verbalizers"] = self.caches[0].verbalizers
+        for cached in self.caches[1:]:
+            found[f"teacher_{cached.name}"] = cached.digest
         return found
 
     @property
@@ -292,7 +320,7 @@ class InteractStage(Stage):
     def data_start(self) -> int:
         return rows_used(self.config.stage_dir("verbalize"))
 
-    def build(self) -> InteractModule:
+    def build(self) -> InteractModule | ManyTeachers:
         model = self.load_model("student")
         self.adapter = self.add_lora(model)
         if not self.settings.has_last_loss:  # nothing above the deepest target layer would get a gradient
@@ -300,11 +328,20 @@ class InteractStage(Stage):
             family_of(model.config).decoder_layers(model)[deepest:].requires_grad_(False)
         self.enable_checkpointing(model)
         student = VerbalizedBackbone(model, self.roles["student"].layers, self._verbalizers("student"), True)
-        teacher = self.load_speaking_teacher() if "teacher" in self.roles else self._absent()
-        window = self._window() if "teacher" in self.roles else 1
+        settings = (self.settings, self.config.matching)
+        if self.caches:
+            lessons = []
+            for cached in self.caches:
+                options = replace(self.head_options, vocab_size=cached.identity["vocab_size"])
+                lessons.append(InteractModule(student, self._absent(cached), *settings, options))
+            names = [cached.name for cached in self.caches]
+            if len(set(names)) < len(names):  # folders of one name in different places
+                names = [str(cached.folder) for cached in self.caches]
+            return lessons[0] if len(lessons) == 1 else ManyTeachers(student, lessons, names)
+        teacher = self.load_speaking_teacher() if "teacher" in self.roles else None
+        window = self._window() if teacher is not None else 1
         teach_by = self.apart(teacher) if window > 1 else None
-        options = (self.settings, self.config.matching, self.head_options)
-        return InteractModule(student, teacher, *options, window=window, teach_by=teach_by)
+        return InteractModule(student, teacher, *settings, self.head_options, window=window, teach_by=teach_by)
 
     def load_speaking_teacher(self) -> VerbalizedBackbone:
         """The frozen teacher with what its layers speak through. Collective."""
@@ -312,11 +349,9 @@ class InteractStage(Stage):
         model = self.load_model("teacher", depth=None if needs_last else role.depth)
         return VerbalizedBackbone(model, role.layers, self._verbalizers("teacher"), False, needs_last)
 
-    def _absent(self) -> Absent | None:
-        if self.cached is None:
-            return None
-        head = self.cached.head(self.args.device)
-        return Absent(self.cached.layers, head, self.settings.needs_teacher_last, self.head_options.vocab_size)
+    def _absent(self, cached: CachedTeacher) -> Absent:
+        rows = cached.identity["vocab_size"]
+        return Absent(cached.layers, cached.head(self.args.device), self.settings.needs_teacher_last, rows)
 
     def _window(self) -> int:
         """Micro-batches of `teacher.window`, auto resolved, at most those of a step."""

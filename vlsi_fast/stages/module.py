@@ -25,6 +25,9 @@ class StageModule(nn.Module):
     """[S, L] where the stage matches layers."""
     window: int = 1
     """Micro-batches for which the teacher runs at once (interact's `teach`); 1: in each one's forward."""
+    teacher_names: tuple[str, ...] | list[str] = ()
+    """Of several teachers, whose layers are side by side in the matrix, `teacher_widths` of each."""
+    teacher_widths: tuple[int, ...] | list[int] = ()
     layer_names: tuple[list[int], list[int]] = ([], [])
     """Target layers of student and teacher, for logs."""
 

@@ -35,6 +35,8 @@ def sums_of(module: StageModule, output: dict[str, Tensor], facts: dict[str, Any
     pieces = [output["parts"] * n]
     if module.matrix_shape is not None:
         pieces += [output["kl"].flatten() * n, output["matches"].flatten()]
+    if "teacher_tokens" in output:
+        pieces.append(output["teacher_tokens"])
     return torch.cat([piece.double() for piece in pieces])
 
 
@@ -87,6 +89,13 @@ def step_record(
         start += s * l
         matches = [[int(v) for v in values[start + i * l : start + (i + 1) * l]] for i in range(s)]
         students, teachers = module.layer_names
+        if module.teacher_names:  # each teacher's KLs over its own tokens
+            start += s * l
+            counts = [int(v) for v in values[start : start + len(module.teacher_names)]]
+            columns = [i for i, width in enumerate(module.teacher_widths) for _ in range(width)]
+            kl = [[v * n / max(counts[i], 1) for v, i in zip(row, columns)] for row in kl]
+            record |= {"teachers": [module.teacher_names[i] for i in columns]}
+            record |= {"teacher_tokens": dict(zip(module.teacher_names, counts))}
         record |= {"kl": kl, "matches": matches, "student_layers": students, "teacher_layers": teachers}
     waited, *peaks = values[-2 * ranks - 1 :]
     # Ranks meet in the sums just made, so a step is equally long on all of them: only the wait differs.
@@ -112,12 +121,14 @@ def tracker_scalars(record: dict[str, Any]) -> dict[str, float]:
     scalars = {k: float(v) for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "loss")}
     del scalars["learning_rate"]
     teachers = record.get("teacher_layers", [])
+    names = [f"{name}_" for name in record["teachers"]] if "teachers" in record else [""] * len(teachers)
     for i, student in enumerate(record.get("student_layers", [])):
-        counts = record["matches"][i]
-        mean = sum(count * teacher for count, teacher in zip(counts, teachers)) / max(sum(counts), 1)
-        scalars[f"matched_teacher_layer/student_{student}"] = mean
+        for name in dict.fromkeys(names):
+            own = [(record["matches"][i][j], k) for j, k in enumerate(teachers) if names[j] == name]
+            mean = sum(count * k for count, k in own) / max(sum(count for count, _ in own), 1)
+            scalars[f"matched_teacher_layer/{name}student_{student}"] = mean
         for j, teacher in enumerate(teachers):
-            scalars[f"kl/student_{student}/teacher_{teacher}"] = record["kl"][i][j]
+            scalars[f"kl/student_{student}/{names[j]}teacher_{teacher}"] = record["kl"][i][j]
     for name in ("peak_memory_bytes", "peak_rss_bytes"):
         scalars[name] = float(max(record[name]))
     return scalars

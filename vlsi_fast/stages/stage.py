@@ -59,7 +59,7 @@ from ..self_test import of_run
 from ..self_test import start as self_testing
 from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode, run_apart
-from ..teacher_cache.recalling import CachedTeacher
+from ..teacher_cache.recalling import CachedTeacher, rows_of
 from ..terminal import say
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
@@ -140,8 +140,8 @@ class Stage:
         self.tokens = SharedTokens({}, None, None)
         """What the tokenizers of both models share."""
         self.teacher_mode: str | None = None
-        self.cached: CachedTeacher | None = None
-        """The teacher, where it is on disk and not among the roles."""
+        self.caches: list[CachedTeacher] = []
+        """Teachers that are on disk and not among the roles."""
         # known once models are built
         self.adapter: nn.Module | None = None
         """peft's wrapper of the trained model, where LoRA is trained."""
@@ -158,9 +158,9 @@ class Stage:
         """The models that this stage runs."""
         raise NotImplementedError
 
-    def open_cache(self) -> CachedTeacher | None:
-        """The teacher's cache, where the stage learns from one."""
-        return None
+    def open_caches(self) -> list[CachedTeacher]:
+        """Teachers on disk that the stage learns from."""
+        return []
 
     def check_predecessors(self) -> None:
         """Raise LineageError where an earlier stage's results are missing or do not fit."""
@@ -291,10 +291,10 @@ class Stage:
         """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""
         self.read_models()
         processors = {name: role.processor for name, role in self.roles.items()}
-        taught = None if self.cached is None else self.cached.rows()
+        taught = rows_of(self.caches, self.config.data.train)
         dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data, taught)
         if self.config.stage_training(self.name).eval_steps is not None:
-            rows = build_source(self.config.data.eval, "data.eval")
+            rows, taught = build_source(self.config.data.eval, "data.eval"), rows_of(self.caches, self.config.data.eval)
             self.eval_dataset = VlsiDataset(rows, processors, self.config.data, taught)
         return dataset, self._collator()
 
@@ -306,18 +306,22 @@ class Stage:
             ValueError, ImportError: of tokenizers and processors; all say what to do.
         """
         self.roles = {name: Role(name, self.config) for name in self.role_names()}
-        processors = {name: role.processor for name, role in self.roles.items()}
-        self.cached = self.open_cache()
-        teacher = self.roles.get("teacher") or self.cached
-        if "student" in self.roles and teacher is not None:
-            tokenizers = (processors["student"].tokenizer, teacher.processor.tokenizer)
-            self.tokens = require_same_tokens(*tokenizers, self.config.student.path, self.config.teacher.path)
-        if self.cached is not None:
-            student = self.roles["student"]
-            self.cached.require_student(student.folder, student.config, self.head_options.vocab_size)
+        self.caches = self.open_caches()
+        for teacher in [*self.caches, self.roles.get("teacher")]:
+            if "student" in self.roles and teacher is not None:
+                self._compare_tokens(self.roles["student"], teacher)
         if "teacher" in self.roles:
             self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
         self.check_predecessors()
+
+    def _compare_tokens(self, student: Role, teacher: Role | CachedTeacher) -> None:
+        tokenizers = (student.processor.tokenizer, teacher.processor.tokenizer)
+        tokens = require_same_tokens(*tokenizers, student.settings.path, teacher.settings.path)
+        if self.tokens.limit is None or (tokens.limit is not None and tokens.limit < self.tokens.limit):
+            self.tokens = tokens
+        if isinstance(teacher, CachedTeacher):
+            rows = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+            teacher.require_student(student.folder, student.config, shared_rows(rows, tokens))
 
     def _collator(self) -> Collator:
         processors = {name: role.processor for name, role in self.roles.items()}
@@ -373,8 +377,8 @@ class Stage:
 
     def _record(self) -> dict[str, Any]:
         facts = {name: role.facts for name, role in self.roles.items()}
-        if self.cached is not None:
-            facts["teacher"] = self.cached.facts
+        if self.caches:
+            facts["teacher"] = self.caches[0].facts
         identity = identity_of(
             self.config,
             self.name,
@@ -402,8 +406,7 @@ class Stage:
     def head_options(self) -> OperatorOptions:
         """Heads are cut to the rows that mean the same in all models of the stage; further rows are padding, or special
         tokens that only one of two families has."""
-        models = [*self.roles.values()] + [self.cached] * (self.cached is not None)
-        rows = [model.config.get_text_config().vocab_size for model in models]
+        rows = [model.config.get_text_config().vocab_size for model in (*self.roles.values(), *self.caches)]
         return OperatorOptions(shared_rows(rows, self.tokens), self.config.impl)
 
     def load_model(self, name: str, folder: Path | None = None, depth: int | None = None) -> nn.Module | Held:

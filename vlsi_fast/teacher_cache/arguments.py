@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument(
         "--numbers",
-        choices=("float32", "bfloat16", "int8"),
-        help="of targets: float32 is exact, the others take 2 and 4 times less (default: bfloat16)",
+        choices=("float32", "float16", "bfloat16", "int8"),
+        help="of targets: float32 is exact, the others take 2, 2 and 4 times less (default: float16)",
     )
     build.add_argument("--layers", type=_layers, metavar="K,K,..", help="some of its target layers (default: all)")
     build.add_argument(

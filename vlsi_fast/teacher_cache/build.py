@@ -39,7 +39,7 @@ from ..stages.batches import StageCollator, to_device
 from ..stages.interact import InteractStage
 from ..stages.sampling import StepBatches, data_order
 from ..terminal import say
-from .forms import pack_targets, unpack_targets
+from .forms import DEFAULT, pack_targets, unpack_targets
 from .manifest import (
     HEAD,
     NAME,
@@ -56,6 +56,8 @@ from .rows import KeyedDataset, answers_digest
 from .store import CacheReader, ShardWriter, forget_lost, numbers_in, shards_of
 
 SHARD_BYTES = 256 * 2**20
+EPOCHS = 4
+"""Passes over the data in which --rows looks for rows that it has not seen."""
 PROBES = 256
 """Answer tokens on which the error of rounded targets is measured."""
 
@@ -67,7 +69,7 @@ class Chosen:
     Attributes:
         out: folder of the cache; None: the config's.
         form: targets or hidden.
-        numbers: of the targets: float32, bfloat16 or int8.
+        numbers: of the targets: float32, float16, bfloat16 or int8.
         layers: of the teacher's target layers; None: all.
         split: train or eval: rows of data.train or data.eval.
         source: only rows of this source, by its name; None: all.
@@ -78,7 +80,7 @@ class Chosen:
 
     out: Path | None = None
     form: str = "targets"
-    numbers: str = "bfloat16"
+    numbers: str = DEFAULT
     layers: list[int] | None = None
     split: str = "train"
     source: str | None = None
@@ -93,8 +95,8 @@ class TeacherStage(InteractStage):
     def role_names(self) -> list[str]:
         return ["student", "teacher"]
 
-    def open_cache(self) -> None:
-        return None
+    def open_caches(self) -> list:
+        return []
 
     @property
     def _speakers(self) -> list[str]:
@@ -300,7 +302,7 @@ class _Work:
         processors = {"teacher": stage.roles["teacher"].processor}
         self.dataset = KeyedDataset(sources, processors, config.data)
         settings = config.stage_training("interact")
-        order = _order(config, chosen, sources)
+        order = _order(config, chosen, sources, folder)
         done = broadcast_object(_done(folder, self.data) if rank() == 0 else None)
         batches = StepBatches(_Listed(order), settings.per_device_train_batch_size, 1, world_size())
         rounds = list(_all_ranks(batches))
@@ -380,8 +382,8 @@ def _all_ranks(batches: StepBatches) -> Iterator[list[list[int]]]:
     return zip(*ranks)
 
 
-def _order(config: RunConfig, chosen: Chosen, sources: ConcatSource) -> list[int]:
-    """Row numbers in the order of stage interact, each once.
+def _order(config: RunConfig, chosen: Chosen, sources: ConcatSource, folder: Path) -> list[int]:
+    """Row numbers in the order of stage interact, each once; without those of sources that have another cache.
 
     Raises:
         ConfigError: no source of that name.
@@ -390,23 +392,24 @@ def _order(config: RunConfig, chosen: Chosen, sources: ConcatSource) -> list[int
     if chosen.source is not None and chosen.source not in parts:
         raise ConfigError(f"--source {chosen.source}: data.{chosen.split} has {', '.join(parts)}")
     training = config.stage_training("interact")
-    if chosen.split == "eval":
+    if chosen.source is not None:
+        rows: Iterable[int] = range(len(sources))
+    elif chosen.split == "eval":
         count = min(training.max_eval_samples or len(sources), len(sources))
-        rows: Iterable[int] = (i * len(sources) // count for i in range(count))
+        rows = (i * len(sources) // count for i in range(count))
     else:
         order = data_order(config, sources, rows_used(config.stage_dir("verbalize")))
         per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
         read = training.max_steps * per_step
         if training.max_steps == -1:
             read = math.ceil(training.num_train_epochs * len(order))
-        if chosen.rows is not None:
-            read = chosen.rows
-        elif chosen.source is not None:
-            read = len(order)
-        rows = order.order.rows(order.start, read)
-    if chosen.source is not None:
-        rows = (number for number in rows if parts[sources.part_of(number)] == chosen.source)
-    return list(dict.fromkeys(rows))
+        if chosen.rows is not None:  # each once, and the order has every row within so many passes
+            read = EPOCHS * len(order)
+        rows = itertools.islice(dict.fromkeys(order.order.rows(order.start, read)), chosen.rows)
+    named = [source.teacher and Path(source.teacher) for source in getattr(config.data, chosen.split)]
+    own = folder if folder in named else None
+    wanted = {i for i, name in enumerate(parts) if (name == chosen.source if chosen.source else named[i] == own)}
+    return list(dict.fromkeys(number for number in rows if sources.part_of(number) in wanted))
 
 
 def _data_digest(config: RunConfig, split: str, sources: ConcatSource) -> str:

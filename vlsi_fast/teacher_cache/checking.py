@@ -25,10 +25,10 @@ from ..stages.batches import StageCollator, restore_shared, to_device
 from ..stages.sampling import data_order
 from .build import TeacherStage
 from .forms import unpack_targets
-from .recalling import CachedTeacher
+from .recalling import CachedTeacher, Routed
 from .store import CacheError
 
-BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 5e-2), "int8": (5e-2, 1e-1)}
+BOUNDS = {"float32": (1e-4, 1e-3), "float16": (5e-3, 1e-2), "bfloat16": (4e-2, 5e-2), "int8": (2e-1, 2e-1)}
 """Of `kl` and `gradient`, by what is kept; hidden states have those of their dtype. A cache of another teacher is off
 by nats; a teacher that runs in other batches, or on another device, by far less than these."""
 
@@ -53,8 +53,9 @@ def check(config: RunConfig, rows: int, folder: Path | None = None) -> dict[str,
     """
     if launched() and world_size() > 1:
         raise ConfigError("teacher check runs in one process; start it without a launcher")
-    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"mode": "cached"})})
-    cached = CachedTeacher(config, folder)
+    named = {"mode": "cached"} | ({} if folder is None else {"cache": str(folder)})
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update=named)})
+    cached = CachedTeacher(config)
     stage = TeacherStage(config)
     stage.prepare(None)
     student = stage.roles["student"]
@@ -87,7 +88,7 @@ class _Comparison:
     def of(self, count: int) -> dict[str, Any]:
         stage, config = self.stage, self.stage.config
         processors = {name: role.processor for name, role in stage.roles.items()}
-        recall = self.cached.rows()
+        recall = Routed([self.cached.rows()], [0] * len(config.data.train))
         dataset = VlsiDataset(build_source(config.data.train), processors, config.data, recall)
         packers = {name: Packer(role.config) for name, role in stage.roles.items() if stage.packed(name)}
         collate = StageCollator(Collator(processors, packers=packers), ("student", "teacher"))
@@ -96,7 +97,7 @@ class _Comparison:
         order = data_order(config, dataset.sources, rows_used(config.stage_dir("verbalize")))
         for number in order.order.rows(order.start, len(dataset)):
             row = dataset[number]
-            if isinstance(row["taught"], CacheError):
+            if isinstance(row["taught"].values, CacheError):
                 continue
             batch = collate([row])
             kl, wrong, size, own = self._row(batch)

@@ -32,6 +32,7 @@ def _build(config, arguments: argparse.Namespace) -> int:
     from ..ranks.sharding import rank
     from ..ranks.watch import watch
     from .build import Chosen, build
+    from .forms import DEFAULT
 
     if arguments.form == "hidden" and arguments.numbers is not None:
         raise ConfigError("--numbers is for --form targets; hidden states are kept as the model has them: remove it")
@@ -40,7 +41,7 @@ def _build(config, arguments: argparse.Namespace) -> int:
     chosen = Chosen(
         arguments.out,
         arguments.form,
-        arguments.numbers or "bfloat16",
+        arguments.numbers or DEFAULT,
         arguments.layers,
         arguments.split,
         arguments.source,

@@ -5,6 +5,10 @@ N  answer tokens        R  layers that are read, target layers first, then the l
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, RunConfig
+from ..config_data import SourceConfig
 from ..config_stages import InteractConfig
 from ..data.dataset import AnswerMismatchError
 from ..data.messages import Sample
@@ -39,7 +44,8 @@ class CachedTeacher:
     def __init__(self, config: RunConfig, folder: str | Path | None = None):
         from transformers import AutoConfig
 
-        self.run, self.folder = config, Path(folder or config.cache_dir)
+        self.run, self.settings, self.folder = config, config.teacher, Path(folder or config.cache_dir)
+        self.name = self.folder.name
         self.manifest = read_manifest(self.folder)
         self.identity = self.manifest["identity"]
         require_rows(self.folder)
@@ -54,12 +60,24 @@ class CachedTeacher:
         return self.identity["form"]
 
     @property
+    def digest(self) -> str:
+        """Of what the cache is of."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a stage records of its teacher; a cache that is not exact belongs to what was made with it."""
         facts = {"path": self.manifest["teacher"]["path"], **self.identity["teacher"], "layers": self.layers}
         del facts["verbalizers"]
+        if not self.layers:  # none is asked to speak: as a teacher in the job has it
+            facts |= {"verbalizer": self.run.verbalizer.model_dump(), "layers": self._named_layers()}
         exact = self.form == "hidden" or self.identity["numbers"] == "float32"
         return facts | ({} if exact else {"targets": self.identity["numbers"]})
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether it is that of the config's teacher, and not of a source's own."""
+        return self.folder == self.run.cache_dir
 
     @property
     def verbalizers(self) -> str | None:
@@ -96,8 +114,8 @@ class CachedTeacher:
             return []
         there = self.identity["layers"]
         wanted = there
-        if self.run.teacher.layers is not None:
-            wanted = target_layers(self.run.teacher, self.config, "teacher", self.run)
+        if self.run.teacher.layers is not None and self._is_own:
+            wanted = self._named_layers()
         absent = [k for k in wanted if k not in there]
         if absent or not wanted:
             raise ConfigError(
@@ -105,6 +123,9 @@ class CachedTeacher:
                 "some of the cache's, or build another with `vlsi-fast teacher build --layers`"
             )
         return list(wanted)
+
+    def _named_layers(self) -> list[int]:
+        return target_layers(self.run.teacher, self.config, "teacher", self.run)
 
     def _require_form(self, settings: InteractConfig) -> None:
         """What a loss reads, the cache has."""
@@ -134,9 +155,9 @@ class CachedTeacher:
         digests: dict[str, Any] = {}
         # where the teacher itself is at hand it must be the one; where it is not, the cache speaks for it
         folder, spoken = Path(self.run.teacher.path), self._verbalizer_folder()
-        if folder.is_dir():
+        if self._is_own and folder.is_dir():
             digests["checkpoint"] = checkpoint_digest(folder)
-        if spoken.is_dir() and self.run.interact.matches_layers:
+        if self._is_own and spoken.is_dir() and self.run.interact.matches_layers:
             digests["verbalizers"] = weights_digest(spoken)
         there["teacher"] = {name: self.identity["teacher"][name] for name in digests}
         require_same(self.folder, there, here | {"teacher": digests}, "this run")
@@ -160,6 +181,43 @@ class CachedTeacher:
             there["student_head"] = self.identity["student_head"]
             here["student_head"] = tensor_digest(head_weight(folder, config, self.run.dtype))
         require_same(self.folder, there, here, "this run")
+
+
+def cache_folders(config: RunConfig) -> list[Path]:
+    """Folders of the caches that a run's rows are in, the config's own first."""
+    sources = [*config.data.train, *(config.data.eval if config.stage_training("interact").eval_steps else ())]
+    named = [Path(source.teacher or config.cache_dir) for source in sources]
+    return sorted(dict.fromkeys(named), key=lambda folder: folder != config.cache_dir)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a teacher said to a row."""
+
+    teacher: int
+    """Which one, of `of`."""
+    of: int
+    values: dict[str, Tensor] | CacheError
+
+
+def rows_of(caches: list[CachedTeacher], sources: list[SourceConfig]) -> Callable[[Sample, Tensor], Said] | None:
+    """What gives a row its targets, by the source that it is of; None without caches."""
+    if not caches:
+        return None
+    folders = [cached.folder for cached in caches]
+    default = caches[0].run.cache_dir
+    return Routed([cached.rows() for cached in caches], [folders.index(Path(s.teacher or default)) for s in sources])
+
+
+class Routed:
+    """Rows of several caches. `routes`: source -> its cache."""
+
+    def __init__(self, caches: list[CachedRows], routes: list[int]):
+        self.caches, self.routes = caches, routes
+
+    def __call__(self, sample: Sample, labels: Tensor) -> Said:
+        teacher = self.routes[sample.source]
+        return Said(teacher, len(self.caches), self.caches[teacher](sample, labels))
 
 
 class CachedRows:
@@ -212,9 +270,30 @@ class CachedRows:
         return self.reader.find(key)
 
 
-def join_rows(rows: list[dict[str, Tensor] | CacheError]) -> dict[str, Tensor] | CacheError:
-    """Rows of a micro-batch, one after another: [sum of N, R, ..] each; or what is wrong with one of them."""
+def join_rows(rows: list[Said], counts: list[int]) -> dict[str, Tensor] | list[dict[str, Tensor]] | CacheError:
+    """What was said to a micro-batch.
+
+    Args:
+        rows: of the micro-batch.
+        counts: answer tokens of each.
+
+    Returns:
+        Of one teacher: the rows' values one after another, [N, R, ..] each. Of several: a mapping for each, with
+        `tokens`, which of the micro-batch's answer tokens are its own; without values where none is. Or what is wrong
+        with one of the rows.
+    """
     for row in rows:
-        if isinstance(row, CacheError):
-            return row
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        if isinstance(row.values, CacheError):
+            return row.values
+    if rows[0].of == 1:
+        return _end_to_end([row.values for row in rows])
+    owners = torch.tensor([row.teacher for row in rows]).repeat_interleave(torch.tensor(counts))
+    found = []
+    for teacher in range(rows[0].of):
+        own = [row.values for row in rows if row.teacher == teacher]
+        found.append({"tokens": (owners == teacher).nonzero()[:, 0]} | (_end_to_end(own) if own else {}))
+    return found
+
+
+def _end_to_end(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([value[name] for value in values]) for name in values[0]}
