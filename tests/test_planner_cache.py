@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import math
 import shutil
 
 import live_bytes
@@ -19,6 +18,7 @@ from vlsi_fast.planner.speed import operations, traffic
 from vlsi_fast.planner.walk import walk
 from vlsi_fast.stages import STAGE_CLASSES
 from vlsi_fast.teacher_cache.build import Chosen, build
+from vlsi_fast.teacher_cache.recalling import CachedTeacher
 
 PAPER = runs.ROOT / "configs" / "qwen2vl_72b_to_7b.yaml"
 ZERO3 = {"training.deepspeed": str(runs.ROOT / "configs" / "zero3.json")}
@@ -96,7 +96,7 @@ V, S, T = 152064, 3584, 8192
 
 
 def test_a_step_from_a_cache_by_hand(paper):
-    """72B teaching 7B, 64 answer tokens: 20 target layers and the last, of 3584 bfloat16 numbers and a float32 each."""
+    """72B teaching 7B, 64 answer tokens: 20 target layers and the last, of 3584 float16 numbers and a float32 each."""
     step = cached(paper)
     assert list(step.roles) == ["student"] and step.vocab == V and step.setup.window == 1
     curve, student = walk(step), sum(n for n in paper.shapes["student"].parameters)
@@ -172,6 +172,7 @@ def test_what_a_cache_costs_by_hand(capsys):
     assert worth["answer_tokens"] == tokens and worth["layers"] == 21
     assert sizes == {
         ("targets", "float32"): tokens * 21 * 4 * (S + 1),
+        ("targets", "float16"): tokens * 21 * (4 + 2 * S),
         ("targets", "bfloat16"): tokens * 21 * (4 + 2 * S),
         ("targets", "int8"): tokens * 21 * (6 + S),
         ("hidden", "bfloat16"): tokens * 21 * 2 * T,
@@ -180,11 +181,11 @@ def test_what_a_cache_costs_by_hand(capsys):
     flops = next(s for s in found["stages"] if s["stage"] == "interact")["flops_per_sample"]
     teacher = sum(value for name, value in flops.items() if name.startswith("teacher"))
     targets = teacher + 128 * V * 21 * 2 * (T + S)
-    for choice, each in (("bfloat16", targets), ("int8", targets)):
+    for choice, each in (("float16", targets), ("int8", targets)):
         built = next(c for c in worth["choices"] if (c["form"], c["numbers"]) == ("targets", choice))["build_days"]
         assert built[0] == pytest.approx(2_900_000 * each / (8 * 312e12 * 0.45) / 86400)
         assert built[1] > built[0]
-    hidden = worth["choices"][3]["build_days"][0]
+    hidden = worth["choices"][-1]["build_days"][0]
     assert hidden == pytest.approx(2_900_000 * teacher / (8 * 312e12 * 0.45) / 86400)
     # nothing is done twice: building and one pass are as much work as one pass with the teacher, so two pay
     live, one = worth["teacher"]["days"][0], worth["days"][0]
@@ -233,11 +234,11 @@ def test_a_plan_from_a_cache_alone(verbalized, tmp_path, capsys):
     assert found["parameters"]["teacher"] > found["parameters"]["student"]
     worth = found["teacher_cache"]
     assert (worth["folder"], worth["form"], worth["numbers"]) == (str(tmp_path / "cache"), "targets", "int8")
-    assert worth["layers"] == 4 and worth["choices"][2]["row_bytes"] == 4 * (6 + 96) * found["rows"]["mean_answers"]
-    rows = math.prod((4, 4 * (96 + 1)))  # layers, and what a token's targets are
-    tree["teacher"]["layers"] = [1, 3, 4]
-    step = step_of(Models(load_config(path)), "interact", setup_of(config, "interact", 1), lambda s: Batch(1, 64, 8, 0))
-    assert step.recalled is None  # the config that was built with has its teacher in the job
+    assert worth["layers"] == 4 and worth["choices"][3]["row_bytes"] == 4 * (6 + 96) * found["rows"]["mean_answers"]
     here = load_config(path)
     step = step_of(Models(here), "interact", setup_of(here, "interact", 1), lambda s: Batch(1, 64, 8, 0))
-    assert walk(step).largest["targets"] == 8 * rows + 4 * 8 * 96 * 4
+    # 8 answer tokens: three layers of the cache and the last, the student's three and its last; 96 wide, float32
+    assert walk(step).largest["targets"] == 4 * 8 * (4 * (96 + 1) + 4 * 96)
+    here.teacher.layers = [1, 3, 4, 5]
+    with pytest.raises(ConfigError, match="has teacher layers"):
+        CachedTeacher(here)

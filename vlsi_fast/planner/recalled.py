@@ -8,19 +8,21 @@ Nothing of the teacher is on the GPU but, for hidden states, its head. In its pl
     R  teacher layers that are read, the last one included        d_s, d_l  widths of student and teacher
 
 Where a cache is on disk its manifest says form, numbers and layers. Else they are those of the `vlsi-fast teacher build`
-that the run would need: targets in bfloat16, or hidden states where a loss reads those, of all target layers.
+that the run would need: targets in its default numbers, or hidden states where a loss reads those, of all target
+layers. Of several teachers (`data.train.N.teacher`), the one that says most is that of all rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import ConfigError, RunConfig
 from ..loading import target_layers
-from ..teacher_cache.forms import bytes_a_token_and_layer
+from ..teacher_cache.forms import DEFAULT, bytes_a_token_and_layer
 from ..teacher_cache.manifest import NAME, TEACHER, read_manifest
+from ..teacher_cache.recalling import cache_folders
 from .memory import Curve
 from .shapes import read_config
 
@@ -36,7 +38,7 @@ class Recalled:
     form: str
     """targets or hidden."""
     numbers: str
-    """float32, bfloat16 or int8; of hidden states the run's dtype."""
+    """Of `teacher_cache.forms.NUMBERS`; of hidden states the run's dtype."""
     layers: int
     """Target layers that the stage reads."""
     has_last: bool
@@ -48,6 +50,8 @@ class Recalled:
     rows: int
     """Of its head."""
     student_width: int
+    head: int = 0
+    """Numbers of all teachers' heads that are on the GPU, beside hidden states."""
 
     @property
     def read(self) -> int:
@@ -58,6 +62,10 @@ class Recalled:
     def has_states(self) -> bool:
         """Whether the teacher's hidden states come with the rows."""
         return self.form == "hidden"
+
+    def as_form(self, form: str, numbers: str) -> Recalled:
+        """The same layers, kept otherwise."""
+        return replace(self, form=form, numbers=numbers, head=self.rows * self.width * (form == "hidden"))
 
     def token_bytes(self, layers: int) -> int:
         """Stored of an answer token and so many layers."""
@@ -71,26 +79,23 @@ def can_be_cached(config: RunConfig) -> bool:
     return "interact" in config.stages and "teacher" in settings.roles and not settings.headless
 
 
-def cache_identity(config: RunConfig) -> dict[str, Any] | None:
-    """What the run's cache is of (`teacher_cache.manifest`); None where none is on disk.
-
-    Raises:
-        ConfigError: it is damaged, or of another version.
-    """
-    return read_manifest(config.cache_dir)["identity"] if (config.cache_dir / NAME).is_file() else None
+def caches_there(config: RunConfig) -> list[Path]:
+    """Folders of the run's caches that are on disk, its own first."""
+    return [folder for folder in cache_folders(config) if (folder / NAME).is_file()]
 
 
 def teacher_beside(config: RunConfig) -> str | None:
-    """Folder with the teacher's config and processor that its cache has; None: no cache is read, or none is there."""
-    folder = Path(config.cache_dir) / TEACHER
-    return str(folder) if config.teacher.mode == "cached" and (folder / "config.json").is_file() else None
+    """Folder with the teacher's config and processor that a cache has; None: no cache is read, or none is there."""
+    found = caches_there(config) if config.teacher.mode == "cached" else []
+    return str(found[0] / TEACHER) if found and (found[0] / TEACHER / "config.json").is_file() else None
 
 
 def recalled_of(models: Models) -> Recalled:
     """What stage interact of a run reads in place of a teacher.
 
     Raises:
-        ConfigError: no cache can stand for the teacher, or neither its config nor a cache of it is at hand.
+        ConfigError: no cache can stand for the teacher, one is damaged, or neither the teacher's config nor a cache of
+            it is at hand.
     """
     config, settings = models.config, models.config.interact
     if settings.headless:
@@ -98,22 +103,38 @@ def recalled_of(models: Models) -> Recalled:
             "interact.headless compares the teacher's verbalizers before its final norm, which no cache has: set "
             "teacher.mode to auto"
         )
-    teacher = models.configs.get("teacher") or read_config(config.teacher, "teacher", teacher_beside(config))
     needs_states = settings.reads_teacher_layers or settings.reads_teacher_last
-    there = cache_identity(config)
-    if there is not None and there["form"] == "targets" and needs_states:
-        there = None  # of no use to this run
-    if there is not None and config.teacher.layers is None:
-        layers = there["layers"]
-    else:
-        layers = models.layers.get("teacher") or target_layers(config.teacher, teacher, "teacher", config)
+    there = {folder: read_manifest(folder)["identity"] for folder in caches_there(config)}
+    usable = {folder: each for folder, each in there.items() if each["form"] == "hidden" or not needs_states}
+    found = [_of_cache(models, folder, identity) for folder, identity in usable.items()]
+    if found:
+        head = sum(each.rows * each.width for each in found if each.has_states)
+        return replace(max(found, key=lambda each: each.token_bytes(each.read)), head=head)
+    teacher = models.configs.get("teacher") or read_config(config.teacher, "teacher")
+    layers = models.layers.get("teacher") or target_layers(config.teacher, teacher, "teacher", config)
     count, has_last = len(layers) * settings.matches_layers, settings.needs_teacher_last
+    text, width = teacher.get_text_config(), models.shapes["student"].width
+    found = Recalled("targets", DEFAULT, count, has_last, count + has_last, text.hidden_size, text.vocab_size, width)
+    return found.as_form("hidden", config.dtype) if needs_states else found
+
+
+def _of_cache(models: Models, folder: Path, identity: dict[str, Any]) -> Recalled:
+    config, settings = models.config, models.config.interact
+    teacher = read_config(config.teacher, "teacher", str(folder / TEACHER))
+    layers = identity["layers"]
+    if config.teacher.layers is not None and folder == config.cache_dir:
+        layers = target_layers(config.teacher, teacher, "teacher", config)
     text = teacher.get_text_config()
-    form = there["form"] if there is not None else "hidden" if needs_states else "targets"
-    numbers = there["numbers"] if there is not None else config.dtype if needs_states else "bfloat16"
-    kept = count + has_last if there is None else len(there["layers"]) + there["has_last"]
-    width = models.shapes["student"].width
-    return Recalled(form, numbers, count, has_last, kept, text.hidden_size, text.vocab_size, width)
+    return Recalled(
+        identity["form"],
+        identity["numbers"],
+        len(layers) * settings.matches_layers,
+        settings.needs_teacher_last,
+        len(identity["layers"]) + identity["has_last"],
+        text.hidden_size,
+        text.vocab_size,
+        models.shapes["student"].width,
+    )
 
 
 def hold_recalled(curve: Curve, step: Step) -> None:
@@ -122,7 +143,7 @@ def hold_recalled(curve: Curve, step: Step) -> None:
     batches = setup.accumulation + (setup.device != "cuda")  # as for other inputs, see `memory.held`
     curve.hold("inputs", batches * step.batches["student"].answers * found.token_bytes(found.read))
     if found.has_states:
-        curve.hold("teacher", setup.compute_bytes * found.rows * found.width)
+        curve.hold("teacher", setup.compute_bytes * found.head)
 
 
 def recall(curve: Curve, step: Step) -> None:

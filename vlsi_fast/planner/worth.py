@@ -15,10 +15,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..teacher import mode_under
+from ..teacher_cache.forms import NUMBERS
 from .arguments import Machine
 from .build import Models, setup_of, step_of, teacher_role
 from .memory import RESERVE_BYTES
-from .recalled import Recalled, cache_identity, can_be_cached, recalled_of
+from .recalled import Recalled, caches_there, can_be_cached, recalled_of
 from .speed import Speed, speed
 from .walk import Step, walk
 from .window import with_window
@@ -26,7 +27,7 @@ from .window import with_window
 if TYPE_CHECKING:
     from .report import Rows
 
-CHOICES = (("targets", "float32"), ("targets", "bfloat16"), ("targets", "int8"), ("hidden", None))
+CHOICES = (*(("targets", numbers) for numbers in NUMBERS), ("hidden", None))
 """Forms of a cache, and their numbers; None: the run's dtype."""
 
 
@@ -57,7 +58,7 @@ def worth_of_cache(models: Models, machine: Machine, rows: Rows, samples: int) -
     needs_states = config.interact.reads_teacher_layers or config.interact.reads_teacher_last
     choices = []
     for form, numbers in CHOICES:
-        one = dataclasses.replace(found, form=form, numbers=numbers or config.dtype)
+        one = found.as_form(form, numbers or config.dtype)
         built = speed(build_step(models, setup, rows.batch(micro, mean=True), one, live), machine)
         size = rows.mean_answers * one.token_bytes(one.kept)
         choices.append(
@@ -75,7 +76,7 @@ def worth_of_cache(models: Models, machine: Machine, rows: Rows, samples: int) -
     days, without = taught.days(samples), cached.days(samples)
     row = rows.mean_answers * found.token_bytes(found.kept)
     return {
-        "folder": str(config.cache_dir) if cache_identity(config) else None,
+        "folder": next((str(folder) for folder in caches_there(config)), None),
         "form": found.form,
         "numbers": found.numbers,
         "layers": found.kept,
