@@ -224,11 +224,12 @@ def test_the_table(capsys):
 def test_a_plan_from_a_cache_alone(verbalized, tmp_path, capsys):
     """The teacher's folder is gone: its config and the number of its layers are the cache's."""
     folder, changes = verbalized
-    changes = changes | {"teacher.cache": str(tmp_path / "cache"), "stages": ["interact"]}
+    changes = changes | {"teacher.cache": str(tmp_path / "cache"), "stages": ["verbalize", "interact"]}
     config = load_config(runs.ROOT / "configs" / "demo.yaml", changes)
     build(config, Chosen(numbers="int8", layers=[1, 3, 4], rows=32, progress=False))
     tree = config.model_dump() | {"output_dir": str(tmp_path / "run")}
     tree["teacher"] |= {"mode": "cached", "path": str(tmp_path / "no"), "layers": None}
+    tree |= {"stages": ["interact"], "student": tree["student"] | {"verbalizers": str(folder / "run/verbalize/student")}}
     path = runs.write_config(tree, tmp_path / "config.json")
     found = plan(capsys, "--config", path)
     assert found["parameters"]["teacher"] > found["parameters"]["student"]
