@@ -107,7 +107,7 @@ def measure(config: RunConfig, stage: str, monkeypatch, step: int = 1) -> Measur
 
 
 def predicted(config: RunConfig, stage: str, measured: Measured) -> Curve:
-    """The planner's curve with the largest peak over the micro-batches of the step that was measured, in one process."""
+    """The planner's curve with the largest peak over the micro-batches of the measured step, in one process."""
     models, curves = Models(config), []
     for shapes in measured.batches:
         batches = {role: Batch(*found["tokens"], found["answers"], found["patches"]) for role, found in shapes.items()}

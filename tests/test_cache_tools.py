@@ -64,7 +64,7 @@ def test_a_run_without_its_teacher_passes(copy):
 def test_rows_that_are_not_there_are_counted(copy):
     found = looked(copy, **{"training.max_steps": 9})[command.CACHE]
     assert found.status == FAILURE and "12 of 36 sampled rows" in found.detail
-    assert "`vlsi-fast teacher build`" in found.fix and "first that is not: rows#" in found.detail
+    assert "`vlsi-fast teacher build`" in found.fix and "first that is not: rows.jsonl#" in found.detail
     with pytest.raises(PreflightError, match="sampled rows"):  # before a weight is loaded
         run(load_config(copy, {"training.max_steps": 9}), "interact", fresh=True)
 

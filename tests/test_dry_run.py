@@ -313,7 +313,7 @@ def test_interact_from_a_cache(folder, divergence):
             assert found.flops[part] == pytest.approx(flops, rel=0.02), part
     head = found.planned_peak.get("teacher", 0)  # the teacher's, beside hidden states; storages are of 512 bytes
     assert found.peak.get("teacher", 0) == pytest.approx(head, abs=511) and bool(head) == (divergence == "jsd")
-    # two micro-batches of two rows of 512 answer tokens: five layers and the last, of 32 numbers and a float32, or of 48
+    # two micro-batches of two rows of 512 answers: five layers and the last, of 32 numbers and a float32, or of 48
     taught = 2 * 2 * 512 * 6 * (2 * 32 + 4 if divergence == "forward_kl" else 2 * 48)
     alone = found_of(folder, "qwen2_vl", "sft", options).peak["inputs"]  # the student's rows
     assert found.peak["inputs"] - alone == pytest.approx(taught, abs=8 * 512)

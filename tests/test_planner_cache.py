@@ -9,14 +9,17 @@ import live_bytes
 import pytest
 import tiny_demo
 import tiny_runs as runs
+import torch
 
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError, load_config
 from vlsi_fast.planner.build import Models, setup_of, step_of
 from vlsi_fast.planner.memory import Batch
+from vlsi_fast.planner.rows import row_operations
 from vlsi_fast.planner.speed import operations, traffic
 from vlsi_fast.planner.walk import walk
 from vlsi_fast.stages import STAGE_CLASSES
+from vlsi_fast.stages.throughput import Throughput
 from vlsi_fast.teacher_cache.build import Chosen, build
 from vlsi_fast.teacher_cache.recalling import CachedTeacher
 
@@ -229,7 +232,10 @@ def test_a_plan_from_a_cache_alone(verbalized, tmp_path, capsys):
     build(config, Chosen(numbers="int8", layers=[1, 3, 4], rows=32, progress=False))
     tree = config.model_dump() | {"output_dir": str(tmp_path / "run")}
     tree["teacher"] |= {"mode": "cached", "path": str(tmp_path / "no"), "layers": None}
-    tree |= {"stages": ["interact"], "student": tree["student"] | {"verbalizers": str(folder / "run/verbalize/student")}}
+    tree |= {
+        "stages": ["interact"],
+        "student": tree["student"] | {"verbalizers": str(folder / "run/verbalize/student")},
+    }
     path = runs.write_config(tree, tmp_path / "config.json")
     found = plan(capsys, "--config", path)
     assert found["parameters"]["teacher"] > found["parameters"]["student"]
@@ -243,3 +249,42 @@ def test_a_plan_from_a_cache_alone(verbalized, tmp_path, capsys):
     here.teacher.layers = [1, 3, 4, 5]
     with pytest.raises(ConfigError, match="has teacher layers"):
         CachedTeacher(here)
+
+
+def test_table_of_the_docs_is_what_the_script_prints():
+    import teacher_modes
+
+    page = teacher_modes.page()
+    assert page.strip() in (runs.ROOT / "docs" / "teacher-modes-table.md").read_text()
+    assert page.count("| `cached`, ") == 8
+
+
+# ---- what else counts operations: balanced micro-batches and MFU, with the student alone at hand ----
+
+
+@pytest.mark.parametrize("form", ["targets", "hidden"])
+def test_rows_cost_what_the_student_does_and_its_heads(verbalized, tmp_path, form):
+    """By hand from a step of the planner: tokens and patches are the student's, an answer token's head passes depend on
+    whether the teacher's states still have to be read."""
+    folder, changes = verbalized
+    config = load_config(runs.ROOT / "configs" / "demo.yaml", changes | {"teacher.cache": str(tmp_path / "cache")})
+    live = Models(config)
+    build(config, Chosen(form=form, rows=32, progress=False))
+    config = load_config(
+        runs.ROOT / "configs" / "demo.yaml",
+        changes | {"teacher.cache": str(tmp_path / "cache"), "teacher.mode": "cached", "teacher.path": "gone/away"},
+    )
+    student = {"student": live.configs["student"]}
+    found, other = row_operations(config, "interact", student), row_operations(live.config, "interact", live.configs)
+    assert list(found) == ["student"]
+    for name in ("token", "token_pair", "patch", "patch_pair"):
+        assert getattr(found["student"], name) == pytest.approx(getattr(other["student"], name))
+    vocab, width, teacher = live.shapes["student"].vocab, 96, 192
+    spared = 7 * 2 * vocab * (width + teacher)  # 2 V (d_l + d_s) for the six layers and the last
+    expected = other["student"].answer - (spared if form == "targets" else 0)
+    assert found["student"].answer == pytest.approx(expected, rel=1e-9)
+    # MFU of a step of as many rows counts the same
+    throughput = Throughput(config, "interact", student, 1, torch.device("cpu"))
+    said = throughput.of(1.0, 4, 40, [400], [0])["tflops_per_rank"] * 1e12
+    row = found["student"]
+    assert said == pytest.approx(4 * (row.token * 100 + row.token_pair * 100**2 + row.answer * 10), rel=1e-6)

@@ -7,8 +7,8 @@ Nothing of the teacher is on the GPU but, for hidden states, its head. In its pl
 
     R  teacher layers that are read, the last one included        d_s, d_l  widths of student and teacher
 
-Where a cache is on disk its manifest says form, numbers and layers. Else they are those of the `vlsi-fast teacher build`
-that the run would need: targets in its default numbers, or hidden states where a loss reads those, of all target
+Where a cache is on disk its manifest says form, numbers and layers. Else they are those of the `vlsi-fast teacher
+build` that the run would need: targets in its default numbers, or hidden states where a loss reads those, of all target
 layers. Of several teachers (`data.train.N.teacher`), the one that says most is that of all rows.
 """
 
@@ -154,4 +154,5 @@ def recall(curve: Curve, step: Step) -> None:
         return
     size = 4 * found.read * n * found.student_width
     curve.hold("targets", size + 4 * found.read * n)
-    curve.moment("targets unpacked", workspace=0 if found.numbers == "float32" else size)  # converted, then put in order
+    converted = 0 if found.numbers == "float32" else size  # and then put in order
+    curve.moment("targets unpacked", workspace=converted)

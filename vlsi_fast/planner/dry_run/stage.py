@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
+
 from vlsi_kernels import TeacherTargets
 
 from ...acceleration import attention_name, use_packing
