@@ -1,6 +1,6 @@
-"""Which teacher mode when: the planner's numbers of stage interact as the tables of docs/teacher-modes-table.md.
+"""Which teacher mode when: the planner's numbers of stage interact as Markdown tables.
 
-    python benchmarks/teacher_modes.py > docs/teacher-modes-table.md
+    python benchmarks/teacher_modes.py (docs/teacher-cache.md has what it prints)
 
 Predicted, nothing is measured: 8 GPUs of 80 GiB in one machine, A100's peak x 0.45, configs/zero3.json; memory of rows
 of 4096 tokens with 512 answer tokens, time and disk of 1536 and 128. A test compares the file with the planner.
