@@ -61,6 +61,16 @@ def test_a_run_without_its_teacher_passes(copy):
     assert "5 target layers" in results["models"].detail and results["answer alignment"].status == PASS
 
 
+def test_the_device_without_a_teacher(copy, capsys):
+    assert main(["check", "--config", str(copy), "--rows", "2", "--json", "--device"]) == 0
+    lines = {line["name"]: line["status"] for line in json.loads(capsys.readouterr().out)}
+    assert lines["device: layer_kl_matrix, widths 32 and 32"] == "pass" and set(lines.values()) <= {
+        "pass",
+        "not checked",
+    }
+    assert not any("48" in name for name in lines)  # the teacher's width
+
+
 def test_rows_that_are_not_there_are_counted(copy):
     found = looked(copy, **{"training.max_steps": 9})[command.CACHE]
     assert found.status == FAILURE and "12 of 36 sampled rows" in found.detail

@@ -12,7 +12,6 @@ from ...data.skipped import UnusableRow
 from ...data.sources import build_source
 from ...lineage import rows_used
 from ...loading import require_same_tokens, shared_rows
-from ...stages.sampling import data_order
 from ...teacher_cache.recalling import CachedTeacher, cache_folders
 from ...teacher_cache.rows import row_key
 from ...teacher_cache.store import CacheError, CacheReader, Refused
@@ -70,6 +69,8 @@ def _require_student(subject: Subject, found: CachedTeacher) -> None:
 
 def _sampled(subject: Subject, most: int) -> Iterator[tuple[Path, Sample]]:
     """(cache, row), evenly over the rows that stage interact reads in its first pass."""
+    from ...stages.sampling import data_order  # stages import the checks
+
     config = subject.config
     sources = build_source(config.data.train)
     order = data_order(config, sources, rows_used(config.stage_dir("verbalize")))
