@@ -5,8 +5,8 @@
     rounding  targets at a real model's widths and vocabulary, stored and read back, in three regimes (layers far apart;
               near, KL about 0.01; near with logits up to 50): error of each token's KL in nats (relative where KL is
               above 1) and of its gradient, against float64. `exact` are the operator's own float32 targets.
-    demo      stage interact of the demo in one process and a data worker, with the teacher in the job and from caches, in
-              turns: answer tokens a second, time that waits for data, peak memory, bytes and seconds of the build
+    demo      stage interact of the demo in one process and a data worker, with the teacher in the job and from caches,
+              in turns: answer tokens a second, waits for data, peak memory, bytes and seconds of the build
 
 Writes `teacher_cache.json` and prints it as the last line.
 """
