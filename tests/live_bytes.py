@@ -15,6 +15,9 @@ import torch
 from transformers import TrainerCallback
 
 from vlsi_fast.config import RunConfig
+from vlsi_fast.planner.build import Models, setup_of, step_of
+from vlsi_fast.planner.memory import Batch, Curve
+from vlsi_fast.planner.walk import walk
 from vlsi_fast.stages import STAGE_CLASSES
 from vlsi_fast.stages.trainer import StageTrainer
 
@@ -91,6 +94,7 @@ def measure(config: RunConfig, stage: str, monkeypatch, step: int = 1) -> Measur
                     "patches": len(part["inputs"].get("pixel_values", ())),
                 }
                 for role, part in inputs["batch"].items()
+                if role != "taught"
             }
             measured.batches.append(shapes)
         return compute(self, model, inputs, *args, **kwargs)
@@ -100,3 +104,13 @@ def measure(config: RunConfig, stage: str, monkeypatch, step: int = 1) -> Measur
     STAGE_CLASSES[stage](config).run()
     monkeypatch.undo()
     return measured
+
+
+def predicted(config: RunConfig, stage: str, measured: Measured) -> Curve:
+    """The planner's curve with the largest peak over the micro-batches of the measured step, in one process."""
+    models, curves = Models(config), []
+    for shapes in measured.batches:
+        batches = {role: Batch(*found["tokens"], found["answers"], found["patches"]) for role, found in shapes.items()}
+        setup = setup_of(config, stage, 1, "cpu")
+        curves.append(walk(step_of(models, stage, setup, lambda shape, found=batches: found[shape.name])))
+    return max(curves, key=lambda curve: curve.peak.total)

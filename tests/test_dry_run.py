@@ -301,6 +301,24 @@ def test_every_stage_goes_through(folder, family, stage):
     assert not own
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_interact_from_a_cache(folder, divergence):
+    """No teacher: what it said comes with the rows (targets, or hidden states for Jensen-Shannon)."""
+    options = {"data.padding_free": "auto", "dtype": "bfloat16", "teacher.mode": "cached"}
+    found = found_of(folder, "qwen2_vl", "interact", options | {"interact.divergence": divergence})
+    assert not found.problem, found.notes[-1]
+    assert not any(part.startswith("teacher") for part in (*found.flops, *found.planned_flops))
+    for part, flops in found.planned_flops.items():
+        if part != "heads":
+            assert found.flops[part] == pytest.approx(flops, rel=0.02), part
+    head = found.planned_peak.get("teacher", 0)  # the teacher's, beside hidden states; storages are of 512 bytes
+    assert found.peak.get("teacher", 0) == pytest.approx(head, abs=511) and bool(head) == (divergence == "jsd")
+    # two micro-batches of two rows of 512 answers: five layers and the last, of 32 numbers and a float32, or of 48
+    taught = 2 * 2 * 512 * 6 * (2 * 32 + 4 if divergence == "forward_kl" else 2 * 48)
+    alone = found_of(folder, "qwen2_vl", "sft", options).peak["inputs"]  # the student's rows
+    assert found.peak["inputs"] - alone == pytest.approx(taught, abs=8 * 512)
+
+
 def test_what_slips_into_a_stage_is_caught(folder, monkeypatch):
     forward = SftModule.forward
 

@@ -257,6 +257,12 @@ def names_of(config, stage_name, roles, family="qwen2_vl", impl="torch", liger=(
             ("student", "teacher"),
             ["layer_kl_matrix, widths 32 and 48", "verb_ffn, width 32", "verb_ffn, width 48"],
         ),
+        (  # of a teacher on disk
+            {},
+            "interact",
+            ("student",),
+            ["layer_kl_matrix, widths 32 and 32", "verb_ffn, width 32"],
+        ),
         (
             {"interact": {"divergence": "jsd", "intermediate": "none"}},
             "interact",

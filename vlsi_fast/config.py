@@ -381,7 +381,8 @@ class RunConfig(Section):
                 "stages has sft but not interact, whose student sft starts from: add interact, or set sft.start_from "
                 "to base (to continue a finished interact stage leave stages as it is, and run --stage sft)"
             )
-        mute = [role for role in self.interact.speakers if getattr(self, role).verbalizers is None]
+        speakers = [r for r in self.interact.speakers if (r, self.teacher.mode) != ("teacher", "cached")]
+        mute = [role for role in speakers if getattr(self, role).verbalizers is None]
         if "interact" in names and "verbalize" not in names and mute:
             raise ValueError(
                 "stages has interact but not verbalize, whose verbalizers its target layers speak through: add "

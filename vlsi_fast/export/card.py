@@ -238,6 +238,8 @@ def _settings(run: Run, stages: list[str], stage: str) -> str:
         config, facts = run.records["interact"]["config"], run.records["interact"]["facts"]
         for role, fact in facts.items():
             rows.append([f"target layers of the {role}", ", ".join(map(str, fact["layers"]))])
+        if config["teacher"].get("mode") == "cached":
+            rows.append(["what the teacher says", f"kept on disk, {facts['teacher'].get('targets', 'exact')}"])
         rows += [["verbalizers", _fields(config["verbalizer"])], ["layer matching", _fields(config["matching"])]]
     data = record["config"]["data"]
     bounds = [f"{name} {data[name]}" for name in ("min_pixels", "max_pixels") if data[name] is not None]

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import STAGES
 from ..data.manifest import JOURNAL_NAME, MANIFEST_NAME, read_manifest, shards_of, verify
 from ..weights import VERBALIZER_CONFIG, VERBALIZER_WEIGHTS
+from .caches import inspect_cache, is_cache
 from .looking import folder_bytes, problem
 from .models import inspect_adapter, inspect_checkpoint, inspect_verbalizers
 from .stages import inspect_run, inspect_stage, inspect_training_checkpoint, is_run, is_stage
@@ -41,6 +42,8 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
 
 def _inspector(folder: Path):
     names = {file.name for file in folder.iterdir()}
+    if is_cache(folder):
+        return inspect_cache
     if is_stage(folder):
         return inspect_stage
     if is_run(folder):

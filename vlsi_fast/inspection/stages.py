@@ -12,6 +12,7 @@ from ..config import STAGES, RunConfig, field_names
 from ..lineage import RECORD_NAME
 from ..runs import METRICS_NAME
 from ..weights import read_weights
+from .caches import brief_of_cache
 from .looking import folder_bytes, parent, problem, read_json, step_of
 from .models import inspect_adapter, inspect_checkpoint, inspect_verbalizers
 
@@ -36,6 +37,9 @@ def inspect_run(folder: Path) -> dict[str, Any]:
     if summary.is_file():
         numbers = read_json(summary, facts["problems"], "delete it, or run the demo again")
         facts["scores"] = {name: value for name, value in numbers.items() if name.endswith("_accuracy")}
+    caches = brief_of_cache(folder, stages[last]["settings"])
+    if caches:
+        facts["teacher_cache"] = caches
     others = [child.name for child in sorted(folder.iterdir()) if child.name not in STAGES and is_run(child)]
     return facts | ({"runs_inside": others} if others else {})
 

@@ -15,6 +15,7 @@ from ..ranks.secondary import KEY, ranks_per_node, resolved
 from ..shrinking.record import SHRINK_NAME
 from ..teacher import mode_under
 from .memory import Batch, Setup, Spoken, check_zero, compute_bytes
+from .recalled import recalled_of, teacher_beside
 from .shapes import ModelShape, model_shape, read_config, verbalizer_sizes
 from .walk import Step
 
@@ -35,7 +36,8 @@ class Models:
         beside = _student_beside(config, (paths or {}).get("student"))
         for role in configs or ("student", "teacher"):
             settings = getattr(config, role)
-            found = configs[role] if configs else read_config(settings, role, (paths or {}).get(role))
+            path = (paths or {}).get(role) or (teacher_beside(config) if role == "teacher" else None)
+            found = configs[role] if configs else read_config(settings, role, path)
             self.configs[role] = found
             self.shapes[role] = model_shape(found, role, config.lora)
             self.layers[role] = target_layers(settings, found, role, beside)
@@ -67,7 +69,7 @@ def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda", no
     return Setup(
         ranks=ranks,
         zero=zero,
-        teacher_mode=mode_under("auto" if stage == "sft" else config.teacher.mode, zero is not None),  # sft has none
+        teacher_mode=stage_mode(config, stage, zero is not None),
         compute_bytes=width,
         accumulation=training.gradient_accumulation_steps,
         checkpointing=training.gradient_checkpointing,
@@ -79,14 +81,23 @@ def setup_of(config: RunConfig, stage: str, ranks: int, device: str = "cuda", no
     )
 
 
+def stage_mode(config: RunConfig, stage: str, zero3: bool) -> str:
+    """`teacher.mode` of a stage, auto resolved; cached only where a stage reads the cache."""
+    mode = "auto" if stage == "sft" else config.teacher.mode  # sft has no teacher
+    return mode if (mode, stage) == ("cached", "interact") else mode_under(mode, zero3)
+
+
 def step_of(models: Models, stage: str, setup: Setup, batch: Callable[[ModelShape], Batch]) -> Step:
     """What one stage of the config does; `batch` gives a micro-batch for a model."""
     config = models.config
-    make = {"verbalize": _verbalize_roles, "interact": _interact_roles, "sft": _sft_roles}[stage]
+    if stage == "interact" and setup.teacher_mode == "cached":
+        make, recalled = _cached_roles, recalled_of(models) if "teacher" in config.interact.roles else None
+    else:
+        make, recalled = {"verbalize": _verbalize_roles, "interact": _interact_roles, "sft": _sft_roles}[stage], None
     roles = {role: _placed(spoken, role, setup) for role, spoken in make(models).items()}
-    vocab = min(models.shapes[role].vocab for role in roles)
+    vocab = min([models.shapes[role].vocab for role in roles] + ([recalled.rows] if recalled else []))
     batches = {role: batch(spoken.shape) for role, spoken in roles.items()}
-    return Step(stage, roles, batches, setup, vocab, getattr(config, stage), config.matching.k)
+    return Step(stage, roles, batches, setup, vocab, getattr(config, stage), config.matching.k, recalled)
 
 
 def _placed(spoken: Spoken, role: str, setup: Setup) -> Spoken:
@@ -124,15 +135,27 @@ def _verbalize_roles(models: Models) -> dict[str, Spoken]:
     return {role: _spoken(models, role, "frozen", True, True, needs_last=s.needs_last) for role in s.models}
 
 
-def _interact_roles(models: Models) -> dict[str, Spoken]:
+def _cached_roles(models: Models) -> dict[str, Spoken]:
     s = models.config.interact
     kept = None if s.has_last_loss else max(models.layers["student"])
     student = {"headless": s.headless, "trained_layers": kept}
-    roles = {"student": _spoken(models, "student", "lora", s.has_layer_loss, s.trains_verbalizers, **student)}
-    if "teacher" in s.roles and models.config.teacher.mode != "cached":
-        teacher = {"headless": s.headless, "needs_last": s.needs_teacher_last}
-        roles["teacher"] = _spoken(models, "teacher", "frozen", s.matches_layers, False, **teacher)
-    return roles
+    return {"student": _spoken(models, "student", "lora", s.has_layer_loss, s.trains_verbalizers, **student)}
+
+
+def _interact_roles(models: Models) -> dict[str, Spoken]:
+    s, roles = models.config.interact, _cached_roles(models)
+    return roles | ({"teacher": _speaking_teacher(models)} if "teacher" in s.roles else {})
+
+
+def _speaking_teacher(models: Models) -> Spoken:
+    s = models.config.interact
+    options = {"headless": s.headless, "needs_last": s.needs_teacher_last}
+    return _spoken(models, "teacher", "frozen", s.matches_layers, False, **options)
+
+
+def teacher_role(models: Models, setup: Setup) -> Spoken:
+    """The teacher of stage interact, by itself."""
+    return _placed(_speaking_teacher(models), "teacher", setup)
 
 
 def _sft_roles(models: Models) -> dict[str, Spoken]:

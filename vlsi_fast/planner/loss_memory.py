@@ -78,26 +78,26 @@ def answer_loss(curve: Curve, step: Step, role: str, layers: int, trained_head: 
 
 def teacher_statistics(curve: Curve, step: Step, teachers: int) -> None:
     """Targets of `teachers` layers for one micro-batch, both heads whole: holds L N (d_s + 1) float32 numbers."""
-    student, teacher = step.roles["student"].shape, step.roles["teacher"].shape
-    n, d = step.batches["student"].answers, student.width
+    n, d = step.batches["student"].answers, step.roles["student"].shape.width
     curve.hold("targets", 4 * teachers * n * (d + 1))
-    scratch = statistics_scratch(teachers * n, teacher.width, d, step.vocab, 2, step.setup)
+    scratch = statistics_scratch(teachers * n, step.teacher_width, d, step.vocab, 2, step.setup)
     curve.moment("teacher statistics", workspace=scratch)
 
 
 def kl(curve: Curve, step: Step, students: int, teachers: int, grad: bool = True) -> None:
     """KL matrix of `students` x `teachers` layers: holds both expectations, float32 (teacher: L N (d_s + 1), which a
-    window has made before).
+    window has made before, or a cache brought).
 
     Without gradient it only drives the matching: nothing of it stays.
     """
-    student, setup, heard = step.roles["student"].shape, step.setup, "teacher" in step.roles and not step.windowed
+    student, setup, heard = step.roles["student"].shape, step.setup, step.has_states and not step.windowed
     e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
     joined = e * n * students * d if grad else 0  # torch.cat of the layers and the last
     if heard and grad:
-        joined += e * n * teachers * step.roles["teacher"].shape.width
+        joined += e * n * teachers * step.teacher_width
     curve.hold("activations", joined)
-    with whole(curve, step, "student", *(("teacher",) if heard else ())):
+    read = [role for role in step.roles if role == "student" or heard]
+    with whole(curve, step, *read):
         if heard:
             teacher_statistics(curve, step, teachers)
         curve.hold("targets", 4 * students * n * d if grad else 0)
@@ -114,15 +114,14 @@ def kl(curve: Curve, step: Step, students: int, teachers: int, grad: bool = True
 
 def divergence(curve: Curve, step: Step) -> None:
     """`linear_divergence` of the matched pairs: holds the gradient's direction in the inputs' dtype."""
-    student, teacher, setup = step.roles["student"].shape, step.roles["teacher"].shape, step.setup
-    e, n, d = setup.compute_bytes, step.batches["student"].answers, student.width
-    settings = step.settings
+    setup, d, other = step.setup, step.roles["student"].shape.width, step.teacher_width
+    e, n, settings = setup.compute_bytes, step.batches["student"].answers, step.settings
     calls = [step.roles["student"].layers] * step.matched if settings.layers_by_other_divergence else []
     for rows in [*calls, 1] if settings.last_by_other_divergence else calls:
-        chosen = e * rows * n * teacher.width  # the matched layers, copied
+        chosen = e * rows * n * other  # the matched layers, copied
         curve.hold("activations", e * rows * n * d)
-        scratch = divergence_scratch(rows * n, d, teacher.width, step.vocab, setup)
-        with whole(curve, step, "student", "teacher"):
+        scratch = divergence_scratch(rows * n, d, other, step.vocab, setup)
+        with whole(curve, step, *step.roles):
             curve.moment("divergence of pairs", workspace=scratch, activations=chosen)
 
 

@@ -9,13 +9,16 @@ from typing import Any
 
 from ..config import ConfigError, RunConfig, load_config
 from ..sizes import format_count, format_size
+from ..teacher import mode_under
 from .arguments import Machine
 from .build import Models, setup_of, step_of
 from .memory import RESERVE_BYTES, Batch, Setup
+from .recalled import can_be_cached
 from .shapes import ModelShape
 from .speed import inside_nodes, operations, over_pcie, speed, traffic
 from .walk import walk
 from .window import resolved_setup
+from .worth import cache_lines, cache_table, worth_of_cache
 
 COLUMNS = {
     "parameters": "parameters",
@@ -29,7 +32,7 @@ COLUMNS = {
     "workspace": "head workspace",
 }
 MAX_ROWS = 1024
-TEACHER_MODES = ("zero3", "replicated", "offload", "int8", "nf4")
+TEACHER_MODES = ("zero3", "replicated", "offload", "int8", "nf4", "cached")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,17 +138,19 @@ def plan_stage(models: Models, stage: str, machine: Machine, rows: Rows, samples
 def compare_modes(models: Models, machine: Machine, rows: Rows, samples: int) -> dict[str, dict[str, Any]]:
     """Largest peak and days of the stages that have a teacher, for every `teacher.mode` that the run could have."""
     config, found = models.config, {}
-    for mode in TEACHER_MODES:
+    for mode in TEACHER_MODES if can_be_cached(config) else TEACHER_MODES[:-1]:
         peaks, low, high = [], 0.0, 0.0
         for stage in config.stages:
             setup = setup_of(config, stage, machine.ranks, node=machine.gpus)
             if mode == "zero3" and setup.zero is None:
                 break
-            setup = dataclasses.replace(setup, teacher_mode=mode)
+            # of a cached teacher, verbalize has itself in the job
+            here = mode_under("auto", setup.zero is not None) if mode == "cached" and stage != "interact" else mode
+            setup = dataclasses.replace(setup, teacher_mode=here)
             micro = config.stage_training(stage).per_device_train_batch_size
             setup = resolved_setup(models, stage, setup, rows.batch(micro), machine.memory_bytes - RESERVE_BYTES)
             step = step_of(models, stage, setup, rows.batch(micro))
-            if "teacher" not in step.roles:
+            if "teacher" not in step.roles and step.recalled is None:
                 continue
             peaks.append(walk(step).peak.total)
             days = speed(step_of(models, stage, setup, rows.batch(micro, mean=True)), machine).days(samples)
@@ -198,6 +203,7 @@ def make_plan(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any
         "stages": [plan_stage(models, stage, machine, rows, arguments.samples) for stage in config.stages],
         "evaluated": [stage for stage in config.stages if config.stage_training(stage).eval_steps is not None],
         "teacher_modes": compare_modes(models, machine, rows, arguments.samples),
+        "teacher_cache": worth_of_cache(models, machine, rows, arguments.samples),
     }
 
 
@@ -253,7 +259,11 @@ def print_plan(plan: dict[str, Any]) -> None:
         say(f"evaluations while training ({', '.join(plan['evaluated'])}: training.eval_steps) are not counted")
     if plan["teacher_modes"]:
         print_table(_modes_table(plan))
-        say("int8 and nf4: the time of their conversions is not counted")
+        say("int8 and nf4: the time of their conversions is not counted; cached: the time to build the cache is not")
+    if plan["teacher_cache"]:
+        print_table(cache_table(plan["teacher_cache"], plan["samples"]))
+        for line in cache_lines(plan["teacher_cache"]):
+            say(line, highlight=False)
 
 
 def _memory_table(plan: dict[str, Any]):

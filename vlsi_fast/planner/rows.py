@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..config import RunConfig
-from .build import Models, step_of
+from .build import Models, stage_mode, step_of
 from .memory import Batch, Setup, compute_bytes
 from .speed import operations
 from .walk import Step
@@ -41,7 +41,9 @@ def row_operations(config: RunConfig, stage: str, configs: dict) -> dict[str, Ro
         configs: role -> transformers config, of the stage's models.
     """
     training = config.stage_training(stage)
-    setup = Setup(1, None, compute_bytes(config), training.gradient_accumulation_steps, training.gradient_checkpointing)
+    options = {"accumulation": training.gradient_accumulation_steps, "checkpointing": training.gradient_checkpointing}
+    mode = stage_mode(config, stage, True)  # operations are the same wherever a teacher is held
+    setup = Setup(1, None, compute_bytes(config), teacher_mode=mode, **options)
     step = step_of(Models(config, configs=configs), stage, setup, lambda shape: Batch(1, 0, 0, 0))
     return {role: _of_role(step, role) for role in step.roles}
 

@@ -90,6 +90,10 @@ def _heads(step: Step) -> float:
     if step.stage == "verbalize":
         own = step.settings.needs_last
         return sum(4.0 * (s.layers + own) * step.batches[r].answers * v * s.shape.width for r, s in step.roles.items())
+    if step.stage == "build":
+        found, (teacher, batch) = step.recalled, (step.roles["teacher"].shape, step.batches["teacher"])
+        both = 0 if found.has_states else teacher.width + found.student_width
+        return 2.0 * batch.answers * v * both * found.kept
     student = step.roles["student"]
     n, d = step.batches["student"].answers, student.shape.width
     if step.stage == "sft":
@@ -100,11 +104,10 @@ def _heads(step: Step) -> float:
     if layers + last:
         products = 4.0 if settings.kld_is_forward else 2.0
         total += n * v * d * (products * layers + 4.0 * last)
-        if "teacher" in step.roles:  # else its targets come with the rows
-            teacher = step.roles["teacher"]
-            total += 2.0 * n * v * (teacher.shape.width + d) * ((teacher.layers if layers else 0) + last)
+        if step.has_states:  # else its targets come with the rows
+            total += 2.0 * n * v * (step.teacher_width + d) * ((step.teacher_layers if layers else 0) + last)
     if step.pairs:
-        both = step.roles["teacher"].shape.width + d
+        both = step.teacher_width + d
         total += 2.0 * n * v * step.pairs * (both * (2 if settings.divergence == "jsd" else 1) + 2 * d)
     answers = student.layers * (settings.intermediate == "ce") + (settings.last == "ce")
     return total + 4.0 * n * v * d * answers

@@ -35,6 +35,7 @@ from .memory import (
     vision_forward,
 )
 from .placement import running_layer
+from .recalled import Recalled, hold_recalled, recall
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,29 @@ class Step:
     """The stage's own section of the config."""
     matched: int = 1
     """Teacher layers of a student layer (matching.k)."""
+    recalled: Recalled | None = None
+    """What a cache says in place of a teacher; of stage `build`, what is written."""
 
     @property
     def windowed(self) -> bool:
         """Whether the teacher runs once for several micro-batches, before them."""
         return self.setup.window > 1 and self.stage == "interact" and "teacher" in self.roles
+
+    @property
+    def has_states(self) -> bool:
+        """Whether hidden states of the teacher are there to be compared: from itself, or from a cache."""
+        return "teacher" in self.roles or (self.recalled is not None and self.recalled.has_states)
+
+    @property
+    def teacher_layers(self) -> int:
+        """Its target layers; 0 where no loss reads the teacher."""
+        found = self.roles.get("teacher") or self.recalled
+        return 0 if found is None else found.layers
+
+    @property
+    def teacher_width(self) -> int:
+        """Of the hidden states (`has_states`)."""
+        return self.roles["teacher"].shape.width if self.recalled is None else self.recalled.width
 
     @property
     def headless(self) -> bool:
@@ -71,6 +90,8 @@ class Step:
 def walk(step: Step) -> Curve:
     """Held bytes, forward, losses, backward, optimizer."""
     curve = Curve(held(step.roles, step.setup, step.batches))
+    if step.recalled is not None:
+        hold_recalled(curve, step)
     curve.moment("at rest")
     if step.setup.persist_heads and not _taught_first(step):
         _keep_heads(curve, step)
@@ -317,16 +338,19 @@ def _window(curve: Curve, step: Step, teachers: int) -> int:
 
 
 def _interact(curve: Curve, step: Step) -> None:
-    student, taught, settings = step.roles["student"], "teacher" in step.roles, step.settings
+    student, settings = step.roles["student"], step.settings
+    hears, taught = "teacher" in step.roles, "teacher" in step.roles or step.recalled is not None
     students = student.layers * settings.matches_by_kl
     last = settings.last_by_forward_kl
-    teachers = (step.roles["teacher"].layers if students else 0) + last if taught else 0
+    teachers = (step.teacher_layers if students else 0) + last if taught else 0
     waiting = _window(curve, step, teachers) * (step.setup.window - 1) if step.windowed else 0
     each = _trained_forward(curve, step, "student")
     if student.verbalizer:
         _speak(curve, step, "student", grad=True)
     before = curve.held["activations"]
-    if taught and not step.windowed:
+    if step.recalled is not None:
+        recall(curve, step)
+    if hears and not step.windowed:
         _frozen_forward(curve, step, "teacher")
         if step.roles["teacher"].verbalizer:
             _speak(curve, step, "teacher", grad=False)
@@ -340,7 +364,7 @@ def _interact(curve: Curve, step: Step) -> None:
         curve.hold("activations", 4 * student.layers * teacher.layers * n * teacher.shape.width)
         curve.moment("hidden L2")
     if "l2" in (settings.intermediate, settings.last) and not settings.headless:
-        other = step.roles["teacher"].shape.width
+        other = step.teacher_width
         curve.hold("workspace", 4 * (width**2 + width * other + other**2))  # Gram matrices
     if settings.learns_answers:
         rows = student.layers if settings.intermediate == "ce" else 1

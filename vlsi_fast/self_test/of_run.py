@@ -65,8 +65,10 @@ def _of_operators(config: RunConfig, stage: str, models: dict, dtype: torch.dtyp
                 found.append(operators.layer_kl(width[role], width[role], **options))
     else:
         interact = config.interact
-        speakers = list(models) if interact.headless else interact.speakers
-        pair = {"student": width["student"], "teacher": width.get("teacher"), "temperature": interact.temperature}
+        speakers = list(models) if interact.headless else [role for role in interact.speakers if role in models]
+        # of a teacher on disk the width is not known here: the student's takes the same kernels
+        other = width.get("teacher", width["student"])
+        pair = {"student": width["student"], "teacher": other, "temperature": interact.temperature}
         if interact.matches_by_kl or interact.last_by_forward_kl:
             found.append(operators.layer_kl(**pair, **options))
         if interact.layers_by_other_divergence or interact.last_by_other_divergence:

@@ -192,7 +192,9 @@ def _claim(stage: TeacherStage, folder: Path, chosen: Chosen, student_head: Tens
     problem = broadcast_object(problem)
     if problem:
         raise ConfigError(problem)
-    manifest = {"identity": identity, "teacher": {"path": str(role.folder)}, "errors": None}
+    teacher = {"path": str(role.folder), "verbalizers": str(role.verbalizer_folder()) if spoken else None}
+    student = None if student_head is None else str(stage.roles["student"].folder)
+    manifest = {"identity": identity, "teacher": teacher, "student": {"path": student}, "errors": None}
     if (folder / NAME).is_file():
         manifest = read_manifest(folder)
     manifest |= {"versions": versions(), "commit": code_commit()}

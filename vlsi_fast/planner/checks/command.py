@@ -13,12 +13,14 @@ import torch
 from ...config import ConfigError, RunConfig, load_config
 from ...ranks.sharding import rank
 from ...terminal import say
+from .cache import check_cache
 from .data import check_alignment, check_data
 from .device import look_at_device
 from .machine import check_disk, check_memory, check_self_kl
 from .models import check_heads, check_images, check_models, check_sizes, check_templates, check_tokens
 from .subject import FAILURE, NOTICE, PASS, UNCHECKED, Failed, Notice, Result, Subject, Unchecked
 
+CACHE = "teacher's cache"
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "models": check_models,
     "model sizes": check_sizes,
@@ -28,11 +30,12 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "image tokens": check_images,
     "data": check_data,
     "answer alignment": check_alignment,
+    CACHE: check_cache,
     "disk space": check_disk,
     "GPU memory": check_memory,
     "KL self-check": check_self_kl,
 }
-AT_START = ("model sizes", "head rows", "image tokens", "disk space", "GPU memory")
+AT_START = ("model sizes", "head rows", "image tokens", CACHE, "disk space", "GPU memory")
 """What a stage looks at beyond what it checks itself (models, tokenizers, sources; each row as it is read)."""
 
 
@@ -41,9 +44,11 @@ class PreflightError(ConfigError):
 
 
 def look(subject: Subject, names: tuple[str, ...] = tuple(CHECKS)) -> list[Result]:
-    """Run checks, each whatever became of the others."""
+    """Run checks, each whatever became of the others; that of a cache only where a stage reads one."""
     results = []
     for name in names:
+        if name == CACHE and not subject.reads_cache:
+            continue
         try:
             results.append(Result(name, PASS, CHECKS[name](subject)))
         except Failed as error:

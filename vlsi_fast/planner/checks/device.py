@@ -35,7 +35,8 @@ def probes_of(subject: Subject, device: torch.device) -> list[Probe]:
     config, found = subject.config, {}
     held = config.teacher.mode in (*QUANTIZED, "offload")  # liger-kernel's modules are not put into such a teacher
     for stage in subject.stages:
-        names = {"verbalize": config.verbalize.models, "interact": config.interact.roles}.get(stage, ["student"])
+        heard = ["student"] if subject.reads_cache else config.interact.roles
+        names = {"verbalize": config.verbalize.models, "interact": heard}.get(stage, ["student"])
         models = {name: subject.model_config(name) for name in names}
         attention = {
             name: attention_name(

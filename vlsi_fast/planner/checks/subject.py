@@ -15,6 +15,7 @@ from ...data.processors import load_processor
 from ...data.sources import ConcatSource, open_part
 from ...loading import resolve_folder
 from ..build import Models, setup_of, step_of
+from ..recalled import teacher_beside
 from ..report import rows_of
 from ..shapes import read_config
 from ..walk import Step
@@ -71,7 +72,7 @@ class Subject:
 
     def model_config(self, role: str):
         def read():
-            return read_config(getattr(self.config, role), role)
+            return read_config(getattr(self.config, role), role, self._beside(role))
 
         return self._once(role, "config", read)
 
@@ -120,7 +121,20 @@ class Subject:
             raise Unchecked(f"needs {name}: {kind}, which cannot be read") from value
         return value
 
+    @property
+    def reads_cache(self) -> bool:
+        """Whether a stage learns from a teacher on disk."""
+        settings = self.config.interact
+        return "interact" in self.stages and self.config.teacher.mode == "cached" and "teacher" in settings.roles
+
+    def _beside(self, role: str) -> str | None:
+        """Where a cache stands for the teacher, its folder there."""
+        runs = "verbalize" in self.stages and "teacher" in self.config.verbalize.models
+        return teacher_beside(self.config) if role == "teacher" and not runs else None
+
     def _folder(self, role: str) -> str:
         """A checkpoint's folder, or the Hub name: processors are read from there without the weights."""
+        if self._beside(role) is not None:
+            return self._beside(role)
         path = getattr(self.config, role).path
         return str(resolve_folder(path, f"{role}.path")) if Path(path).is_dir() or path.count("/") != 1 else path

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from vlsi_kernels import TeacherTargets
+
 from ...acceleration import attention_name, use_packing
 from ...attention import VARLEN, set_varlen
 from ...config import RunConfig
@@ -37,9 +39,12 @@ from ...stages import stage as stages
 from ...stages.batches import StageCollator, restore_shared, to_device
 from ...stages.interact import InteractStage
 from ...teacher import held
+from ...teacher_cache.forms import pack_targets
+from ...teacher_cache.recalling import Said
 from ...verbalizer import Verbalizers
 from ..build import Models
 from ..memory import Batch, Setup
+from ..recalled import recalled_of
 from ..report import Rows
 from ..shapes import ModelShape
 from .device import DEVICE
@@ -90,6 +95,35 @@ def backbones_of(module: nn.Module) -> dict[str, VerbalizedBackbone]:
     return {role: found[role] if found is not None else getattr(module, role) for role in module.roles}
 
 
+class _Cache:
+    """A teacher's cache that is not there; one stands for several."""
+
+    folder = Path("cache")
+    name = "cache"
+
+    def __init__(self, models: Models):
+        self._recalled, self._dtype = recalled_of(models), getattr(torch, models.config.dtype)
+        self.config = models.configs["teacher"]
+        self.layers = list(range(1, self._recalled.layers + 1))
+        rows = (model.get_text_config().vocab_size for model in (self.config, models.configs["student"]))
+        self.identity = {"vocab_size": min(rows)}
+        self.weight: Tensor | None = None
+
+    def head(self, device: torch.device) -> Tensor | None:
+        """On the device, beside hidden states."""
+        if self._recalled.has_states:
+            self.weight = torch.empty(self._recalled.rows, self._recalled.width, dtype=self._dtype, device=device)
+        return self.weight
+
+    def row(self, labels: Tensor) -> Said:
+        """What is kept of a row."""
+        found, tokens = self._recalled, int((labels[:, 1:] != -100).sum())
+        if found.has_states:
+            return Said(0, 1, {"hidden": torch.zeros(tokens, found.read, found.width, dtype=self._dtype)})
+        zeros = torch.zeros(found.read, tokens, found.student_width)
+        return Said(0, 1, pack_targets(TeacherTargets(zeros[:, :, 0], zeros, found.rows, 1.0), found.numbers))
+
+
 class DryStage:
     """One stage of a config on the device.
 
@@ -114,6 +148,10 @@ class DryStage:
         stage.roles = {role: UnloadedRole(role, self.config, models) for role in stage.role_names()}
         stage.args = SimpleNamespace(device=DEVICE, deepspeed=self.training.deepspeed)
         stage.teacher_mode = setup.teacher_mode
+        self.cache = None
+        if setup.teacher_mode == "cached" and "teacher" in self.config.interact.roles:
+            self.cache = _Cache(models)
+            stage.caches = [self.cache]
         self.packed = {role: use_packing(self.config.data.padding_free, self._attention(role)) for role in stage.roles}
 
     def _attention(self, name: str) -> str:
@@ -179,6 +217,8 @@ class DryStage:
             for tensor in (*backbone.model.parameters(), *backbone.model.buffers(), *backbone.parameters()):
                 frozen = role == "teacher" and not tensor.requires_grad
                 tape.hold(tensor, "teacher" if frozen else "parameters")
+        if self.cache is not None and self.cache.weight is not None:
+            tape.hold(self.cache.weight, "teacher")
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             if not tape.holds(tensor):
                 tape.hold(tensor, "parameters")
@@ -214,6 +254,8 @@ class DryStage:
             same = made.setdefault(key, [found] + [dict(others) for _ in range(count - 1)])
             for row, encoded in zip(rows, same):
                 row[name] = encoded
+                if self.cache is not None:
+                    row["taught"] = self.cache.row(encoded["labels"])
         packers = {name: Packer(role.config) for name, role in self.stage.roles.items() if self.packed[name]}
         processors = {name: role.processor for name, role in self.stage.roles.items()}
         collate = Collator(processors, packers=packers)
