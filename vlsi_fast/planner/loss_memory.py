@@ -26,7 +26,8 @@ def read_heads(step: Step) -> dict[str, bool]:
     if step.stage == "sft":
         return {} if student.mode == "full" else {"student": True}
     by_kl = step.settings.matches_by_kl or step.settings.last_by_forward_kl or bool(step.pairs)
-    return ({"student": True} if by_kl or step.settings.learns_answers else {}) | ({"teacher": False} if by_kl else {})
+    heads = {"student": True} if by_kl or step.settings.learns_answers else {}
+    return heads | ({"teacher": False} if by_kl and "teacher" in step.roles else {})
 
 
 def head_bytes(step: Step, *roles: str, released: bool = False) -> Counter[str]:
