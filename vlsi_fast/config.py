@@ -87,11 +87,25 @@ class TeacherConfig(BackboneConfig):
     made with one of them belongs to it."""
     cache: str | None = None
     """Folder of the cache, for mode cached and for what builds it. null: teacher_cache in output_dir."""
+    cache_follow: bool = False
+    """With mode cached: the cache is being built meanwhile, by `vlsi-fast teacher build --follow` in a job of its own.
+    Interact waits for rows that are not there yet, and tells the builder how far it is."""
+    cache_timeout: float = Field(600.0, gt=0)
+    """Seconds without a sign of life after which the builder that runs ahead gives a student up, and a student the
+    builder. Each judges by its own clock."""
     window: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Micro-batches of one optimizer step for which it runs at once in stage interact, so that its weights are gathered
     once for all of them. auto, on CUDA with mode zero3 or offload: as many as fit on paper (`vlsi-fast plan`); else 1.
     More than there are in a step are as many as there are. Kept of each answer token and layer are 4 (1 + d) bytes, d
     the student's width; with l2 or another divergence the teacher's hidden states as well."""
+
+    @model_validator(mode="after")
+    def _follows_a_cache(self):
+        if self.cache_follow and self.mode != "cached":
+            raise ValueError(
+                f"cache_follow waits for a cache, and mode is {self.mode}: set mode to cached, or remove it"
+            )
+        return self
 
 
 class VerbalizerConfig(Section):

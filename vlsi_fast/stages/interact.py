@@ -26,6 +26,7 @@ from ..losses import AnswerLoss, LogitL2, MatchedDivergence, OperatorOptions, Pa
 from ..matching import match_layers
 from ..planner.window import fitting_window
 from ..ranks.sharding import gathered_objects, world_size
+from ..teacher_cache.following import wait_for_cache
 from ..teacher_cache.forms import unpack_targets
 from ..teacher_cache.recalling import CachedTeacher, cache_folders
 from ..teacher_cache.store import CacheError
@@ -284,6 +285,8 @@ class InteractStage(Stage):
                 )
         if self.config.teacher.mode != "cached" or "teacher" not in self.settings.roles:
             return []
+        if self.config.teacher.cache_follow:
+            wait_for_cache(self.config.cache_dir, self.config.teacher.cache_timeout)
         return [CachedTeacher(self.config, folder) for folder in cache_folders(self.config)]
 
     def check_predecessors(self) -> None:

@@ -91,6 +91,18 @@ def _whole(values) -> np.ndarray:
     return np.rint(values).astype(np.int64)
 
 
+class Placed(int):
+    """A row number with the rows of the order that its optimizer step begins and ends at (`first`, `end`)."""
+
+    def __new__(cls, number: int, first: int, end: int) -> Placed:
+        placed = super().__new__(cls, number)
+        placed.first, placed.end = first, end
+        return placed
+
+    def __reduce__(self):
+        return Placed, (int(self), self.first, self.end)
+
+
 class StepBatches(torch.utils.data.Sampler):
     """One rank's micro-batches of an epoch, as lists of row numbers, optimizer step after optimizer step.
 
@@ -119,18 +131,39 @@ class StepBatches(torch.utils.data.Sampler):
     ):
         self.order, self.rows, self.accumulation, self.costs = order, rows, accumulation, costs
         self.ranks, self.rank, self.drop_last = ranks, rank, drop_last
+        self.placed = False
+        """Whether row numbers are `Placed`."""
 
     def __len__(self) -> int:
         """Micro-batches of this rank in an epoch."""
         of_round = self.rows * self.ranks
         return len(self.order) // of_round if self.drop_last else -(-len(self.order) // of_round)
 
+    def position(self, steps: int) -> int:
+        """Rows of the order that so many optimizer steps have used, counted from its start; an epoch's are all used at
+        its end."""
+        epoch, inside = divmod(steps, -(-len(self) // self.accumulation))
+        return epoch * len(self.order) + self._used(inside)
+
+    def _used(self, steps: int) -> int:
+        return min(len(self.order), steps * self.accumulation * self.rows * self.ranks)
+
+    @property
+    def again(self) -> int:
+        """Rows from an epoch's start that come again at its end, where its last round would not be full."""
+        rest = len(self.order) % (self.rows * self.ranks)
+        return self.rows * self.ranks - rest if rest and self.ranks > 1 and not self.drop_last else 0
+
     def __iter__(self) -> Iterator[list[int]]:
         rounds, of_round = len(self), self.rows * self.ranks
         rows = chain(self.order, cycle(islice(self.order, of_round)) if self.ranks > 1 else ())
         for first in range(0, rounds, self.accumulation):
             taken = min(self.accumulation, rounds - first)
-            yield from self._dealt(list(islice(rows, taken * of_round)), taken * self.ranks)[self.rank :: self.ranks]
+            numbers = list(islice(rows, taken * of_round))
+            if self.placed:
+                begun, step = self.order.epoch * len(self.order), first // self.accumulation
+                numbers = [Placed(n, begun + self._used(step), begun + self._used(step + 1)) for n in numbers]
+            yield from self._dealt(numbers, taken * self.ranks)[self.rank :: self.ranks]
 
     def _dealt(self, rows: list[int], count: int) -> list[list[int]]:
         if self.costs is None:

@@ -59,6 +59,7 @@ from ..self_test import of_run
 from ..self_test import start as self_testing
 from ..shrinking.record import carry_record
 from ..teacher import load_teacher, resolve_mode, run_apart
+from ..teacher_cache.following import dataset_of, followed
 from ..teacher_cache.recalling import CachedTeacher, rows_of
 from ..terminal import say
 from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
@@ -247,7 +248,8 @@ class Stage:
             Throughput(self.config, self.name, configs, world_size(), self.args.device),
             self.eval_dataset,
         )
-        with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", partial(checkpoint_size, module)):
+        size = partial(checkpoint_size, module)
+        with explained_full_disk(self.folder, f"a checkpoint of stage {self.name}", size), followed(trainer):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         made, wanted = result.global_step, trainer.state.max_steps
         if made < wanted and not trainer.is_over():
@@ -291,8 +293,8 @@ class Stage:
         """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""
         self.read_models()
         processors = {name: role.processor for name, role in self.roles.items()}
-        taught = rows_of(self.caches, self.config.data.train)
-        dataset = VlsiDataset(build_source(self.config.data.train), processors, self.config.data, taught)
+        taught = rows_of(self.caches, self.config.data.train, follow=True)
+        dataset = dataset_of(build_source(self.config.data.train), processors, self.config.data, taught)
         if self.config.stage_training(self.name).eval_steps is not None:
             rows, taught = build_source(self.config.data.eval, "data.eval"), rows_of(self.caches, self.config.data.eval)
             self.eval_dataset = VlsiDataset(rows, processors, self.config.data, taught)

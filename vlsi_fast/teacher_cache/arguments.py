@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..sizes import parse_size
 
+AHEAD = 1024
 OVERRIDES = "Any option of the config can be overridden: --section.field VALUE."
 
 
@@ -45,6 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument(
         "--shard-size", type=parse_size, default=256 * 2**20, metavar="SIZE", help="of a file, about (default: 256MiB)"
+    )
+    build.add_argument(
+        "--follow",
+        action="store_true",
+        help="beside a run with teacher.cache_follow: keep ahead of it, and delete what it has used",
+    )
+    build.add_argument(
+        "--ahead",
+        type=_positive,
+        metavar="N",
+        help=f"with --follow: rows that it may be ahead of the run (default: {AHEAD})",
+    )
+    build.add_argument("--keep", action="store_true", help="with --follow: delete nothing")
+    build.add_argument(
+        "--students", type=_positive, metavar="K", help="with --follow: runs that read the cache (default: 1)"
     )
     build.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed
     check = commands.add_parser("check", help="compare a cache with the teacher itself, on some rows", epilog=OVERRIDES)

@@ -9,9 +9,7 @@ forwards. What is there already is left out, so a call that was interrupted goes
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from ..stages.batches import StageCollator, to_device
 from ..stages.interact import InteractStage
 from ..stages.sampling import StepBatches, data_order
 from ..terminal import say
+from .following import Follow, data_digest
 from .forms import DEFAULT, pack_targets, unpack_targets
 from .manifest import (
     HEAD,
@@ -76,6 +75,7 @@ class Chosen:
         rows: the first so many of the order; None: those that stage interact reads.
         shard_bytes: of a shard, about.
         progress: show a bar.
+        follow: with students that train meanwhile (`ahead.py`); None: all at once.
     """
 
     out: Path | None = None
@@ -87,6 +87,7 @@ class Chosen:
     rows: int | None = None
     shard_bytes: int = SHARD_BYTES
     progress: bool = True
+    follow: Follow | None = None
 
 
 class TeacherStage(InteractStage):
@@ -144,9 +145,14 @@ def build(config: RunConfig, chosen: Chosen) -> dict[str, Any]:
         student = stage.roles["student"]
         student_head = head_weight(student.folder, student.config, config.dtype)
     manifest = _claim(stage, folder, chosen, student_head)
-    work = _Work(stage, chosen, folder)
-    if not work.is_done:
-        manifest |= work.do(_Teacher(stage, folder, chosen, student_head))
+    if chosen.follow is not None:
+        from .ahead import run_ahead
+
+        manifest |= run_ahead(stage, chosen, folder, lambda: Teacher(stage, folder, chosen, student_head))
+    else:
+        work = _Work(stage, chosen, folder)
+        if not work.is_done:
+            manifest |= work.do(Teacher(stage, folder, chosen, student_head))
     barrier()
     manifest["counts"] = counts_of(folder)
     if rank() == 0:
@@ -203,7 +209,7 @@ def _claim(stage: TeacherStage, folder: Path, chosen: Chosen, student_head: Tens
 # ---- the teacher ----
 
 
-class _Teacher:
+class Teacher:
     """Runs the teacher on a micro-batch and says what a run with a teacher in the job would compare. Collective."""
 
     def __init__(self, stage: TeacherStage, folder: Path, chosen: Chosen, student_head: Tensor | None):
@@ -213,6 +219,8 @@ class _Teacher:
             teacher.to(self.device)
         self._call = stage.apart(teacher) or teacher
         self.columns = [stage.roles["teacher"].layers.index(k) for k in stage.chosen_layers]
+        self.errors: dict[str, float] = {}
+        """What rounding costs, by the first micro-batch."""
         self.pairwise = None
         if student_head is not None:
             weight = nn.Parameter(student_head.to(self.device), requires_grad=False)
@@ -235,6 +243,23 @@ class _Teacher:
             (targets,) = self.pairwise.targets([states], self.stage.settings.temperature)
             return targets
 
+    def stored(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What is kept of a micro-batch of `Reading`, all its rows' answer tokens: [N, ..] each, in CPU memory."""
+        inputs = to_device(batch["batch"]["teacher"], self.device)
+        said = self(inputs["inputs"], inputs["index"])
+        if self.chosen.form == "hidden":
+            dtype = getattr(torch, self.stage.config.dtype)
+            return {"hidden": said.transpose(0, 1).to(dtype).contiguous().cpu()}
+        stored = pack_targets(said, self.chosen.numbers)
+        if self.chosen.numbers != "float32" and not self.errors:
+            self.errors = measured_errors(said, stored, self.student_head, self.stage)
+        return {name: value.cpu() for name, value in stored.items()}
+
+    def told_errors(self) -> dict[str, Any]:
+        """For the manifest. Collective."""
+        errors = gathered_objects(self.errors)[0]
+        return {"errors": errors} if errors else {}
+
 
 def _write_head(stage: TeacherStage, path: Path) -> None:
     """The teacher's head, beside hidden states."""
@@ -254,7 +279,7 @@ def _write_head(stage: TeacherStage, path: Path) -> None:
 class _Rounds(torch.utils.data.Sampler):
     """This rank's micro-batches, as lists of (row number, position in the order)."""
 
-    def __init__(self, rounds: list[list[tuple[int, int]]]):
+    def __init__(self, rounds: list[list[tuple[int, int | None]]]):
         self.rounds = rounds
 
     def __len__(self) -> int:
@@ -291,19 +316,51 @@ class _Collate:
         }
 
 
+class Reading:
+    """The teacher's rows as micro-batches.
+
+    Args:
+        stage: of the teacher.
+        split: train or eval.
+        roles: models whose side of a row must be usable.
+    """
+
+    def __init__(self, stage: TeacherStage, split: str, roles: tuple[str, ...] = ("teacher",)):
+        config = stage.config
+        self.sources = build_source(getattr(config.data, split), f"data.{split}")
+        self.data = data_digest(config, split, self.sources)
+        """Digest of what row numbers count in."""
+        processors = {name: stage.roles[name].processor for name in roles}
+        role = stage.roles["teacher"]
+        packers = {"teacher": Packer(role.config)} if stage.packed("teacher") else {}
+        collator = Collator({"teacher": role.processor}, always_image=world_size() > 1, packers=packers)
+        self._dataset, self._collate = _Placed(KeyedDataset(self.sources, processors, config.data)), _Collate(collator)
+        self._workers = config.data.num_workers
+
+    def loader(self, rounds: list[list[tuple[int, int | None]]]) -> DataLoader:
+        """Batches of rows given as places, (number, position): the teacher's `batch`, and lists of `keys`, `places`,
+        `answers`, `counts` of answer tokens; `refused`: key, cause and detail of rows passed over."""
+        options = {"collate_fn": self._collate, "num_workers": self._workers}
+        return DataLoader(self._dataset, batch_sampler=_Rounds(rounds), **options)
+
+
+def rows_in(batch: dict[str, Any], stored: dict[str, Tensor]) -> Iterator[tuple[bytes, bytes, Any, dict[str, Tensor]]]:
+    """Key, answers' digest, place and values of each row of a batch of `Reading`, for `ShardWriter.add`."""
+    first = 0
+    for key, answers, place, count in zip(batch["keys"], batch["answers"], batch["places"], batch["counts"]):
+        yield key, answers, place, {name: value[first : first + count].clone() for name, value in stored.items()}
+        first += count
+
+
 class _Work:
     """The rows that are still to do, rank by rank."""
 
     def __init__(self, stage: TeacherStage, chosen: Chosen, folder: Path):
         self.stage, self.chosen, self.folder = stage, chosen, folder
-        config = stage.config
-        sources = build_source(getattr(config.data, chosen.split), f"data.{chosen.split}")
-        self.data = _data_digest(config, chosen.split, sources)
-        processors = {"teacher": stage.roles["teacher"].processor}
-        self.dataset = KeyedDataset(sources, processors, config.data)
-        settings = config.stage_training("interact")
-        order = _order(config, chosen, sources, folder)
-        done = broadcast_object(_done(folder, self.data) if rank() == 0 else None)
+        self.reading = Reading(stage, chosen.split)
+        self.data, settings = self.reading.data, stage.config.stage_training("interact")
+        order = _order(stage.config, chosen, self.reading.sources, folder)
+        done = broadcast_object(done_rows(folder, self.data) if rank() == 0 else None)
         batches = StepBatches(_Listed(order), settings.per_device_train_batch_size, 1, world_size())
         rounds = list(_all_ranks(batches))
         position, self.rounds = itertools.count(), []
@@ -318,46 +375,24 @@ class _Work:
         """Whether nothing is left; the same on every rank."""
         return not self.rounds
 
-    def do(self, teacher: _Teacher) -> dict[str, Any]:
+    def do(self, teacher: Teacher) -> dict[str, Any]:
         """Run the teacher over the rows. Returns `errors`, what rounding costs, for the manifest."""
         from tqdm.auto import tqdm
 
-        config, chosen = self.stage.config, self.chosen
-        role = self.stage.roles["teacher"]
-        packers = {"teacher": Packer(role.config)} if self.stage.packed("teacher") else {}
-        collator = Collator({"teacher": role.processor}, always_image=world_size() > 1, packers=packers)
-        options = {"num_workers": config.data.num_workers}
-        loader = DataLoader(
-            _Placed(self.dataset), batch_sampler=_Rounds(self.rounds), collate_fn=_Collate(collator), **options
-        )
-        known = CacheReader(self.folder)
+        known, chosen = CacheReader(self.folder), self.chosen
         writer = ShardWriter(self.folder, chosen.shard_bytes, None, self.data)
         written: set[bytes] = set()
-        errors: dict[str, float] = {}
-        began = self.total - len(self.rounds)
+        loader, began = self.reading.loader(self.rounds), self.total - len(self.rounds)
         bar = tqdm(loader, "teacher", self.total, initial=began, disable=rank() != 0 or not chosen.progress)
         for batch in bar:
-            inputs = to_device(batch["batch"]["teacher"], teacher.device)
-            said = teacher(inputs["inputs"], inputs["index"])
-            if chosen.form == "targets":
-                stored = pack_targets(said, chosen.numbers)
-                if chosen.numbers != "float32" and not errors:
-                    errors = measured_errors(said, stored, teacher.student_head, self.stage)
-            else:
-                stored = {"hidden": said.transpose(0, 1).to(getattr(torch, config.dtype)).contiguous()}
-            stored = {name: value.cpu() for name, value in stored.items()}
-            first = 0
-            for key, answers, place, count in zip(batch["keys"], batch["answers"], batch["places"], batch["counts"]):
-                values = {name: value[first : first + count].clone() for name, value in stored.items()}
-                first += count
+            for refused in batch["refused"]:
+                writer.refuse(*refused)
+            for key, answers, place, values in rows_in(batch, teacher.stored(batch)):
                 is_new = key not in written and known.find(key) is None
                 writer.add(key, answers, place, values if is_new else None)
                 written.add(key)
-            for key, cause, detail in batch["refused"]:
-                writer.refuse(key, cause, detail)
         writer.flush()
-        errors = gathered_objects(errors)[0]
-        return {"errors": errors} if errors else {}
+        return teacher.told_errors()
 
 
 class _Listed:
@@ -406,24 +441,24 @@ def _order(config: RunConfig, chosen: Chosen, sources: ConcatSource, folder: Pat
         if chosen.rows is not None:  # each once, and the order has every row within so many passes
             read = EPOCHS * len(order)
         rows = itertools.islice(dict.fromkeys(order.order.rows(order.start, read)), chosen.rows)
-    named = [source.teacher and Path(source.teacher) for source in getattr(config.data, chosen.split)]
-    own = folder if folder in named else None
-    wanted = {i for i, name in enumerate(parts) if (name == chosen.source if chosen.source else named[i] == own)}
+    wanted = parts_of(config, chosen.split, folder)
+    if chosen.source is not None:
+        wanted = {i for i, name in enumerate(parts) if name == chosen.source}
     return list(dict.fromkeys(number for number in rows if sources.part_of(number) in wanted))
 
 
-def _data_digest(config: RunConfig, split: str, sources: ConcatSource) -> str:
-    """Tells data apart by which row numbers count."""
-    told = [source.model_dump(mode="json") for source in getattr(config.data, split)]
-    sizes = [[part.name, len(part)] for part in sources.parts]
-    return hashlib.sha256(json.dumps([split, told, sizes], sort_keys=True).encode()).hexdigest()[:16]
+def parts_of(config: RunConfig, split: str, folder: Path) -> set[int]:
+    """Numbers of the sources whose rows learn from the cache in this folder."""
+    named = [source.teacher and Path(source.teacher) for source in getattr(config.data, split)]
+    own = folder if folder in named else None
+    return {i for i, name in enumerate(named) if name == own}
 
 
-def _done(folder: Path, data: str) -> set[int]:
-    """Numbers of the rows of this data that the cache has."""
+def done_rows(folder: Path, data: str) -> set[int]:
+    """Numbers of the rows of this data that the cache has for good."""
     found: set[int] = set()
     for name, line in shards_of(folder).items():
-        if line["data"] == data:
+        if line["data"] == data and not line.get("temporary"):
             found.update(numbers_in(folder, name))
     return found
 

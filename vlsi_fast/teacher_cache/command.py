@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import ConfigError, load_config
 from ..sizes import format_size
+from .arguments import AHEAD
 
 
 def main(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -47,6 +48,7 @@ def _build(config, arguments: argparse.Namespace) -> int:
         arguments.source,
         arguments.rows,
         arguments.shard_size,
+        follow=_follow(arguments),
     )
     watch.place = "teacher build"
     watch.begin()
@@ -59,6 +61,27 @@ def _build(config, arguments: argparse.Namespace) -> int:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
+
+
+def _follow(arguments: argparse.Namespace):
+    """What --follow and its options ask for."""
+    from .following import Follow
+
+    asked = {
+        "--ahead": arguments.ahead is not None,
+        "--keep": arguments.keep,
+        "--students": arguments.students is not None,
+    }
+    if not arguments.follow:
+        for name, given in asked.items():
+            if given:
+                raise ConfigError(f"{name} is for --follow: give that as well, or remove {name}")
+        return None
+    other = {"--rows": arguments.rows, "--source": arguments.source, "--split eval": arguments.split == "eval"}
+    for name, given in other.items():
+        if given:
+            raise ConfigError(f"--follow makes the rows that stage interact reads, as it comes to them: remove {name}")
+    return Follow(arguments.ahead or AHEAD, arguments.keep, arguments.students or 1)
 
 
 def _told(manifest: dict[str, Any], folder) -> str:

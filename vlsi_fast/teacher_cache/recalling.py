@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +47,8 @@ class CachedTeacher:
         self.name = self.folder.name
         self.manifest = read_manifest(self.folder)
         self.identity = self.manifest["identity"]
-        require_rows(self.folder)
+        if not self.follows:
+            require_rows(self.folder)
         self.config = AutoConfig.from_pretrained(self.folder / TEACHER)
         self._require_form(config.interact)
         self.layers = self._layers()
@@ -80,6 +80,11 @@ class CachedTeacher:
         return self.folder == self.run.cache_dir
 
     @property
+    def follows(self) -> bool:
+        """Whether it is being built meanwhile."""
+        return self._is_own and self.settings.cache_follow
+
+    @property
     def verbalizers(self) -> str | None:
         """Digest of the teacher's verbalizers."""
         return self.identity["teacher"]["verbalizers"]
@@ -99,11 +104,15 @@ class CachedTeacher:
 
         return load_file(self.folder / HEAD, device=str(device))["head"]
 
-    def rows(self) -> CachedRows:
-        """What gives a row its targets."""
+    def rows(self, follow: bool = False) -> CachedRows:
+        """What gives a row its targets; `follow`: where it is being built meanwhile, as soon as it has them."""
         columns = [self.identity["layers"].index(k) for k in self.layers]
         if self.run.interact.needs_teacher_last:
             columns.append(len(self.identity["layers"]))
+        if follow and self.follows:
+            from .following import FollowedRows, LiveReader
+
+            return FollowedRows(LiveReader(self.folder), columns, self.settings.cache_timeout)
         return CachedRows(CacheReader(self.folder), columns)
 
     # ---- whether it fits ----
@@ -200,13 +209,15 @@ class Said:
     values: dict[str, Tensor] | CacheError
 
 
-def rows_of(caches: list[CachedTeacher], sources: list[SourceConfig]) -> Callable[[Sample, Tensor], Said] | None:
-    """What gives a row its targets, by the source that it is of; None without caches."""
+def rows_of(caches: list[CachedTeacher], sources: list[SourceConfig], follow: bool = False) -> Routed | None:
+    """What gives a row its targets, by the source that it is of; None without caches. `follow`: see `CachedTeacher`."""
     if not caches:
         return None
     folders = [cached.folder for cached in caches]
     default = caches[0].run.cache_dir
-    return Routed([cached.rows() for cached in caches], [folders.index(Path(s.teacher or default)) for s in sources])
+    return Routed(
+        [cached.rows(follow) for cached in caches], [folders.index(Path(s.teacher or default)) for s in sources]
+    )
 
 
 class Routed:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.dataset import VlsiDataset
+from ..data.dataset import AnswerMismatchError, VlsiDataset
 from ..data.images import ImageRef, image_bytes
 from ..data.messages import Sample
 from ..data.skipped import UnusableRow
@@ -68,4 +68,7 @@ class KeyedDataset(VlsiDataset):
             return super()._encode(sample) | {"key": key}
         except UnusableRow as error:
             self._refused.append((key, error.cause, error.detail))
+            raise
+        except AnswerMismatchError as error:  # where the student's side of the row is looked at as well
+            self._refused.append((key, "answer_mismatch", str(error)))
             raise

@@ -11,8 +11,8 @@ several calls on several machines have written is one cache. A shard that is in 
 
 Tensors of a shard, of n rows with M answer tokens in all: `keys` [n, 16] and `answers` [n, 8] uint8 (`rows.py`), `ends`
 [n] int64 (a row's tokens end there), `numbers` int64 (of rows in their data that are done with: kept here, kept already
-by another shard, or refused), and what `forms.py` stores, [M, ..]. Tokens come first, so that a row is one stretch of
-the file.
+by another shard, or refused), in shards that are deleted after use `positions` int64 of these, and what `forms.py`
+stores, [M, ..]. Tokens come first, so that a row is one stretch of the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import hashlib
 import json
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,20 @@ class ShardWriter:
         shard_bytes: size at which a shard is closed.
         shard_rows: rows at which it is closed whatever its size; None: any number.
         data: digest of the data that `numbers` count in.
+        temporary: the shards are deleted after use (`ahead.py`), so each has its rows' `positions` as well.
     """
 
     folder: Path
     shard_bytes: int
     shard_rows: int | None
     data: str
+    temporary: bool = False
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     written: int = 0
     """Shards so far."""
     _rows: list[tuple[bytes, bytes, dict[str, Tensor]]] = field(default_factory=list)
     _numbers: list[int] = field(default_factory=list)
+    _positions: list[int] = field(default_factory=list)
     _last: int = -1
     _refused: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     _bytes: int = 0
@@ -96,10 +99,11 @@ class ShardWriter:
         """One row, at `place` (its number in its data, its position in the order).
 
         Its values are [N, ..] tensors in CPU memory, which are held until the shard is written; None: it is kept
-        already.
+        already. A position -1 - p is that of a row which comes again behind position p, to fill an epoch's last round.
         """
         self._numbers.append(place[0])
-        self._last = max(self._last, place[1])
+        self._positions.append(place[1])
+        self._last = max(self._last, place[1] if place[1] >= 0 else -1 - place[1])
         if values is not None:
             self._rows.append((key, answers, values))
             self._bytes += sum(value.numel() * value.element_size() for value in values.values())
@@ -124,6 +128,8 @@ class ShardWriter:
             "ends": torch.tensor(counts, dtype=torch.int64).cumsum(0),
             "numbers": torch.tensor(self._numbers, dtype=torch.int64),
         }
+        if self.temporary:
+            tensors["positions"] = torch.tensor(self._positions, dtype=torch.int64)
         for name in values[0] if values else ():
             tensors[name] = torch.cat([row[name] for row in values])
         refused = [[key.hex(), *why] for key, why in self._refused.items()]
@@ -141,11 +147,11 @@ class ShardWriter:
             "refused": len(refused),
             "data": self.data,
             "last_position": self._last,
-        }
+        } | ({"temporary": True} if self.temporary else {})
         partial.replace(path)
         append_line(shards / f"{self.name}{CATALOGUE}", line)
         self.written += 1
-        self._rows, self._numbers, self._refused, self._bytes, self._last = [], [], {}, 0, -1
+        self._rows, self._numbers, self._positions, self._refused, self._bytes, self._last = [], [], [], {}, 0, -1
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -204,12 +210,12 @@ def forget_lost(folder: Path) -> list[str]:
     return lost
 
 
-def numbers_in(folder: Path, shard: str) -> list[int]:
-    """Numbers, in their data, of the rows that a shard is done with."""
+def numbers_in(folder: Path, shard: str, name: str = "numbers") -> list[int]:
+    """Numbers, in their data, of the rows that a shard is done with; or their `positions`."""
     from safetensors import safe_open
 
     with safe_open(folder / SHARDS / shard, framework="pt") as opened:
-        return opened.get_tensor("numbers").tolist()
+        return opened.get_tensor(name).tolist()
 
 
 class CacheReader:
@@ -236,7 +242,7 @@ class CacheReader:
         """Take in shards that have come since. Returns whether any has."""
         from safetensors import SafetensorError
 
-        new = [name for name in shards_of(self.folder) if name not in self._known]
+        new = [name for name in self._news() if name not in self._known]
         low, columns = [self._low], {name: [value] for name, value in self._columns.items()}
         for name in new:
             self._known.add(name)
@@ -269,12 +275,20 @@ class CacheReader:
             self._columns = {name: np.concatenate(value)[order] for name, value in columns.items()}
         return bool(new)
 
+    def _news(self) -> Iterable[str]:
+        """Shards, those not known yet among them."""
+        return shards_of(self.folder)
+
+    def _is_live(self, shard: str) -> bool:
+        """Whether rows of a shard may be read."""
+        return True
+
     def find(self, key: bytes) -> Entry | Refused | None:
         """Where a row is; None where it is not."""
         low, high = np.frombuffer(key, np.uint64)
         at = int(np.searchsorted(self._low, low))
         while at < len(self._low) and self._low[at] == low:
-            if self._columns["high"][at] == high:
+            if self._columns["high"][at] == high and self._is_live(self._files[self._columns["shard"][at]]):
                 row = {name: value[at] for name, value in self._columns.items()}
                 end = int(row["end"])
                 answers = row["answers"].tobytes()

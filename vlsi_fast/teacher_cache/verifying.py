@@ -89,6 +89,7 @@ def merge(caches: list[Path], out: Path) -> dict[str, Any]:
             if name in there:
                 continue
             _link(cache / SHARDS / name, out / SHARDS / name)
+            line = {key: value for key, value in line.items() if key != "temporary"}
             append_line(out / SHARDS / f"{name.split('-')[0]}{CATALOGUE}", line)
     manifest = first | {"counts": counts_of(out)}
     write_manifest(out, manifest)
