@@ -101,7 +101,14 @@ def _told(manifest: dict[str, Any], folder) -> str:
             f"  rounding costs {errors['kl_mean']:.1e} nats a token on average, {errors['kl_max']:.1e} at most, and "
             f"{errors['gradient']:.2%} of the gradient ({errors['tokens']} tokens, a student that knows nothing)"
         )
-    lines.append(f"  to train from it: --teacher.mode cached --teacher.cache {folder}")
+    if "ahead" in manifest:
+        ahead = manifest["ahead"]
+        lines.append(
+            f"  never more than {ahead['most_ahead']} rows ahead of the last run that read it, and "
+            f"{format_size(ahead['most_bytes'])} of shards to be deleted at once"
+        )
+    if counts["rows"]:
+        lines.append(f"  to train from it: --teacher.mode cached --teacher.cache {folder}")
     return "\n".join(lines)
 
 
