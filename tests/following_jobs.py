@@ -48,6 +48,7 @@ def _run(kind: str, words: list[str], said: str) -> None:
     from vlsi_fast import cli
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers: others import everything again
     sys.exit(cli.train_main(words) if kind == "train" else cli.main(words))
 
 

@@ -19,7 +19,7 @@ from vlsi_fast.teacher_cache.pulse import Pulse, Silence, read_facts
 from vlsi_fast.teacher_cache.store import CacheError, numbers_in, shards_of
 
 AHEAD, STEPS, STEP_ROWS, ROWS = 12, 15, 4, 40
-"""The order has 40 rows, of which stage verbalize reads 12; interact reads 60, so some twice."""
+"""Stage verbalize reads 12 rows of the order, interact the next 60 of it, so many twice."""
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,13 @@ def told(cache, name="builder.json"):
     return read_facts(cache / name) or {}
 
 
+def order_of(config):
+    """Numbers of the rows that interact reads, one after another."""
+    loaded = load_config(config)
+    order = data_order(loaded, build_source(loaded.data.train), 12)
+    return list(order.order.rows(order.start, STEPS * STEP_ROWS))
+
+
 def expected(folder):
     """Losses of the run that has the teacher in its job; those of the whole cache are the same in the first epoch."""
     live, cached = (runs.losses(folder / name, "interact") for name in ("live", "cached"))
@@ -79,7 +86,7 @@ def expected(folder):
 
 
 def test_losses_are_those_of_a_teacher_in_the_job_and_the_disk_holds_little(place):
-    config, cache = following(place, "beside", data={"num_workers": 1})
+    config, cache = following(place, "beside")
     tree = json.loads(config.read_text())
     tree["data"]["num_workers"] = 1  # rows are waited for where they are read ahead
     runs.write_config(tree, config)
@@ -135,10 +142,11 @@ def test_keep_keeps_all_and_makes_each_row_once(place):
     config, cache = following(place, "kept")
     teacher, learner = builder(config, "--keep"), student(config)
     assert learner.end() == 0 and teacher.end() == 0, teacher.said.read_text()
-    # rows that come again are as they were made first, as in a whole cache
-    assert runs.losses(place / "kept", "interact") == runs.losses(place / "cached", "interact")
+    found = runs.losses(place / "kept", "interact")
+    assert found[:7] == expected(place)[:7]
+    assert found == pytest.approx(expected(place), rel=1e-5)  # rows that come again were made in other micro-batches
     numbers = [number for name in shards_of(cache) for number in numbers_in(cache, name)]
-    assert sorted(numbers) == list(range(ROWS))
+    assert sorted(numbers) == sorted(set(order_of(config)))
 
 
 # ---- a builder with a student that the test plays ----
@@ -148,6 +156,7 @@ class Played:
     """A student's file, as this test writes it."""
 
     def __init__(self, config, cache, name="played", **facts):
+        until(lambda: (cache / "manifest.json").is_file())
         loaded = load_config(config)
         sources = build_source(loaded.data.train)
         order = order_digest(data_digest(loaded, "train", sources), loaded, 12)
@@ -158,12 +167,16 @@ class Played:
 
 
 def positions(cache):
-    return sorted(p for name in shards_of(cache) for p in numbers_in(cache, name, "positions"))
+    try:
+        return sorted(p for name in shards_of(cache) for p in numbers_in(cache, name, "positions"))
+    except FileNotFoundError:
+        return None  # deleted meanwhile
 
 
 def test_the_builder_goes_no_further_and_makes_only_what_is_missing(place):
     config, cache = following(place, "played")
-    played, teacher = Played(config, cache), builder(config)
+    teacher = builder(config)
+    played = Played(config, cache)
     until(lambda: told(cache).get("position") == AHEAD, teacher)
     time.sleep(0.5)
     assert told(cache)["position"] == AHEAD and positions(cache) == list(range(AHEAD))
@@ -192,15 +205,13 @@ def test_the_builder_goes_no_further_and_makes_only_what_is_missing(place):
 
 def test_rows_that_fill_the_last_round_of_an_epoch_come_again(place):
     config, cache = following(place, "filled")
-    played, teacher = Played(config, cache, reached=38, needed_from=38, again=3), builder(config)
+    teacher = builder(config)
+    played = Played(config, cache, reached=38, needed_from=38, again=3)
     until(lambda: told(cache).get("position") == 38 + AHEAD, teacher)
-    played.tell(finished=True)
     found = [pair for name in shards_of(cache) for pair in _places(cache, name)]
     teacher.kill()
     played.stop()
-    loaded = load_config(config)
-    order = data_order(loaded, build_source(loaded.data.train), 12)
-    rows = list(order.order.rows(order.start, 60))
+    rows = order_of(config)
     assert sorted(found) == sorted([(rows[p], p) for p in range(38, 50)] + [(n, -40) for n in rows[:3]])
 
 
@@ -212,7 +223,7 @@ def _places(cache, name):
 
 
 def test_a_gone_builder_is_noticed(place):
-    config, cache = following(place, "orphaned", timeout=2)
+    config, cache = following(place, "orphaned", timeout=6)
     learner = student(config)
     assert learner.end() == 1
     assert "there is none" in learner.said.read_text() and "teacher build --follow" in learner.said.read_text()
@@ -225,7 +236,7 @@ def test_a_gone_builder_is_noticed(place):
 
 
 def test_a_gone_student_is_noticed(place):
-    config, cache = following(place, "alone", timeout=2)
+    config, cache = following(place, "alone", timeout=6)
     teacher = builder(config)
     assert teacher.end() == 1 and "0 of 1 runs" in teacher.said.read_text()
     assert told(cache)["state"] == "failed" and "0 of 1 runs" in told(cache)["error"]
@@ -234,7 +245,7 @@ def test_a_gone_student_is_noticed(place):
     until(lambda: told(cache).get("position") == 4 + AHEAD, teacher)
     played.stop()
     assert teacher.end() == 1
-    assert "played.json: that run has given no sign of life for 2 s" in teacher.said.read_text()
+    assert "played.json: that run has given no sign of life for 6 s" in teacher.said.read_text()
 
 
 def test_who_cannot_be_served_is_told(place, tmp_path):

@@ -300,7 +300,10 @@ class _Ahead:
         full = last - last % self.round
         if first < full:
             rounds = [places[i : i + self.round] for i in range(first, full, self.round)]
-            return self._make(rounds, [(one[0][1], one[-1][1] + 1) for one in rounds], teacher)
+            if not self._make(rounds, [(one[0][1], one[-1][1] + 1) for one in rounds], teacher):
+                return False
+            if full < last or end < rows:
+                return True
         rest, again = places[full:last], []
         if end == rows:
             word = self._agree(complete=True)  # how many rows come again is the students' matter
