@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,10 +15,10 @@ from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError
 from vlsi_fast.data.sources import build_source
 from vlsi_fast.stages.sampling import Placed, StepBatches, data_order
-from vlsi_fast.teacher_cache.ahead import Students
 from vlsi_fast.teacher_cache.following import FollowedRows, LiveReader, data_digest, order_digest
 from vlsi_fast.teacher_cache.pulse import Pulse, Silence, read_facts
 from vlsi_fast.teacher_cache.store import CacheError, numbers_in, shards_of
+from vlsi_fast.teacher_cache.students import Students
 
 AHEAD, STEPS, STEP_ROWS, ROWS = 12, 15, 4, 40
 """Stage verbalize reads 12 rows of the order, interact the next 60 of it, so many twice."""
@@ -147,6 +149,24 @@ def test_keep_keeps_all_and_makes_each_row_once(place):
     assert found == pytest.approx(expected(place), rel=1e-5)  # rows that come again were made in other micro-batches
     numbers = [number for name in shards_of(cache) for number in numbers_in(cache, name)]
     assert sorted(numbers) == sorted(set(order_of(config)))
+
+
+@pytest.mark.slow
+def test_two_zero3_ranks_follow_two_zero3_ranks(place):
+    """Ranks of the run fill an epoch's last round with rows from its start, which are deleted by then."""
+    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1, "max_steps": 9, "save_steps": 2}
+    sizes["deepspeed"] = runs.zero3()
+    config, cache = following(place, "ranks", timeout=60, **sizes)
+    reference = configured(place, "live_ranks", **sizes)
+    log = (place / "ranks.builder").open("w")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "28431"]
+    command += ["-m", "vlsi_fast", "teacher", "build", "--config", str(config), "--follow", "--ahead", "18"]
+    teacher = subprocess.Popen([*command, "--numbers", "float32"], env=runs.environment(), stdout=log, stderr=log)
+    runs.train_several("--fresh", ("interact", config), ("interact", reference), launcher="torchrun")
+    assert teacher.wait(60) == 0, (place / "ranks.builder").read_text()[-3000:]
+    found, wanted = (runs.losses(place / name, "interact") for name in ("ranks", "live_ranks"))
+    assert len(found) == 9 and found == pytest.approx(wanted, rel=1e-6)
+    assert told(cache)["most_ahead"] <= 18 and not shards_of(cache)
 
 
 # ---- a builder with a student that the test plays ----
