@@ -199,8 +199,9 @@ def print_table(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"two jobs: {result['two_jobs_over_one']:.2f} times the better of the two ways with one; they reach {result['two_jobs_over_ideal']:.0%} of the slower of teacher and whole cache; the student "
-        f"waited {result['data_wait_share']:.0%} of its time"
+        f"two jobs: {result['two_jobs_over_one']:.2f} times the better way with one, and "
+        f"{result['two_jobs_over_ideal']:.0%} of the slower of teacher and whole cache; the student waited "
+        f"{result['data_wait_share']:.0%} of its time"
     )
 
 
