@@ -25,7 +25,7 @@ class Job:
         self.process = context.Process(target=_run, args=(kind, words, str(said)))
         self.process.start()
 
-    def end(self, seconds: float = 90) -> int:
+    def end(self, seconds: float = 200) -> int:
         """Wait for it. Returns the exit code."""
         self.process.join(seconds)
         if self.process.is_alive():
@@ -52,7 +52,7 @@ def _run(kind: str, words: list[str], said: str) -> None:
     sys.exit(cli.train_main(words) if kind == "train" else cli.main(words))
 
 
-def until(found: Callable[[], Any], job: Job | None = None, seconds: float = 60) -> Any:
+def until(found: Callable[[], Any], job: Job | None = None, seconds: float = 150) -> Any:
     """What `found` returns once it is true."""
     deadline = time.monotonic() + seconds
     while not (value := found()):

@@ -50,7 +50,7 @@ def configured(folder, name, teacher=None, **training):
     return runs.write_config(tree, folder / f"{name}.json")
 
 
-def following(folder, name, timeout=30, cache=None, **training):
+def following(folder, name, timeout=120, cache=None, **training):
     """The config of a run that follows, with a cache of its own."""
     cache = folder / (cache or f"{name}_cache")
     teacher = {"mode": "cached", "cache": str(cache), "cache_follow": True, "cache_timeout": timeout}
@@ -249,7 +249,7 @@ def test_a_gone_builder_is_noticed(place):
     learner = student(config)
     assert learner.end() == 1
     assert "there is none" in learner.said.read_text() and "teacher build --follow" in learner.said.read_text()
-    teacher = builder(config)
+    teacher = builder(config, "--teacher.cache_timeout", "120")
     learner = student(config)
     until(lambda: told(cache).get("position", 0) >= 8, teacher)
     teacher.kill()
