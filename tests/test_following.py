@@ -8,7 +8,7 @@ import time
 
 import pytest
 import tiny_runs as runs
-from following_jobs import Job, until
+from following_jobs import Job, kill_all, until
 
 from vlsi_fast import load_config, run
 from vlsi_fast.cli import main
@@ -37,6 +37,12 @@ def place(tmp_path_factory):
     assert main(["teacher", "build", "--config", str(cached), "--numbers", "float32", "--json"]) == 0
     run(load_config(cached), "interact")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    kill_all()
 
 
 def configured(folder, name, teacher=None, **training):
