@@ -15,6 +15,15 @@ PRELOADED = ["following_jobs", "vlsi_fast.cli", "vlsi_fast.stages.interact", "vl
 PRELOADED += ["peft", "transformers.models.qwen2_vl.modeling_qwen2_vl", "safetensors.torch"]
 
 
+RUNNING: list[Job] = []
+
+
+def kill_all() -> None:
+    """What a test that failed has left."""
+    while RUNNING:
+        RUNNING.pop().kill()
+
+
 class Job:
     """`words` of `vlsi-fast`, or of train.py, in a process of its own; what it prints goes to `said`."""
 
@@ -24,8 +33,9 @@ class Job:
         self.said = said
         self.process = context.Process(target=_run, args=(kind, words, str(said)))
         self.process.start()
+        RUNNING.append(self)
 
-    def end(self, seconds: float = 90) -> int:
+    def end(self, seconds: float = 200) -> int:
         """Wait for it. Returns the exit code."""
         self.process.join(seconds)
         if self.process.is_alive():
@@ -52,7 +62,7 @@ def _run(kind: str, words: list[str], said: str) -> None:
     sys.exit(cli.train_main(words) if kind == "train" else cli.main(words))
 
 
-def until(found: Callable[[], Any], job: Job | None = None, seconds: float = 60) -> Any:
+def until(found: Callable[[], Any], job: Job | None = None, seconds: float = 150) -> Any:
     """What `found` returns once it is true."""
     deadline = time.monotonic() + seconds
     while not (value := found()):

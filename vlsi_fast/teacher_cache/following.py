@@ -307,7 +307,8 @@ class Follower(TrainerCallback):
             reached=reached,
             needed_from=reached,
             end=self.rows.total,
-            step_rows=batches.rows * batches.accumulation * batches.ranks,
+            # a step begins once the loader also has the micro-batch behind it, by which it knows an epoch's end
+            step_rows=batches.rows * (batches.accumulation + 1) * batches.ranks,
             again=batches.again,
             finished=False,
         )

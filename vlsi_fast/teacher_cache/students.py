@@ -53,7 +53,7 @@ class Students:
                 )
             if facts["step_rows"] > self.least:
                 raise CacheError(
-                    f"{self.folder / name}: that run reads {facts['step_rows']} rows a step, for which --ahead is too "
+                    f"{self.folder / name}: that run needs {facts['step_rows']} rows for a step, and --ahead is too "
                     f"small: raise it by {facts['step_rows'] - self.least} or more"
                 )
 

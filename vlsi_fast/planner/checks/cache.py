@@ -49,7 +49,7 @@ def check_cache(subject: Subject) -> str:
         absent += [sample.id] if entry is None else []
     names = ", ".join(map(str, readers))
     said = f"{looked - len(absent)} of {looked} sampled rows that interact reads are in {names}"
-    if absent and getattr(subject.config.teacher, "cache_follow", False):
+    if absent and subject.config.teacher.cache_follow:
         return f"{said}; the others are waited for"
     if absent:
         raise Failed(f"{said}; first that is not: {absent[0]}", BUILD)
