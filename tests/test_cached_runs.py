@@ -13,6 +13,7 @@ from vlsi_fast import load_config, run
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError
 from vlsi_fast.lineage import LineageError, read_record
+from vlsi_fast.planner.checks.command import PreflightError
 from vlsi_fast.teacher_cache import build as building
 from vlsi_fast.teacher_cache.build import Chosen, build
 from vlsi_fast.teacher_cache.checking import check
@@ -333,9 +334,12 @@ def test_no_cache_or_an_empty_one(workspace, cached, tmp_path):
 
 
 def test_a_row_that_is_not_in_the_cache(workspace, folder, cached, tmp_path):
-    """Said where it is used, not where it is read ahead: the exact cache ends with the run's last row."""
+    """Said before the stage starts, where the sample of rows has it; else where it is used, not where it is read."""
     few = config_of(workspace, folder / "verbalized", tmp_path / "run", tmp_path / "few")
     build(few, Chosen(numbers="float32", rows=8, **QUIET))
+    with pytest.raises(PreflightError, match=r"rows.jsonl#\d+"):
+        run(few, "interact")
+    few = config_of(workspace, folder / "verbalized", tmp_path / "run", tmp_path / "few", preflight=False)
     with pytest.raises(CacheError, match=r"row rows.jsonl#\d+ is not in .*few, which has 8 rows.*teacher build"):
         run(few, "interact")
     assert len(runs.metrics(tmp_path / "run", "interact")) == 2, "both steps whose rows are there were made"
