@@ -26,9 +26,11 @@ from ..locking import claimed
 from ..ranks.sharding import barrier, broadcast_object, rank, world_size
 from ..stages.sampling import data_order
 from ..terminal import say
-from .build import Chosen, Reading, Teacher, TeacherStage, done_rows, parts_of, rows_in
+from .build import Chosen, done_rows, parts_of
 from .following import new_lines, order_digest
 from .pulse import BUILDER, STUDENTS, Pulse, read_facts
+from .reading import Reading, rows_in
+from .speaking import Teacher, TeacherStage
 from .store import CATALOGUE, SHARDS, CacheError, ShardWriter, append_line, numbers_in, shards_of
 from .students import Students
 

@@ -8,39 +8,24 @@ forwards. What is there already is left out, so a call that was interrupted goes
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from vlsi_kernels import TeacherTargets, head_statistics
-
-from ..backbones import family_of
 from ..config import ConfigError, RunConfig
-from ..data.collate import Collator
-from ..data.packing import Packer
-from ..data.sources import ConcatSource, build_source
+from ..data.sources import ConcatSource
 from ..lineage import code_commit, rows_used, versions, weights_digest
-from ..losses import PairwiseKL
-from ..matching import draw_generator
-from ..ranks.shard_loading import read_parameter
-from ..ranks.sharding import barrier, broadcast_object, gathered_objects, rank, world_size
-from ..stages.arguments import training_arguments
-from ..stages.batches import StageCollator, to_device
-from ..stages.interact import InteractStage
+from ..ranks.sharding import barrier, broadcast_object, rank, world_size
 from ..stages.sampling import StepBatches, data_order
 from ..terminal import say
-from .following import Follow, data_digest
-from .forms import DEFAULT, pack_targets, unpack_targets
+from .following import Follow
+from .forms import DEFAULT
 from .manifest import (
-    HEAD,
     NAME,
     TEACHER,
     counts_of,
@@ -51,14 +36,13 @@ from .manifest import (
     tensor_digest,
     write_manifest,
 )
-from .rows import KeyedDataset, answers_digest
+from .reading import Reading, rows_in
+from .speaking import Teacher, TeacherStage
 from .store import CacheReader, ShardWriter, forget_lost, numbers_in, shards_of
 
 SHARD_BYTES = 256 * 2**20
 EPOCHS = 4
 """Passes over the data in which --rows looks for rows that it has not seen."""
-PROBES = 256
-"""Answer tokens on which the error of rounded targets is measured."""
 
 
 @dataclass
@@ -90,45 +74,6 @@ class Chosen:
     follow: Follow | None = None
 
 
-class TeacherStage(InteractStage):
-    """Stage interact as far as it concerns the teacher; it trains nothing."""
-
-    def role_names(self) -> list[str]:
-        return ["student", "teacher"]
-
-    def open_caches(self) -> list:
-        return []
-
-    @property
-    def _speakers(self) -> list[str]:
-        return ["teacher"] if "teacher" in self.settings.speakers else []
-
-    def prepare(self, layers: list[int] | None) -> None:
-        """Read configs and processors, and check that the teacher can be asked.
-
-        Raises:
-            ConfigError, LineageError, FileNotFoundError: it cannot; the message names the fix.
-        """
-        if "teacher" not in self.settings.roles or self.settings.headless:
-            what = "interact.headless" if self.settings.headless else "interact.intermediate and interact.last"
-            raise ConfigError(f"{what} leaves nothing of the teacher to keep: no cache is of use to this config")
-        self.args = training_arguments(self.config, self.name)
-        try:
-            self.read_models()
-        except (ValueError, ImportError) as error:  # of tokenizers and processors: all say what to do
-            raise ConfigError(str(error)) from error
-        if self.config.preflight:
-            self.self_test()
-        self.chosen_layers = self.roles["teacher"].layers if self.settings.matches_layers else []
-        absent = sorted(set(layers or ()) - set(self.chosen_layers))
-        if absent:
-            raise ConfigError(
-                f"--layers {absent}: the teacher speaks at layers {self.chosen_layers}; name some of those"
-            )
-        if layers is not None:
-            self.chosen_layers = sorted(layers)
-
-
 def build(config: RunConfig, chosen: Chosen) -> dict[str, Any]:
     """Write what a teacher says to rows, and return the cache's manifest. Collective.
 
@@ -136,7 +81,7 @@ def build(config: RunConfig, chosen: Chosen) -> dict[str, Any]:
         ConfigError, LineageError, FileNotFoundError: options, models or an earlier stage's results do not fit.
     """
     if chosen.form == "hidden":
-        chosen.numbers = config.dtype
+        chosen = replace(chosen, numbers=config.dtype)
     stage = TeacherStage(config)
     stage.prepare(chosen.layers)
     folder = chosen.out or config.cache_dir
@@ -206,152 +151,6 @@ def _claim(stage: TeacherStage, folder: Path, chosen: Chosen, student_head: Tens
         role.processor.save_pretrained(folder / TEACHER)
         write_manifest(folder, manifest)
     return manifest
-
-
-# ---- the teacher ----
-
-
-class Teacher:
-    """Runs the teacher on a micro-batch and says what a run with a teacher in the job would compare. Collective."""
-
-    def __init__(self, stage: TeacherStage, folder: Path, chosen: Chosen, student_head: Tensor | None):
-        self.stage, self.chosen, self.device = stage, chosen, stage.args.device
-        teacher = stage.load_speaking_teacher()
-        if stage.args.deepspeed is None:
-            teacher.to(self.device)
-        self._call = stage.apart(teacher) or teacher
-        self.columns = [stage.roles["teacher"].layers.index(k) for k in stage.chosen_layers]
-        self.errors: dict[str, float] = {}
-        """What rounding costs, by the first micro-batch."""
-        self.pairwise = None
-        if student_head is not None:
-            weight = nn.Parameter(student_head.to(self.device), requires_grad=False)
-            self.pairwise = PairwiseKL(weight, teacher.head_weight, stage.head_options)
-            self.student_head = weight
-        else:
-            _write_head(stage, folder / HEAD)
-
-    @torch.no_grad()
-    def __call__(self, inputs: dict, index: Tensor) -> Tensor | TeacherTargets:
-        """Processor tensors and [N] answer positions -> targets, or [R, N, d_l] hidden states."""
-        mixed = self.stage.args.bf16 and self.stage.args.deepspeed is None
-        with torch.autocast(self.device.type, torch.bfloat16) if mixed else contextlib.nullcontext():
-            layers, last = self._call(inputs, index, True)
-            found = [] if layers is None else [layers[self.columns] if len(self.columns) < len(layers) else layers]
-            found += [] if last is None else [last[None]]
-            states = torch.cat(found) if len(found) > 1 else found[0]
-            if self.pairwise is None:
-                return states
-            (targets,) = self.pairwise.targets([states], self.stage.settings.temperature)
-            return targets
-
-    def stored(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What is kept of a micro-batch of `Reading`, all its rows' answer tokens: [N, ..] each, in CPU memory."""
-        inputs = to_device(batch["batch"]["teacher"], self.device)
-        said = self(inputs["inputs"], inputs["index"])
-        if self.chosen.form == "hidden":
-            dtype = getattr(torch, self.stage.config.dtype)
-            return {"hidden": said.transpose(0, 1).to(dtype).contiguous().cpu()}
-        stored = pack_targets(said, self.chosen.numbers)
-        if self.chosen.numbers != "float32" and not self.errors:
-            self.errors = measured_errors(said, stored, self.student_head, self.stage)
-        return {name: value.cpu() for name, value in stored.items()}
-
-    def told_errors(self) -> dict[str, Any]:
-        """For the manifest. Collective."""
-        errors = gathered_objects(self.errors)[0]
-        return {"errors": errors} if errors else {}
-
-
-def _write_head(stage: TeacherStage, path: Path) -> None:
-    """The teacher's head, beside hidden states."""
-    if rank() == 0 and not path.is_file():
-        from safetensors.torch import save_file
-
-        role = stage.roles["teacher"]
-        partial = path.with_suffix(".partial")
-        save_file({"head": head_weight(role.folder, role.config, stage.config.dtype).contiguous()}, partial)
-        partial.replace(path)
-    barrier()
-
-
-# ---- the rows ----
-
-
-class _Rounds(torch.utils.data.Sampler):
-    """This rank's micro-batches, as lists of (row number, position in the order)."""
-
-    def __init__(self, rounds: list[list[tuple[int, int | None]]]):
-        self.rounds = rounds
-
-    def __len__(self) -> int:
-        return len(self.rounds)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.rounds)
-
-
-class _Placed(torch.utils.data.Dataset):
-    """Rows by (number, position), which they keep."""
-
-    def __init__(self, dataset: KeyedDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, place: tuple[int, int]) -> dict:
-        return self.dataset[place[0]] | {"place": place}
-
-
-class _Collate:
-    """`StageCollator`'s batch of the teacher alone, with what its rows are called in the cache."""
-
-    def __init__(self, collator: Collator):
-        self.collator = StageCollator(collator, ("teacher",))
-
-    def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        labels = [row["teacher"]["labels"] for row in rows]
-        return self.collator(rows) | {
-            "keys": [row["key"] for row in rows],
-            "places": [row["place"] for row in rows],
-            "answers": [answers_digest(each) for each in labels],
-            "counts": [int((each[:, 1:] != -100).sum()) for each in labels],
-            "refused": [line for row in rows for line in row["refused"]],
-        }
-
-
-class Reading:
-    """The teacher's rows as micro-batches.
-
-    Args:
-        stage: of the teacher.
-        split: train or eval.
-        roles: models whose side of a row must be usable.
-    """
-
-    def __init__(self, stage: TeacherStage, split: str, roles: tuple[str, ...] = ("teacher",)):
-        config = stage.config
-        self.sources = build_source(getattr(config.data, split), f"data.{split}")
-        self.data = data_digest(config, split, self.sources)
-        """Digest of what row numbers count in."""
-        processors = {name: stage.roles[name].processor for name in roles}
-        role = stage.roles["teacher"]
-        packers = {"teacher": Packer(role.config)} if stage.packed("teacher") else {}
-        collator = Collator({"teacher": role.processor}, always_image=world_size() > 1, packers=packers)
-        self._dataset, self._collate = _Placed(KeyedDataset(self.sources, processors, config.data)), _Collate(collator)
-        self._workers = config.data.num_workers
-
-    def loader(self, rounds: list[list[tuple[int, int | None]]]) -> DataLoader:
-        """Batches of rows given as places, (number, position): the teacher's `batch`, and lists of `keys`, `places`,
-        `answers`, `counts` of answer tokens; `refused`: key, cause and detail of rows passed over."""
-        options = {"collate_fn": self._collate, "num_workers": self._workers}
-        return DataLoader(self._dataset, batch_sampler=_Rounds(rounds), **options)
-
-
-def rows_in(batch: dict[str, Any], stored: dict[str, Tensor]) -> Iterator[tuple[bytes, bytes, Any, dict[str, Tensor]]]:
-    """Key, answers' digest, place and values of each row of a batch of `Reading`, for `ShardWriter.add`."""
-    first = 0
-    for key, answers, place, count in zip(batch["keys"], batch["answers"], batch["places"], batch["counts"]):
-        yield key, answers, place, {name: value[first : first + count].clone() for name, value in stored.items()}
-        first += count
 
 
 class _Work:
@@ -463,37 +262,3 @@ def done_rows(folder: Path, data: str) -> set[int]:
         if line["data"] == data and not line.get("temporary"):
             found.update(numbers_in(folder, name))
     return found
-
-
-# ---- what rounding costs ----
-
-
-def measured_errors(
-    targets: TeacherTargets, stored: dict[str, Tensor], weight: Tensor, stage: TeacherStage
-) -> dict[str, float]:
-    """Errors of KL and gradient by rounded targets, on the first answer tokens.
-
-    The student's states are not known here. In their place stand states of the size that its final norm gives, drawn
-    at random, which is what a student far from the teacher looks like.
-
-    Returns:
-        `kl_mean`, `kl_max` (nats, absolute), `gradient` (relative, of all tokens' gradients), `tokens`.
-    """
-    count = min(PROBES, targets.neg_entropy.shape[1])
-    rounded = unpack_targets({n: v[:count] for n, v in stored.items()}, targets.vocab_size, targets.temperature)
-    exact = targets._replace(neg_entropy=targets.neg_entropy[:, :count], expectation=targets.expectation[:, :count])
-    student = stage.roles["student"]
-    norm = read_parameter(student.folder, student.config, lambda m: family_of(m.config).final_norm(m).weight)
-    probe = (torch.randn(count, weight.shape[1], generator=draw_generator(0, 0, 0)) * norm.float()).to(weight)
-    options = {"vocab_size": targets.vocab_size, "temperature": targets.temperature, "impl": stage.config.impl}
-    found = head_statistics(probe, weight, weight, **options)
-    difference = rounded.expectation - exact.expectation
-    kl = torch.einsum("nd,rnd->rn", probe.float(), difference).abs() / targets.temperature
-    gradient = found.expectation.float() - exact.expectation
-    relative = difference.norm() / gradient.norm()
-    return {
-        "kl_mean": float(kl.mean()),
-        "kl_max": float(kl.max()),
-        "gradient": float(relative),
-        "tokens": count,
-    }

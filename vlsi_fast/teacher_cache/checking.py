@@ -23,9 +23,9 @@ from ..ranks.sharding import world_size
 from ..stages.arguments import launched
 from ..stages.batches import StageCollator, restore_shared, to_device
 from ..stages.sampling import data_order
-from .build import TeacherStage
 from .forms import unpack_targets
 from .recalling import CachedTeacher, Routed
+from .speaking import TeacherStage
 from .store import CacheError
 
 BOUNDS = {"float32": (1e-4, 1e-3), "float16": (5e-3, 1e-2), "bfloat16": (4e-2, 5e-2), "int8": (2e-1, 2e-1)}
