@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +17,26 @@ from vlsi_kernels import resolve_impl
 from ..acceleration import apply_liger, attention_name, use_liger, use_packing
 from ..backbones import family_of
 from ..checkpoints import drop_newer
-from ..config import QUANTIZED, ConfigError, RunConfig
+from ..config import ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
-from ..data.encoding import configure_image_bounds
 from ..data.packing import Packer
-from ..data.processors import load_processor
 from ..data.sources import build_source
 from ..data.tokens import SharedTokens
 from ..disk import checkpoint_size, explained_full_disk, result_size
 from ..errors import StoppedEarly
 from ..hidden_states import Held, VerbalizedBackbone, checkpoint_activations
 from ..lineage import (
-    LineageError,
-    checkpoint_digest,
     code_commit,
     identity_of,
     open_stage,
-    require_equal,
     versions,
     write_record,
 )
 from ..loading import (
     load_backbone,
-    load_model_config,
-    needed_depth,
     require_same_tokens,
-    resolve_folder,
     shared_rows,
-    target_layers,
-    tokenizer_digest,
 )
 from ..locking import claimed
 from ..losses import OperatorOptions
@@ -64,67 +54,13 @@ from ..teacher import load_teacher, resolve_mode, run_apart
 from ..teacher_cache.following import dataset_of, followed
 from ..teacher_cache.recalling import CachedTeacher, rows_of
 from ..terminal import say
-from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
 from .arguments import training_arguments
 from .balancing import row_costs
 from .module import StageModule
+from .role import Role
 from .sampling import RowCosts
 from .throughput import Throughput
 from .trainer import StageTrainer
-
-
-class Role:
-    """One of the two models, `student` or `teacher`, before its weights are loaded."""
-
-    def __init__(self, name: str, config: RunConfig):
-        self.name, self.run, self.settings = name, config, getattr(config, name)
-        self.folder: Path = resolve_folder(self.settings.path, f"{name}.path")
-        self.config = load_model_config(self.settings, name)
-        self.layers = target_layers(self.settings, self.config, name, config, self.folder)
-        self.processor = load_processor(self.folder)
-        configure_image_bounds(self.processor, self.settings.min_pixels, self.settings.max_pixels, name)
-
-    def spec(self, output_size: int | None = None) -> VerbalizerSpec:
-        """Verbalizers that this run's config asks for."""
-        return VerbalizerSpec.of(self.config, self.layers, self.run.verbalizer, output_size, self.facts)
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """What a later stage must agree with."""
-        return {
-            "path": str(self.folder),
-            "checkpoint": checkpoint_digest(self.folder),
-            "tokenizer": tokenizer_digest(self.processor.tokenizer),
-            "layers": self.layers,
-            "verbalizer": self.run.verbalizer.model_dump(),
-        } | ({"quantization": self.quantization} if self.name == "teacher" else {})
-
-    @property
-    def quantization(self) -> str | None:
-        """int8 or nf4: they change what the teacher says. Other modes are mere placement, and no part of the facts."""
-        return self.settings.mode if self.settings.mode in QUANTIZED else None
-
-    @property
-    def depth(self) -> int:
-        """Decoder layers that the target layers need, where nothing deeper is asked for."""
-        return needed_depth(self.config, self.layers)
-
-    def verbalizer_folder(self) -> Path:
-        """Where trained verbalizers of this model are."""
-        return Path(self.settings.verbalizers or self.run.stage_dir("verbalize") / self.name)
-
-    def require_verbalizers(self) -> None:
-        """Raises LineageError where there are none, or they were made for another model, layers or architecture."""
-        folder = self.verbalizer_folder()
-        try:
-            found = read_spec(folder)
-        except FileNotFoundError:
-            raise LineageError(f"{folder} holds no verbalizers; run --stage verbalize first") from None
-        require_equal(folder, "verbalize", {self.name: found.made_for}, {self.name: self.facts})
-
-    def trained_verbalizers(self) -> Verbalizers:
-        """Load them, frozen."""
-        return Verbalizers.from_pretrained(self.verbalizer_folder(), self.run.impl).requires_grad_(False)
 
 
 class Stage:

@@ -1,0 +1,68 @@
+"""One of the two models of a stage before its weights are loaded, and what must agree with other stages."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..config import QUANTIZED, RunConfig
+from ..data.encoding import configure_image_bounds
+from ..data.processors import load_processor
+from ..lineage import LineageError, checkpoint_digest, require_equal
+from ..loading import load_model_config, needed_depth, resolve_folder, target_layers, tokenizer_digest
+from ..verbalizer import Verbalizers, VerbalizerSpec, read_spec
+
+
+class Role:
+    """One of the two models, `student` or `teacher`, before its weights are loaded."""
+
+    def __init__(self, name: str, config: RunConfig):
+        self.name, self.run, self.settings = name, config, getattr(config, name)
+        self.folder: Path = resolve_folder(self.settings.path, f"{name}.path")
+        self.config = load_model_config(self.settings, name)
+        self.layers = target_layers(self.settings, self.config, name, config, self.folder)
+        self.processor = load_processor(self.folder)
+        configure_image_bounds(self.processor, self.settings.min_pixels, self.settings.max_pixels, name)
+
+    def spec(self, output_size: int | None = None) -> VerbalizerSpec:
+        """Verbalizers that this run's config asks for."""
+        return VerbalizerSpec.of(self.config, self.layers, self.run.verbalizer, output_size, self.facts)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a later stage must agree with."""
+        return {
+            "path": str(self.folder),
+            "checkpoint": checkpoint_digest(self.folder),
+            "tokenizer": tokenizer_digest(self.processor.tokenizer),
+            "layers": self.layers,
+            "verbalizer": self.run.verbalizer.model_dump(),
+        } | ({"quantization": self.quantization} if self.name == "teacher" else {})
+
+    @property
+    def quantization(self) -> str | None:
+        """int8 or nf4: they change what the teacher says. Other modes are mere placement, and no part of the facts."""
+        return self.settings.mode if self.settings.mode in QUANTIZED else None
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers that the target layers need, where nothing deeper is asked for."""
+        return needed_depth(self.config, self.layers)
+
+    def verbalizer_folder(self) -> Path:
+        """Where trained verbalizers of this model are."""
+        return Path(self.settings.verbalizers or self.run.stage_dir("verbalize") / self.name)
+
+    def require_verbalizers(self) -> None:
+        """Raises LineageError where there are none, or they were made for another model, layers or architecture."""
+        folder = self.verbalizer_folder()
+        try:
+            found = read_spec(folder)
+        except FileNotFoundError:
+            raise LineageError(f"{folder} holds no verbalizers; run --stage verbalize first") from None
+        require_equal(folder, "verbalize", {self.name: found.made_for}, {self.name: self.facts})
+
+    def trained_verbalizers(self) -> Verbalizers:
+        """Load them, frozen."""
+        return Verbalizers.from_pretrained(self.verbalizer_folder(), self.run.impl).requires_grad_(False)
