@@ -96,7 +96,9 @@ def test_liger_that_disagrees_is_refused_where_it_was_asked_for(workspace, tmp_p
 def test_triton_that_disagrees_is_switched_off_everywhere(workspace, tmp_path, on_cuda, monkeypatch):
     """In the losses, in new verbalizers and in those that are loaded."""
     used, options, initialise = [], stage.OperatorOptions, verbalizer._Block.__init__
-    monkeypatch.setattr(stage, "OperatorOptions", lambda rows, impl: used.append(("loss", impl)) or options(rows, impl))
+    monkeypatch.setattr(
+        stage, "OperatorOptions", lambda rows, impl, heads: used.append(("loss", impl)) or options(rows, impl, heads)
+    )
 
     def initialised(self, spec, inner, activate, impl):
         if torch.get_default_device().type != "meta":  # the planner's, for sizes alone

@@ -138,7 +138,7 @@ def cache_lines(found: dict[str, Any]) -> list[str]:
     teacher, counts = found["teacher"], found["pays_from"]
     live = f"{_span(*teacher['days'])} days with the teacher in the job ({teacher['mode']}"
     live += ")" if teacher["fits"] else ", which does not fit)"
-    said = f"interact, one pass over these rows: {_span(*found['days'])} days from the cache, {live}"
+    said = f"one pass of interact over these rows: {_span(*found['days'])} days from the cache, {live}"
     if None in counts:
         return [said, "a cache saves no time here"]
     when = " to ".join(dict.fromkeys(map(str, sorted(counts))))
