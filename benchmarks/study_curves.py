@@ -70,6 +70,7 @@ def plot(folder: Path) -> str:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("exact sets of facts, %")
+    axes[0][0].set_ylim(0, 100)
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(folder / NAME, dpi=110)
