@@ -225,7 +225,7 @@ def nothing_is_loaded(monkeypatch):
     def loaded(*arguments, **options):
         raise AssertionError("a model's files were opened")
 
-    monkeypatch.setattr("vlsi_fast.stages.stage.load_model_config", loaded)
+    monkeypatch.setattr("vlsi_fast.stages.role.load_model_config", loaded)
 
 
 @pytest.mark.parametrize(
