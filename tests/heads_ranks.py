@@ -10,7 +10,6 @@ micro-batch, and after the step.
 
 import gc
 import json
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,7 +21,7 @@ from deepspeed.comm.torch import TorchBackend
 from transformers import TrainerCallback
 
 from vlsi_fast import load_config, run
-from vlsi_fast.ranks.sharding import barrier, rank
+from vlsi_fast.ranks.sharding import rank
 from vlsi_fast.stages.trainer import StageTrainer
 
 FIELDS = ("gathers", "alive_in_step", "alive_after")
@@ -95,18 +94,12 @@ def main(out: str, *jobs: str) -> None:
     gc.freeze()  # imported modules are not looked through for tensors: that takes longer than a tiny stage
     results = {}
     for job in jobs:
-        name, stage, path = job.split("=", 2)
-        name, *source = name.split(":")
-        config = load_config(path)
-        if source and rank() == 0:
-            shutil.copytree(Path(config.output_dir).parent / source[0], config.output_dir)
-            runs.rewind(Path(config.output_dir) / stage, int(source[1]))
-        barrier()
+        name, stage, path, resume = runs.begin_job(job)
         watch.now = None
-        run(config, stage, resume=bool(source))
+        run(load_config(path), stage, resume=resume)
         watch.heads = {}
         gc.freeze()
-        results[f"{name} {stage}"] = watch.found
+        results[name] = watch.found
     if rank() == 0:
         Path(out).write_text(json.dumps(results))
 

@@ -9,7 +9,6 @@ ranks that take part, from its second optimizer step on, and whether DeepSpeed s
 
 import json
 import os
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,7 +22,7 @@ from deepspeed.comm.torch import TorchBackend
 from transformers import TrainerCallback
 
 from vlsi_fast import load_config, run
-from vlsi_fast.ranks.sharding import barrier, rank
+from vlsi_fast.ranks.sharding import rank
 from vlsi_fast.stages.trainer import StageTrainer
 
 moved: Counter[str] = Counter()
@@ -84,15 +83,9 @@ def main(out: str, *jobs: str) -> None:
 
     StageTrainer.__init__ = with_watch
     for job in jobs:
-        name, stage, path = job.split("=", 2)
-        name, *source = name.split(":")
-        config = load_config(path)
-        if source and rank() == 0:
-            shutil.copytree(Path(config.output_dir).parent / source[0], config.output_dir)
-            runs.rewind(Path(config.output_dir) / stage, int(source[1]))
-        barrier()
-        run(config, stage, resume=bool(source))
-        results[f"{name} {stage}"] = watch.found
+        name, stage, path, resume = runs.begin_job(job)
+        run(load_config(path), stage, resume=resume)
+        results[name] = watch.found
     if rank() == 0:
         Path(out).write_text(json.dumps(results))
 

@@ -552,7 +552,7 @@ def test_teachers_of_different_depth(workspace, folder, teachers, tmp_path):
     assert state["identity"]["inputs"].keys() == {
         "student_verbalizers",
         "teacher_verbalizers",
-        "teacher_small_cache",
+        "teacher_2",
     }
 
 

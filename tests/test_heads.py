@@ -1,9 +1,6 @@
 """Frozen heads that stay whole for an optimizer step (`training.persist_heads`, `vlsi_fast.ranks.heads`)."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -77,19 +74,7 @@ def two_ranks(tmp_path_factory):
         jobs.append(f"tied_{name}=sft={config_of(folder / 'tied', folder / f'tied_{name}', persist)}")
     # begun without, continued with
     jobs.append(f"resumed:off:1=interact={config_of(models, folder / 'resumed', True)}")
-    port, script = str(28000 + os.getpid() % 1000), runs.ROOT / "tests" / "heads_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    search = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "kernels"), str(runs.ROOT / "tests")])
-    done = subprocess.run(
-        [*command, str(script), str(folder / "found.json"), *jobs],
-        cwd=runs.ROOT,
-        env=runs.environment(PYTHONPATH=search),
-        timeout=900,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    runs.launch_ranks("heads_ranks.py", 2, str(folder / "found.json"), *jobs)
     return folder, json.loads((folder / "found.json").read_text())
 
 

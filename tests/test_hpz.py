@@ -1,9 +1,6 @@
 """hpZ: second shards inside a machine (`vlsi_fast.ranks.secondary`)."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import tiny_runs as runs
@@ -47,19 +44,7 @@ def four_ranks(workspace, tmp_path_factory):
         jobs.append(f"resumed:hpz:2={stage}={again}")
     both = config_of(workspace, folder / "window", "auto", window=2)
     jobs += [f"window={stage}={both}" for stage in ("verbalize", "interact")]
-    port, script = str(26000 + os.getpid() % 1000), runs.ROOT / "tests" / "hpz_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", port]
-    search = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "kernels"), str(runs.ROOT / "tests")])
-    done = subprocess.run(
-        [*command, str(script), str(folder / "found.json"), *jobs],
-        cwd=runs.ROOT,
-        env=runs.environment(PYTHONPATH=search),
-        timeout=900,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    runs.launch_ranks("hpz_ranks.py", 4, str(folder / "found.json"), *jobs, port=26000)
     return folder
 
 

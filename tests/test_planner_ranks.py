@@ -1,8 +1,6 @@
 """The planner against what two CPU ranks of DeepSpeed ZeRO-3 held and moved, in bfloat16."""
 
 import json
-import os
-import subprocess
 from collections import Counter
 
 import pytest
@@ -56,18 +54,7 @@ def test_memory_and_traffic_of_two_ranks(tmp_path, checkpointing, persist_heads)
     config = load_config(runs.ROOT / "configs" / "demo.yaml", changes)
     path = runs.write_config(config.model_dump(), tmp_path / "config.json")
     command = runs.train_command(path, "all", ranks=2)
-    command = [*command[:5], str(runs.ROOT / "tests" / "measured_rank.py"), str(path), str(tmp_path / "found.json")]
-    search = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "kernels"), str(runs.ROOT / "tests")])
-    done = subprocess.run(
-        command,
-        cwd=runs.ROOT,
-        env=runs.environment(PYTHONPATH=search),
-        timeout=900,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    runs.launch_ranks("measured_rank.py", 2, str(path), str(tmp_path / "found.json"), command=command[:5])
     models, ratios = Models(config), {}
     for stage, measured in json.loads((tmp_path / "found.json").read_text()).items():
         assert len(measured["batches"]) == 1 + persist_heads

@@ -128,6 +128,39 @@ def rewind(folder: Path, step: int) -> None:
     write_record(folder, read_record(folder) | {"state": "running"})
 
 
+def launch_ranks(script: str, ranks: int, *arguments: str, port: int = 28000, command: list[str] | None = None) -> None:
+    """`tests/SCRIPT ARGUMENTS` on several ranks under torchrun, or under another `command`; fails with what it says."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    launcher = command or [*launcher, "--master_port", str(port + os.getpid() % 1000)]
+    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
+    done = subprocess.run(
+        [*launcher, str(ROOT / "tests" / script), *arguments],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=search),
+        timeout=900,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def begin_job(job: str) -> tuple[str, str, str, bool]:
+    """A job `NAME[:SOURCE:STEP]=STAGE=CONFIG` of such a script: what to call its result, stage, config file, whether it
+    resumes. With SOURCE it goes on from that run's checkpoint STEP. Collective."""
+    from vlsi_fast import load_config
+    from vlsi_fast.ranks.sharding import barrier, rank
+
+    name, stage, path = job.split("=", 2)
+    name, *source = name.split(":")
+    output = Path(load_config(path).output_dir)
+    if source and rank() == 0:
+        shutil.copytree(output.parent / source[0], output)
+        rewind(output / stage, int(source[1]))
+    barrier()
+    return f"{name} {stage}", stage, path, bool(source)
+
+
 def train_several(mode: str, *jobs: tuple[str, Path], launcher: str = "deepspeed", ranks: int = 2) -> str:
     """(stage, config) one after the other in one launch, since starting takes longer than tiny models' steps.
 

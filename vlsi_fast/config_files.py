@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,12 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         values[name] = parse_yaml(value, f"--{name}: cannot read {value!r} as YAML")
         i += 1
     return values
+
+
+def nearest(name: str, known) -> str:
+    """'; did you mean X?' for the closest of `known`, or the list of them where none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if len(known) <= 40 else ""

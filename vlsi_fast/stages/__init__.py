@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ..config import STAGES, ConfigError, RunConfig, nearest
+from ..config import STAGES, ConfigError, RunConfig
+from ..config_files import nearest
 from ..errors import SELF_EXPLAINING
 from ..named_files import require_files
 from ..ranks.watch import watch

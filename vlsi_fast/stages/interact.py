@@ -311,8 +311,8 @@ class InteractStage(Stage):
         found = {f"{name}_verbalizers": weights_digest(folder) for name, folder in folders.items()}
         if self.caches and self.caches[0].layers:
             found["teacher_verbalizers"] = self.caches[0].verbalizers
-        for cached in self.caches[1:]:
-            found[f"teacher_{cached.name}"] = cached.digest
+        for number, cached in enumerate(self.caches[1:], 2):
+            found[f"teacher_{number}"] = cached.digest
         return found
 
     @property

@@ -267,7 +267,8 @@ class Stage:
 
     def _compare_tokens(self, student: Role, teacher: Role | CachedTeacher) -> None:
         tokenizers = (student.processor.tokenizer, teacher.processor.tokenizer)
-        tokens = require_same_tokens(*tokenizers, student.settings.path, teacher.settings.path)
+        whose = str(teacher.folder) if isinstance(teacher, CachedTeacher) else teacher.settings.path
+        tokens = require_same_tokens(*tokenizers, student.settings.path, whose)
         if self.tokens.limit is None or (tokens.limit is not None and tokens.limit < self.tokens.limit):
             self.tokens = tokens
         if isinstance(teacher, CachedTeacher):

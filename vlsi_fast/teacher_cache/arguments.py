@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--layers", type=_layers, metavar="K,K,..", help="some of its target layers (default: all)")
     build.add_argument(
-        "--rows", type=_positive, metavar="N", help="the first N of the order (default: what interact reads)"
+        "--rows",
+        type=_positive,
+        metavar="N",
+        help="the first N of the order (default: as many as interact reads on these ranks)",
     )
     build.add_argument("--source", metavar="NAME", help="only rows of this source, all of them")
     build.add_argument(

@@ -239,6 +239,11 @@ def _order(config: RunConfig, chosen: Chosen, sources: ConcatSource, folder: Pat
         read = training.max_steps * per_step
         if training.max_steps == -1:
             read = math.ceil(training.num_train_epochs * len(order))
+        elif chosen.rows is None and rank() == 0:
+            say(
+                f"rows of {training.max_steps} optimizer steps on as many ranks as here, {world_size()}: "
+                f"{min(read, len(order))}; a run on more ranks reads more, which --rows N adds"
+            )
         if chosen.rows is not None:  # each once, and the order has every row within so many passes
             read = EPOCHS * len(order)
         rows = itertools.islice(dict.fromkeys(order.order.rows(order.start, read)), chosen.rows)

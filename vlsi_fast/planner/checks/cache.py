@@ -33,7 +33,7 @@ def check_cache(subject: Subject) -> str:
                 _require_student(subject, found)
         except (ConfigError, CacheError) as error:
             raise Failed(str(error), f"see the message; {BUILD}") from error
-        wrong = list(problems_of(folder, quick=True))
+        wrong = [] if found.follows else list(problems_of(folder, quick=True))  # else shards come and go
         if wrong:
             fix = "delete the shards that are named, and run the `vlsi-fast teacher build` that made them again"
             raise Failed(f"{len(wrong)} problems, first: {wrong[0]}", fix)
