@@ -52,6 +52,16 @@ class Held:
     """Gives back what the placement holds besides the weights."""
 
 
+@dataclass
+class Language:
+    """What translated states are read by: another model's final norm and head. No part of the module tree."""
+
+    final_norm: nn.Module
+    """A plain copy, on the device."""
+    head_weight: Tensor
+    """[V, d_s], frozen; on the device or a shard (see `ranks.sharding.gathered`)."""
+
+
 class VerbalizedBackbone(nn.Module):
     """A stock model with its verbalizers.
 
@@ -61,6 +71,7 @@ class VerbalizedBackbone(nn.Module):
         verbalizers: None where only the last layer is needed.
         train_backbone: whether gradients flow into the backbone (else its forward runs without autograd).
         needs_last: whether the last layer's own output is wanted; False where the model was cut below it.
+        language: what translating verbalizers speak through. The last layer then speaks through its verbalizer, too.
     """
 
     def __init__(
@@ -70,8 +81,10 @@ class VerbalizedBackbone(nn.Module):
         verbalizers: Verbalizers | None,
         train_backbone: bool,
         needs_last: bool = True,
+        language: Language | None = None,
     ):
         super().__init__()
+        object.__setattr__(self, "language", language)  # past nn.Module's registration
         self.held = model if isinstance(model, Held) else None
         if self.held is not None:
             model = self.held.model
@@ -82,6 +95,10 @@ class VerbalizedBackbone(nn.Module):
         spare_waits(model, self.family)
         self.needs_last = needs_last
         self.target_layers = list(layers) if verbalizers is not None else []
+        self.heard_layers = self.target_layers
+        if language is not None:
+            wanted = {*self.target_layers, *([len(self.family.decoder_layers(model))] if needs_last else [])}
+            self.heard_layers = [k for k in verbalizers.spec.layers if k in wanted]
         self.verbalizers = verbalizers
         self.train_backbone = train_backbone
         if verbalizers is not None and verbalizers.spec.is_decoder:
@@ -89,7 +106,10 @@ class VerbalizedBackbone(nn.Module):
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """[V, d] weight of the language head; a shard under ZeRO-3 (see `ranks.sharding.gathered`)."""
+        """[V, d] weight of the language head that is spoken through; a shard under ZeRO-3 (see
+        `ranks.sharding.gathered`)."""
+        if self.language is not None:
+            return self.language.head_weight
         return self.held.head_weight if self.held is not None else self.family.head(self.model).weight
 
     def train(self, mode: bool = True) -> VerbalizedBackbone:
@@ -111,22 +131,30 @@ class VerbalizedBackbone(nn.Module):
 
         Returns:
             verbalized [L, N, d] (None without verbalizers) and last [N, d], the backbone's own final hidden state (None
-            unless `needs_last`).
+            unless `needs_last`). With a `language` both are of its width, and last is the last layer's translation.
         """
         decoder = self.verbalizers is not None and self.verbalizers.spec.is_decoder
         with contextlib.nullcontext() if self.train_backbone else torch.no_grad():
             with self._record(None if decoder else index) as (hidden, attention):
                 last = self._run(inputs)
-            last = _take(last, index) if self.needs_last else None
+            last = _take(last, index) if self.needs_last and self.language is None else None
         if self.verbalizers is None:
             return None, last
-        spoken = self.verbalizers(hidden, attention if decoder else None)
+        spoken = self.verbalizers(hidden, attention if decoder else None, self.heard_layers)
         if decoder:
             spoken = spoken.flatten(1, 2).index_select(1, index)
         if normed:
-            norm = self.held.final_norm if self.held is not None else self.family.final_norm(self.model)
-            spoken = norm(spoken)
-        return spoken, last
+            spoken = self._final_norm(spoken)
+        if self.language is None:
+            return spoken, last
+        layers = [spoken[i] for i, k in enumerate(self.heard_layers) if k in self.target_layers]
+        return torch.stack(layers) if layers else None, spoken[-1] if self.needs_last else None
+
+    @property
+    def _final_norm(self) -> nn.Module:
+        if self.language is not None:
+            return self.language.final_norm
+        return self.held.final_norm if self.held is not None else self.family.final_norm(self.model)
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         # arrays are what the stock model reads on the host; tensors have been copied to the device
@@ -182,7 +210,7 @@ class VerbalizedBackbone(nn.Module):
             layers[k].register_forward_pre_hook(keep, with_kwargs=True)
             if k <= late and k < len(layers)
             else layers[k - 1].register_forward_hook(keep, with_kwargs=True)
-            for k in self.target_layers
+            for k in self.heard_layers
         ]
         try:
             yield hidden, attention

@@ -14,7 +14,7 @@ from .attention import VARLEN, set_varlen
 from .backbones import default_layers, family_of
 from .config import BackboneConfig, ConfigError, RunConfig
 from .data.tokens import SharedTokens, shared_tokens
-from .ranks.shard_loading import load_sharded
+from .ranks.shard_loading import load_sharded, read_parameter
 from .shrinking.record import auto_layers
 from .terminal import hush_bars
 
@@ -148,6 +148,12 @@ def load_backbone(
     if varlen:
         set_varlen(model)
     return model.requires_grad_(False).eval()
+
+
+def read_head(folder: str | Path, config, dtype: str | None = None) -> torch.Tensor:
+    """[V, d] language head of a checkpoint, in CPU memory; nothing else of it is read. `dtype` None: as stored."""
+    weight = read_parameter(folder, config, lambda model: family_of(config).head(model).weight)
+    return weight if dtype is None else weight.to(getattr(torch, dtype))
 
 
 def cut_config(config, depth: int) -> None:

@@ -57,7 +57,12 @@ class VlsiDataset(Dataset):
     """
 
     def __init__(
-        self, sources: ConcatSource, processors: dict, data_config: DataConfig, taught: Callable | None = None
+        self,
+        sources: ConcatSource,
+        processors: dict,
+        data_config: DataConfig,
+        taught: Callable | None = None,
+        translated: bool = False,
     ):
         unknown = set(processors) - set(ROLES)
         if unknown or not processors:

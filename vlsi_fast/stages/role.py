@@ -26,8 +26,21 @@ class Role:
         configure_image_bounds(self.processor, self.settings.min_pixels, self.settings.max_pixels, name)
 
     def spec(self, output_size: int | None = None) -> VerbalizerSpec:
-        """Verbalizers that this run's config asks for."""
-        return VerbalizerSpec.of(self.config, self.layers, self.run.verbalizer, output_size, self.facts)
+        """Verbalizers that this run's config asks for; translating ones are of the last layer, too."""
+        layers, settings, student = self.layers, self.run.verbalizer, self.speaks_as
+        if student is not None:
+            layers = sorted({*layers, self.config.get_text_config().num_hidden_layers})
+            output_size = student.config.get_text_config().hidden_size
+        return VerbalizerSpec.of(self.config, layers, settings, output_size, self.facts, student is not None)
+
+    @property
+    def speaks_as(self) -> Role | None:
+        """The student, where this is a teacher whose verbalizers translate."""
+        return self._student if self.name == "teacher" and self.run.verbalizer.translates else None
+
+    @cached_property
+    def _student(self) -> Role:
+        return Role("student", self.run)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -37,8 +50,16 @@ class Role:
             "checkpoint": checkpoint_digest(self.folder),
             "tokenizer": tokenizer_digest(self.processor.tokenizer),
             "layers": self.layers,
-            "verbalizer": self.run.verbalizer.model_dump(),
-        } | ({"quantization": self.quantization} if self.name == "teacher" else {})
+            "verbalizer": self.run.verbalizer.recorded,
+        } | self._own_facts
+
+    @property
+    def _own_facts(self) -> dict[str, Any]:
+        if self.name != "teacher":
+            return {}
+        student = self.speaks_as
+        heard = {} if student is None else {"student": {n: student.facts[n] for n in ("checkpoint", "tokenizer")}}
+        return {"quantization": self.quantization} | heard
 
     @property
     def quantization(self) -> str | None:

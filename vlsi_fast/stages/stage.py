@@ -25,7 +25,7 @@ from ..data.sources import build_source
 from ..data.tokens import SharedTokens
 from ..disk import checkpoint_size, explained_full_disk, result_size
 from ..errors import StoppedEarly
-from ..hidden_states import Held, VerbalizedBackbone, checkpoint_activations
+from ..hidden_states import Held, Language, VerbalizedBackbone, checkpoint_activations
 from ..lineage import (
     code_commit,
     identity_of,
@@ -35,6 +35,7 @@ from ..lineage import (
 )
 from ..loading import (
     load_backbone,
+    read_head,
     require_same_tokens,
     shared_rows,
 )
@@ -54,6 +55,7 @@ from ..teacher import load_teacher, resolve_mode, run_apart
 from ..teacher_cache.following import dataset_of, followed
 from ..teacher_cache.recalling import CachedTeacher, rows_of
 from ..terminal import say
+from ..translation import final_norm_of
 from .arguments import training_arguments
 from .balancing import row_costs
 from .module import StageModule
@@ -242,11 +244,12 @@ class Stage:
         """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""
         self.read_models()
         processors = {name: role.processor for name, role in self.roles.items()}
+        translates = self.config.verbalizer.translates
         taught = rows_of(self.caches, self.config.data.train, follow=True)
-        dataset = dataset_of(build_source(self.config.data.train), processors, self.config.data, taught)
+        dataset = dataset_of(build_source(self.config.data.train), processors, self.config.data, taught, translates)
         if self.config.stage_training(self.name).eval_steps is not None:
             rows, taught = build_source(self.config.data.eval, "data.eval"), rows_of(self.caches, self.config.data.eval)
-            self.eval_dataset = VlsiDataset(rows, processors, self.config.data, taught)
+            self.eval_dataset = VlsiDataset(rows, processors, self.config.data, taught, translates)
         return dataset, self._collator()
 
     def read_models(self) -> None:
@@ -258,8 +261,11 @@ class Stage:
         """
         self.roles = {name: Role(name, self.config) for name in self.role_names()}
         self.caches = self.open_caches()
+        translates = self.config.verbalizer.translates
         for teacher in [*self.caches, self.roles.get("teacher")]:
-            if "student" in self.roles and teacher is not None:
+            if translates and isinstance(teacher, CachedTeacher):
+                teacher.require_student(self.roles["student"].folder, self.roles["student"].config, self.shared_rows)
+            elif "student" in self.roles and teacher is not None and not translates:
                 self._compare_tokens(self.roles["student"], teacher)
         if "teacher" in self.roles:
             self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
@@ -358,8 +364,15 @@ class Stage:
     def head_options(self) -> OperatorOptions:
         """Heads are cut to the rows that mean the same in all models of the stage; further rows are padding, or special
         tokens that only one of two families has."""
-        rows = [model.config.get_text_config().vocab_size for model in (*self.roles.values(), *self.caches)]
-        return OperatorOptions(shared_rows(rows, self.tokens), self.config.impl, FrozenHeads(self._persists_heads()))
+        return OperatorOptions(self.shared_rows, self.config.impl, FrozenHeads(self._persists_heads()))
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows of the heads that take part: of the student's alone, where the teacher's layers speak through it."""
+        models = [*self.roles.values(), *self.caches]
+        if self.config.verbalizer.translates and "student" in self.roles:
+            models = [self.roles["student"]]
+        return shared_rows([model.config.get_text_config().vocab_size for model in models], self.tokens)
 
     def _persists_heads(self) -> bool:
         """`training.persist_heads`, auto resolved."""
@@ -388,6 +401,19 @@ class Stage:
             stock = model.model if isinstance(model, Held) else model
             self.liger[name] = apply_liger(stock, required=self.config.liger is True)
         return model
+
+    def student_language(self, head: torch.Tensor | None = None) -> Language:
+        """What a teacher's translating verbalizers speak through: the student's final norm and head.
+
+        Args:
+            head: of the student where it is in the job; None: it is read from its checkpoint, whole.
+        """
+        role, dtype = self.roles["student"], self.config.dtype
+        norm = final_norm_of(role.folder, role.config, getattr(torch, dtype), self.args.device)
+        if head is None:
+            head = read_head(role.folder, role.config, dtype).to(self.args.device)
+            head = nn.Parameter(head, requires_grad=False)
+        return Language(norm, head)
 
     def apart(self, teacher: VerbalizedBackbone) -> Callable | None:
         """What runs a teacher between the training engine's forwards; None: it may be called itself. Collective."""

@@ -22,9 +22,9 @@ from ..data.dataset import AnswerMismatchError
 from ..data.messages import Sample
 from ..data.skipped import UnusableRow
 from ..lineage import checkpoint_digest, weights_digest
-from ..loading import target_layers
+from ..loading import read_head, target_layers
 from .forms import Form
-from .manifest import HEAD, TEACHER, encoding_of, head_weight, read_manifest, require_rows, require_same, tensor_digest
+from .manifest import HEAD, TEACHER, encoding_of, read_manifest, require_rows, require_same, tensor_digest
 from .rows import answers_digest, row_key
 from .store import CacheError, CacheReader, Refused
 
@@ -69,8 +69,8 @@ class CachedTeacher:
         """What a stage records of its teacher; a cache that is not exact belongs to what was made with it."""
         facts = {"path": self.manifest["teacher"]["path"], **self.identity["teacher"], "layers": self.layers}
         del facts["verbalizers"]
-        if not self.layers:  # none is asked to speak: as a teacher in the job has it
-            facts |= {"verbalizer": self.run.verbalizer.model_dump(), "layers": self._named_layers()}
+        if not self.layers:  # no target layer is asked to speak: as a teacher in the job has it
+            facts |= {"verbalizer": self.run.verbalizer.recorded, "layers": self._named_layers()}
         exact = self.form == "hidden" or self.identity["numbers"] == "float32"
         return facts | ({} if exact else {"targets": self.identity["numbers"]})
 
@@ -166,7 +166,7 @@ class CachedTeacher:
         folder, spoken = Path(self.run.teacher.path), self._verbalizer_folder()
         if self._is_own and folder.is_dir():
             digests["checkpoint"] = checkpoint_digest(folder)
-        if self._is_own and spoken.is_dir() and self.run.interact.matches_layers:
+        if self._is_own and spoken.is_dir() and "teacher" in self.run.speakers:
             digests["verbalizers"] = weights_digest(spoken)
         there["teacher"] = {name: self.identity["teacher"][name] for name in digests}
         require_same(self.folder, there, here | {"teacher": digests}, "this run")
@@ -186,9 +186,9 @@ class CachedTeacher:
             ConfigError: names both sides.
         """
         there, here = {"vocab_size": self.identity["vocab_size"]}, {"vocab_size": vocab_size}
-        if self.form == "targets":
+        if self.form == "targets" or self.run.verbalizer.translates:
             there["student_head"] = self.identity["student_head"]
-            here["student_head"] = tensor_digest(head_weight(folder, config, self.run.dtype))
+            here["student_head"] = tensor_digest(read_head(folder, config, self.run.dtype))
         require_same(self.folder, there, here, "this run")
 
 

@@ -13,6 +13,7 @@ from vlsi_kernels import TeacherTargets, head_statistics
 
 from ..backbones import family_of
 from ..config import ConfigError
+from ..loading import read_head
 from ..losses import PairwiseKL
 from ..matching import draw_generator
 from ..ranks.shard_loading import read_parameter
@@ -21,7 +22,7 @@ from ..stages.arguments import training_arguments
 from ..stages.batches import to_device
 from ..stages.interact import InteractStage
 from .forms import pack_targets, unpack_targets
-from .manifest import HEAD, head_weight
+from .manifest import HEAD
 
 if TYPE_CHECKING:
     from .build import Chosen
@@ -41,7 +42,7 @@ class TeacherStage(InteractStage):
 
     @property
     def _speakers(self) -> list[str]:
-        return ["teacher"] if "teacher" in self.settings.speakers else []
+        return ["teacher"] if "teacher" in self.config.speakers else []
 
     def prepare(self, layers: list[int] | None) -> None:
         """Read configs and processors, and check that the teacher can be asked.
@@ -74,7 +75,10 @@ class Teacher:
 
     def __init__(self, stage: TeacherStage, folder: Path, chosen: Chosen, student_head: Tensor | None):
         self.stage, self.chosen, self.device = stage, chosen, stage.args.device
-        teacher = stage.load_speaking_teacher()
+        head = None
+        if student_head is not None:
+            head = nn.Parameter(student_head.to(self.device), requires_grad=False)
+        teacher = stage.load_speaking_teacher(head)
         if stage.args.deepspeed is None:
             teacher.to(self.device)
         self._call = stage.apart(teacher) or teacher
@@ -82,10 +86,9 @@ class Teacher:
         self.errors: dict[str, float] = {}
         """What rounding costs, by the first micro-batch."""
         self.pairwise = None
-        if student_head is not None:
-            weight = nn.Parameter(student_head.to(self.device), requires_grad=False)
-            self.pairwise = PairwiseKL(weight, teacher.head_weight, stage.head_options)
-            self.student_head = weight
+        if chosen.form == "targets":
+            self.pairwise = PairwiseKL(head, teacher.head_weight, stage.head_options)
+            self.student_head = head
         else:
             _write_head(stage, folder / HEAD)
 
@@ -122,13 +125,13 @@ class Teacher:
 
 
 def _write_head(stage: TeacherStage, path: Path) -> None:
-    """The teacher's head, beside hidden states."""
+    """The head that hidden states are read by, beside them: the teacher's, or the student's where they translate."""
     if rank() == 0 and not path.is_file():
         from safetensors.torch import save_file
 
-        role = stage.roles["teacher"]
+        role = stage.roles["student" if stage.config.verbalizer.translates else "teacher"]
         partial = path.with_suffix(".partial")
-        save_file({"head": head_weight(role.folder, role.config, stage.config.dtype).contiguous()}, partial)
+        save_file({"head": read_head(role.folder, role.config, stage.config.dtype).contiguous()}, partial)
         partial.replace(path)
     barrier()
 

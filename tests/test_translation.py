@@ -1,0 +1,147 @@
+"""Translating verbalizers: where they start, what they speak through, and runs with them."""
+
+import pytest
+import tiny
+import tiny_runs as runs
+import torch
+
+from vlsi_fast import load_config, run
+from vlsi_fast.config import VerbalizerConfig
+from vlsi_fast.hidden_states import Language, VerbalizedBackbone
+from vlsi_fast.lineage import read_record
+from vlsi_fast.loading import read_head
+from vlsi_fast.translation import final_norm_of, gain_of, start_between, start_map
+from vlsi_fast.verbalizer import Verbalizer, Verbalizers, VerbalizerSpec
+
+ARCHITECTURES = ["mlp", "mlp_x2", "verb_ffn", "verb_ffn_x2", "ffn", "ffn_x2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("translation")
+    runs.make_models(folder)
+    runs.make_rows(folder, 12)
+    return folder
+
+
+def everything(count):
+    return torch.arange(count).repeat(2, 1)
+
+
+# ---- where they start ----
+
+
+def test_one_head_and_norm_give_the_identity():
+    head, gain = torch.randn(300, 24), torch.rand(24) + 0.5
+    start = start_map((head, gain), (head.clone(), gain.clone()), everything(300))
+    torch.testing.assert_close(start, torch.eye(24), rtol=0, atol=2e-5)
+
+
+def test_a_head_that_the_student_can_say_is_kept_whole():
+    """Logits of the translation are the teacher's, but for one number a token, where such a map exists; rows of tokens
+    that the two do not share have no say."""
+    student, gain_s, gain = torch.randn(200, 16), torch.rand(16) + 0.5, torch.rand(40) + 0.5
+    wanted, order = torch.randn(16, 40), torch.randperm(260)[:200]
+    head = torch.randn(260, 40) * 50
+    head[order] = (student * gain_s) @ wanted / gain + torch.randn(40)  # the same added to all rows
+    start = start_map((head, gain), (student, gain_s), torch.stack([torch.arange(200), order]))
+    torch.testing.assert_close(start, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_weights_decide_which_tokens_are_kept():
+    """Against the weighted least squares of numpy's solver on the rows themselves."""
+    student, head = torch.randn(90, 8).double(), torch.randn(90, 20).double()
+    weight = torch.rand(90).double() ** 3
+    share = (weight / weight.sum())[:, None]
+    s, t = student - (share * student).sum(0), head - (share * head).sum(0)
+    root = share.sqrt()
+    wanted = torch.linalg.lstsq(root * s, root * t).solution
+    ones = torch.ones
+    start = start_map((head, ones(20)), (student, ones(8)), everything(90), weight)
+    torch.testing.assert_close(start.double(), wanted, rtol=1e-4, atol=1e-4)
+    unweighted = start_map((head, ones(20)), (student, ones(8)), everything(90))
+    assert (unweighted.double() - wanted).norm() > 0.1 * wanted.norm()
+
+
+def test_few_tokens_in_common():
+    with pytest.raises(ValueError, match="1 tokens in common"):
+        start_map((torch.randn(9, 4), torch.ones(4)), (torch.randn(9, 4), torch.ones(4)), everything(1))
+    start = start_map((torch.randn(9, 8), torch.ones(8)), (torch.randn(9, 6), torch.ones(6)), everything(3))
+    assert start.isfinite().all() and start.abs().max() < 1e3  # fewer than d_s: the rest is left at about zero
+
+
+def test_norm_and_head_of_a_checkpoint(folder):
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder / "student")
+    norm = final_norm_of(folder / "student", model.config, torch.float32)
+    x = torch.randn(5, 32) * 3
+    torch.testing.assert_close(norm(x), model.model.language_model.norm(x))
+    assert not any(p.requires_grad for p in norm.parameters())
+    torch.testing.assert_close(gain_of(norm, 32), model.model.language_model.norm.weight, rtol=1e-5, atol=1e-5)
+    assert torch.equal(read_head(folder / "student", model.config), model.lm_head.weight)  # tied
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("norm, residual", [(False, False), (True, True)])
+def test_at_the_start_only_the_map_is_heard(architecture, norm, residual):
+    spec = VerbalizerSpec(architecture, (1,), 20, 28, 1e-6, norm, residual, output_size=12, translates=True)
+    verbalizer, x, start = Verbalizer(spec, 1), torch.randn(7, 20), torch.randn(12, 20)
+    verbalizers = Verbalizers(spec)
+    verbalizers.layers["1"] = verbalizer
+    verbalizers.start_at(start)
+    torch.testing.assert_close(verbalizer(x), x @ start.T)
+    verbalizer(x).square().sum().backward()
+    assert verbalizer.translation.weight.grad.norm() > 0
+    inner = [p for n, p in verbalizer.named_parameters() if n.endswith((".down", ".linear"))]
+    assert architecture == "mlp" or inner[-1].grad.norm() > 0  # and the blocks can learn
+
+
+def test_a_model_in_its_own_language_says_what_it_says(folder):
+    """The start between a model and itself: its translated last layer is the model's own output."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder / "teacher").eval()
+    here = (folder / "teacher", model.config)
+    tokens = everything(len(tiny.make_tokenizer("tiny")))
+    verbalizers = Verbalizers(
+        VerbalizerSpec.of(model.config, [2, 4, 6], VerbalizerConfig(), 48, translates=True)
+    ).requires_grad_(False)
+    verbalizers.start_at(start_between(here, here, tokens))
+    language = Language(final_norm_of(*here, torch.float32), read_head(*here))
+    speaking = VerbalizedBackbone(model, [2, 4], verbalizers, False, True, language)
+    inputs = {"input_ids": torch.randint(0, 250, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    index = torch.tensor([3, 4, 12])
+    wanted = model(**inputs).logits.flatten(0, 1)[index]
+    for parameter in (model.lm_head.weight, model.model.language_model.norm.weight):
+        parameter.data.fill_(torch.nan)  # its own are not heard
+    layers, last = speaking(inputs, index)
+    assert layers.shape == (2, 3, 48)
+    torch.testing.assert_close(last @ speaking.head_weight.T, wanted, rtol=1e-3, atol=1e-3)
+
+
+# ---- runs ----
+
+
+def start(folder, output, stages="verbalize interact", /, **sections):
+    tree = runs.settings(folder, output, max_steps=2)
+    tree["verbalizer"] = {"language": "student"}
+    for name, fields in sections.items():
+        tree[name] = {**tree.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    config = load_config(runs.write_config(tree, output.with_suffix(".json")))
+    for stage in stages.split():
+        run(config, stage)
+    return output
+
+
+def test_stages(folder, tmp_path):
+    output = start(folder, tmp_path / "run", "verbalize interact sft")
+    names = [f"loss/teacher_layer_{k}" for k in (1, 2, 3, 4, 5)] + ["loss/teacher_last"]
+    assert [n for n in runs.metrics(output, "verbalize")[-1] if n.startswith("loss/teacher")] == names
+    spec = Verbalizers.from_pretrained(output / "verbalize" / "teacher").spec
+    assert (spec.layers, spec.output_size, spec.translates) == ((1, 2, 3, 4, 5, 6), 32, True)
+    assert spec.made_for["student"]["checkpoint"] and spec.made_for["layers"] == [1, 2, 3, 4, 5]
+    first, last = runs.metrics(output, "interact")[0], runs.metrics(output, "interact")[-1]
+    assert len(first["kl"]) == 3 and len(first["kl"][0]) == 5 and "loss/last" in first
+    assert last["loss"] > 0
+    assert read_record(output / "interact")["facts"]["teacher"]["student"] == spec.made_for["student"]
