@@ -4,8 +4,8 @@ Trained: the verbalizers. Loss: the sum over models and target layers of the aut
 or of the KL from the model's own last layer, or of both (`verbalize.objective`); no gradient crosses from one layer's
 verbalizer to another's.
 
-A teacher that is to speak the student's language (`verbalizer.language`) learns the student's answer tokens, through the
-student's norm and head, at its own positions that are aligned to them; its last layer does so, too.
+A teacher that is to speak the student's language (`verbalizer.language`) learns the student's answer tokens, through
+the student's norm and head, at its own positions that are aligned to them; its last layer does so, too.
 """
 
 from __future__ import annotations
