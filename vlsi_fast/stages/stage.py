@@ -394,7 +394,8 @@ class Stage:
         if name == "student":
             model = load_backbone(folder or role.folder, *options)
         else:
-            model = load_teacher(role.folder, self.teacher_mode, *options, self.args)
+            has_head = not self.config.verbalizer.translates
+            model = load_teacher(role.folder, self.teacher_mode, *options, self.args, has_head)
         if isinstance(model, Held):
             self.releases.append(model.release)
         if self._runs_as_it_is(name) and use_liger(self.config.liger, self.args.device):
