@@ -109,7 +109,7 @@ class VerbalizerConfig(Section):
     language: Literal["own", "student"] = "own"
     """Whose words a teacher's layers speak: own, through the teacher's norm and head, which takes one tokenizer for
     both models; student, through the student's, whatever the tokenizers are (`vlsi_fast.translation`). Such verbalizers
-    belong to one student. Its last layer then speaks through a verbalizer, too, and the teacher's head is not needed."""
+    belong to one student. The teacher's last layer then speaks through one, too, and its head is not needed."""
 
     @model_validator(mode="after")
     def _decoder_has_residuals(self):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import ConfigError
