@@ -96,10 +96,8 @@ class CachedTeacher:
 
         return load_processor(self.folder / TEACHER)
 
-    def head(self, device: torch.device) -> Tensor | None:
-        """[V, d_l] language head of the teacher, on the device; None where targets stand for it."""
-        if self.form == "targets":
-            return None
+    def head(self, device: torch.device) -> Tensor:
+        """[V, d_l] language head of the teacher beside its hidden states, on the device."""
         from safetensors.torch import load_file
 
         return load_file(self.folder / HEAD, device=str(device))["head"]
@@ -159,8 +157,9 @@ class CachedTeacher:
     def _require_this_run(self) -> None:
         there: dict[str, Any] = {"encoding": self.identity["encoding"], "dtype": self.identity["dtype"]}
         here: dict[str, Any] = {"encoding": encoding_of(self.run), "dtype": self.run.dtype}
-        there["verbalizer"] = {"language": (self.identity["teacher"]["verbalizer"] or {}).get("language", "own")}
-        here["verbalizer"] = {"language": self.run.verbalizer.language}
+        spoken_by = self.identity["teacher"]["verbalizer"] or {}
+        there["verbalizer.language"] = spoken_by.get("language", "own")
+        here["verbalizer.language"] = self.run.verbalizer.language
         if self.form == "targets":
             there["temperature"], here["temperature"] = self.identity["temperature"], self.run.interact.temperature
         digests: dict[str, Any] = {}

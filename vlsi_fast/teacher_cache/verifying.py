@@ -27,7 +27,8 @@ def problems_of(folder: Path, quick: bool = False) -> Iterator[str]:
     identity = read_manifest(folder)["identity"]
     if not (folder / TEACHER / "config.json").is_file():
         yield f"{folder / TEACHER / 'config.json'} is missing"
-    if identity["form"] == "hidden" and not (folder / HEAD).is_file():
+    own_head = identity["form"] == "hidden" and identity["student_head"] is None
+    if own_head and not (folder / HEAD).is_file():
         yield f"{folder / HEAD} is missing"
     layers = len(identity["layers"]) + identity["has_last"]
     for name, line in shards_of(folder).items():
