@@ -250,11 +250,13 @@ def wait_for_cache(folder: Path, timeout: float) -> None:
 # ---- the run ----
 
 
-def dataset_of(sources: ConcatSource, processors: dict, data_config: DataConfig, taught: Routed | None) -> VlsiDataset:
-    """A stage's rows, which follow a teacher where one of their caches does."""
+def dataset_of(
+    sources: ConcatSource, processors: dict, data_config: DataConfig, taught: Routed | None, translated: bool = False
+) -> VlsiDataset:
+    """A stage's rows, which follow a teacher where one of their caches does; `translated`: see `VlsiDataset`."""
     rows = [each for each in taught.caches if isinstance(each, FollowedRows)] if taught is not None else []
     if not rows:
-        return VlsiDataset(sources, processors, data_config, taught)
+        return VlsiDataset(sources, processors, data_config, taught, translated)
     return FollowedDataset(sources, processors, data_config, taught, rows[0])
 
 
