@@ -195,6 +195,7 @@ class Stage:
             "answer_tokens": trainer.totals["answer_tokens"],
             "answered_rows": trainer.totals["answered_rows"],
             "answered_tokens": trainer.totals["answered_tokens"],
+            "unaligned_tokens": trainer.totals["unaligned_tokens"],
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
             "attention": self.attention,
