@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlsi_fast import load_config, run
 from vlsi_fast.backbones import FAMILIES, family_of
-from vlsi_fast.config import ConfigError
+from vlsi_fast.config import ConfigError, VerbalizerConfig
 from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import Collator, VlsiDataset, build_source, load_processor
 from vlsi_fast.data.encoding import encode
@@ -207,6 +207,54 @@ def test_a_target_layers_state_is_what_the_next_layer_reads(name, architecture):
     added = (reads[1] != leaves[1]).any(-1)
     image = row["input_ids"] == model.config.image_token_id
     assert torch.equal(added, image if name == "qwen3_vl" else torch.zeros_like(image))
+
+
+def test_smolvlm_sees_the_tiles_that_the_stock_model_sees():
+    """Joined rows against the stock model's own padding, row by row."""
+    made, wanted = processor("smolvlm"), []
+    model = families.make_model("smolvlm", tokenizer=made.tokenizer)
+    samples = [sample("What?", (64, 60)), sample("a?"), sample("b?", (40, 30), (20, 64))]
+    rows = [encode(each, made, CONFIG, picture) for each in samples]
+    for row in rows:
+        inputs = {name: value for name, value in row.items() if name != "labels"}
+        with torch.no_grad():
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        wanted.append(hidden[0, answer_positions(row["labels"])[0]])
+    batch = Collator({"student": made})([{"id": str(i), "skipped": [], "student": r} for i, r in enumerate(rows)])
+    batch = batch["student"]
+    index, _ = answer_positions(batch.pop("labels"))
+    assert batch["pixel_values"].shape[:2] == (1, 5 + 5 + 3) and "pixel_attention_mask" not in batch
+    backbone = VerbalizedBackbone(model, [], None, train_backbone=False)
+    torch.testing.assert_close(backbone(batch, index)[1], torch.cat(wanted), rtol=1e-5, atol=2e-5)
+    # the language model alone in float32, as it is trained without DeepSpeed in a bfloat16 run
+    for part in family_of(model.config).vision(model):
+        part.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = backbone(batch, index)[1]
+    torch.testing.assert_close(mixed.float(), torch.cat(wanted), rtol=0.1, atol=0.1)
+
+
+def test_internvl_with_qwen3():
+    """InternVL3.5: norms of queries and keys, a head width of its own; a copy of the next layer says what that says."""
+    config = families._config("internvl", 32, 3, True, processor("internvl").tokenizer)
+    fields = config.to_dict()
+    fields["text_config"] |= {"model_type": "qwen3", "head_dim": 24}
+    config = type(config)(**fields)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    assert type(model.get_decoder()).__name__ == "Qwen3Model"
+    verbalizers = Verbalizers(VerbalizerSpec.of(config, [1], VerbalizerConfig(architecture="decoder", norm=True)))
+    following = family_of(config).decoder_layers(model)[1]
+    verbalizers.layers["1"].blocks[0].load_state_dict(following.state_dict())
+    row = encode(sample("What?", (48, 40), (20, 20)), processor("internvl"), CONFIG, picture)
+    index, _ = answer_positions(row.pop("labels"))
+    with torch.no_grad():
+        spoken, _ = VerbalizedBackbone(model, [1], verbalizers, train_backbone=False)(row, index)
+        states = model(**row, output_hidden_states=True).hidden_states
+        expected = family_of(config).final_norm(model)(states[2])[0, index]
+    torch.testing.assert_close(spoken[0], expected, rtol=1e-4, atol=1e-5)
+    targets = family_of(config).lora_targets
+    assert sum(bool(re.fullmatch(targets, name)) for name, _ in model.named_modules()) == 7 * 3
 
 
 # ---- data ----

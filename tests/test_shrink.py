@@ -53,7 +53,7 @@ def logits(model, processor):
 
 def without_layers(model, kept):
     """The stock model with all other decoder layers taken out of its list."""
-    language, text = model.model.language_model, model.config.get_text_config()
+    language, text = model.get_decoder(), model.config.get_text_config()
     language.layers = nn.ModuleList(language.layers[k - 1] for k in kept)
     kinds = getattr(text, "layer_types", None)
     text.num_hidden_layers = language.config.num_hidden_layers = len(kept)
