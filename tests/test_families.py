@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from functools import cache
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlsi_fast import load_config, run
 from vlsi_fast.backbones import FAMILIES, family_of
-from vlsi_fast.config import ConfigError
+from vlsi_fast.config import ConfigError, VerbalizerConfig
 from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import Collator, VlsiDataset, build_source, load_processor
 from vlsi_fast.data.encoding import encode
@@ -101,9 +102,8 @@ def test_three_stages(folder, tmp_path, teacher, student):
         if not torch.equal(before, base[name]):
             changed["interact"].add(name)
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    assert changed["interact"] == {
-        n for n in base if "language_model.layers" in n and n.split(".")[-2] in linears and n.endswith("weight")
-    }
+    inside = re.compile(r"\.(language|text)_model\.layers\..*\.(" + "|".join(linears) + r")\.weight")
+    assert changed["interact"] == {n for n in base if inside.search(n)}
 
     stock = load_processor(output / "sft" / "student")
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
@@ -194,7 +194,7 @@ def record_states(name, architecture):
 def test_a_target_layers_state_is_what_the_next_layer_reads(name, architecture):
     """Also where vision features are added between two layers (Qwen3-VL's deepstack)."""
     seen, row, index, model = record_states(name, architecture)
-    layers = model.model.language_model.layers
+    layers = FAMILIES[name].decoder_layers(model)
     reads, leaves = {}, {}
     for k, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda _, arguments, k=k: reads.__setitem__(k, arguments[0]))
@@ -209,6 +209,54 @@ def test_a_target_layers_state_is_what_the_next_layer_reads(name, architecture):
     assert torch.equal(added, image if name == "qwen3_vl" else torch.zeros_like(image))
 
 
+def test_smolvlm_sees_the_tiles_that_the_stock_model_sees():
+    """Joined rows against the stock model's own padding, row by row."""
+    made, wanted = processor("smolvlm"), []
+    model = families.make_model("smolvlm", tokenizer=made.tokenizer)
+    samples = [sample("What?", (64, 60)), sample("a?"), sample("b?", (40, 30), (20, 64))]
+    rows = [encode(each, made, CONFIG, picture) for each in samples]
+    for row in rows:
+        inputs = {name: value for name, value in row.items() if name != "labels"}
+        with torch.no_grad():
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        wanted.append(hidden[0, answer_positions(row["labels"])[0]])
+    batch = Collator({"student": made})([{"id": str(i), "skipped": [], "student": r} for i, r in enumerate(rows)])
+    batch = batch["student"]
+    index, _ = answer_positions(batch.pop("labels"))
+    assert batch["pixel_values"].shape[:2] == (1, 5 + 5 + 3) and "pixel_attention_mask" not in batch
+    backbone = VerbalizedBackbone(model, [], None, train_backbone=False)
+    torch.testing.assert_close(backbone(batch, index)[1], torch.cat(wanted), rtol=1e-5, atol=2e-5)
+    # the language model alone in float32, as it is trained without DeepSpeed in a bfloat16 run
+    for part in family_of(model.config).vision(model):
+        part.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = backbone(batch, index)[1]
+    torch.testing.assert_close(mixed.float(), torch.cat(wanted), rtol=0.1, atol=0.1)
+
+
+def test_internvl_with_qwen3():
+    """InternVL3.5: norms of queries and keys, a head width of its own; a copy of the next layer says what that says."""
+    config = families._config("internvl", 32, 3, True, processor("internvl").tokenizer)
+    fields = config.to_dict()
+    fields["text_config"] |= {"model_type": "qwen3", "head_dim": 24}
+    config = type(config)(**fields)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    assert type(model.get_decoder()).__name__ == "Qwen3Model"
+    verbalizers = Verbalizers(VerbalizerSpec.of(config, [1], VerbalizerConfig(architecture="decoder", norm=True)))
+    following = family_of(config).decoder_layers(model)[1]
+    verbalizers.layers["1"].blocks[0].load_state_dict(following.state_dict())
+    row = encode(sample("What?", (48, 40), (20, 20)), processor("internvl"), CONFIG, picture)
+    index, _ = answer_positions(row.pop("labels"))
+    with torch.no_grad():
+        spoken, _ = VerbalizedBackbone(model, [1], verbalizers, train_backbone=False)(row, index)
+        states = model(**row, output_hidden_states=True).hidden_states
+        expected = family_of(config).final_norm(model)(states[2])[0, index]
+    torch.testing.assert_close(spoken[0], expected, rtol=1e-4, atol=1e-5)
+    targets = family_of(config).lora_targets
+    assert sum(bool(re.fullmatch(targets, name)) for name, _ in model.named_modules()) == 7 * 3
+
+
 # ---- data ----
 
 
@@ -217,7 +265,8 @@ def test_processor_saves_a_stock_checkpoint(name, tmp_path):
     made = processor(name)
     made.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())
-    video = {"llava_onevision": "LlavaOnevision", "qwen3_vl": "Qwen3VL"}.get(name, "Qwen2VL") + "VideoProcessor"
+    video = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2VL"}.get(name, FAMILIES[name].processor[: -len("Processor")])
+    video += "VideoProcessor"
     assert saved["processor_class"] == FAMILIES[name].processor
     assert saved["video_processor"]["video_processor_type"] == video
     again = load_processor(tmp_path)
@@ -238,13 +287,39 @@ def test_answers_are_the_same_tokens_in_every_family():
     """Other templates, other numbers of image tokens, the same answer."""
     row = sample("What?", (64, 20), answer="yes, a red circle.\n It is")
     answers, lengths = {}, {}
-    for name in NAMES:
+    for name in families.QWEN_TOKENS:
         encoded = encode(row, processor(name), CONFIG, picture)
         answers[name] = encoded["labels"][encoded["labels"] != -100].tolist()
         lengths[name] = encoded["input_ids"].shape[1]
     assert len({tuple(ids) for ids in answers.values()}) == 1 and len(answers["qwen2_vl"]) > 5
     assert processor("qwen2_vl").tokenizer.decode(answers["llava_onevision"]) == "yes, a red circle.\n It is<|im_end|>"
     assert lengths["llava_onevision"] != lengths["qwen2_vl"]
+
+
+def test_smolvlm_answers_begin_with_a_space():
+    """What follows the generation prompt: the template has the space behind the colon in front of an answer alone. The
+    rows of tiles in front of it, and their line breaks, are no answer."""
+    made, turns = processor("smolvlm"), sample("What 12?", (64, 60), (64, 20), answer="yes, a red circle.\n It is 27")
+    turns.messages += [{"role": "user", "content": [{"type": "text", "text": "Sure?"}]}]
+    turns.messages += [{"role": "assistant", "content": [{"type": "text", "text": "no"}]}]
+    encoded = encode(turns, made, CONFIG, picture)
+    ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+    learnt = made.tokenizer.decode(labels[labels != -100])
+    assert learnt == " yes, a red circle.\n It is 27<end_of_utterance> no<end_of_utterance>"
+    assert torch.equal(ids[labels != -100], labels[labels != -100])
+    assert made.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())[-5:-1] != ["27"], "digits are alone"
+    prompt = made.apply_chat_template(turns.messages[:1], add_generation_prompt=True)
+    images = [[picture((64, 60)), picture((64, 20))]]
+    asked = made(text=[prompt], images=images, return_tensors="pt")["input_ids"][0]
+    first = int((labels != -100).nonzero()[0])
+    assert torch.equal(ids[:first], asked), "an answer goes on where a prompt ends"
+    stock = made(text=[made.apply_chat_template(turns.messages)], images=images, return_tensors="pt")
+    assert torch.equal(stock["input_ids"][0], ids) and int((ids == made.tokenizer.bos_token_id).sum()) == 1
+
+
+def test_tokenizers_of_other_families_are_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="give [0-9]+ tokens different ids.*choose models of one family"):
+        start(folder, tmp_path / "run", "qwen2_vl", "smolvlm", "verbalize")
 
 
 def test_true_vocabulary_gives_the_same_answers():

@@ -114,7 +114,7 @@ def test_sliding_windows(architecture):
 def built_by_hand(speaker, layer):
     """A model of its own that ends at a layer, for stock `generate` with the image."""
     model = copy.deepcopy(speaker.model)
-    language, verbalizer = model.model.language_model, copy.deepcopy(speaker.verbalizers.layers[str(layer)])
+    language, verbalizer = model.get_decoder(), copy.deepcopy(speaker.verbalizers.layers[str(layer)])
     blocks = list(verbalizer.blocks) if speaker.verbalizers.spec.is_decoder else []
     for i, block in enumerate(blocks):
         block.self_attn.layer_idx = layer + i

@@ -47,6 +47,10 @@ WANTED = {
     "llava_ov_7b_to_0.5b": ("llava_onevision", "llava_onevision", [4, 12, 20], [4, 12, 20], (2, 2)),
     "llava_ov_7b_to_qwen2vl_2b": ("llava_onevision", "qwen2_vl", [4, 12, 20], [4, 12, 20], (2, 4)),
     "qwen2_5_vl_72b_to_7b": ("qwen2_5_vl", "qwen2_5_vl", list(range(2, 79, 4)), EVERY_FOURTH, (2, 4)),
+    "internvl3_78b_to_2b": ("internvl", "internvl", list(range(2, 79, 4)), EVERY_FOURTH, (1, 2)),
+    "internvl3_5_8b_to_1b": ("internvl", "internvl", list(range(2, 35, 4)), EVERY_FOURTH, (2, 4)),
+    "smolvlm2_2.2b_to_256m": ("smolvlm", "smolvlm", list(range(2, 24, 3)), EVERY_FOURTH, (2, 4)),
+    "smolvlm2_2.2b_to_500m": ("smolvlm", "smolvlm", list(range(2, 24, 3)), list(range(2, 31, 4)), (2, 4)),
     "qwen3_vl_32b_to_4b": ("qwen3_vl", "qwen3_vl", list(range(2, 63, 4)), list(range(2, 35, 4)), (2, 4)),
 }
 # checkpoint -> decoder layers, head rows, width d, inner width f, query width, key / value width, tied
@@ -61,6 +65,13 @@ SHAPES = {
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": (24, 152000, 896, 4864, 896, 128, True),
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": (28, 152128, 3584, 18944, 3584, 512, False),
     "llava-hf/llava-onevision-qwen2-72b-ov-hf": (80, 152128, 8192, 29568, 8192, 1024, False),
+    "OpenGVLab/InternVL3-2B-hf": (28, 151674, 1536, 8960, 1536, 256, False),
+    "OpenGVLab/InternVL3-78B-hf": (80, 151674, 8192, 29568, 8192, 1024, False),
+    "OpenGVLab/InternVL3_5-1B-HF": (28, 151936, 1024, 3072, 2048, 1024, False),
+    "OpenGVLab/InternVL3_5-8B-HF": (36, 151936, 4096, 12288, 4096, 1024, False),
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": (30, 49280, 576, 1536, 576, 192, False),
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": (32, 49280, 960, 2560, 960, 320, False),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": (24, 49280, 2048, 8192, 2048, 2048, False),
 }
 # Published counts of all parameters, and of the vision tower with its projector, by the sources that
 # real_configs/README.md names. A float is rounded.
@@ -75,12 +86,22 @@ PARAMETERS = {
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": 0.894e9,
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8.03e9,
     "llava-hf/llava-onevision-qwen2-72b-ov-hf": 73.2e9,
+    "OpenGVLab/InternVL3-2B-hf": 2_088_957_440,
+    "OpenGVLab/InternVL3-78B-hf": 78.4e9,
+    "OpenGVLab/InternVL3_5-1B-HF": 1_060_897_792,
+    "OpenGVLab/InternVL3_5-8B-HF": 8_528_318_464,
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": 256_484_928,
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": 507_482_304,
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": 2_246_784_880,
 }
 VISION_PARAMETERS = {
     "Qwen/Qwen2-VL-7B-Instruct": 0.675e9,
     "Qwen/Qwen2.5-VL-7B-Instruct": 676_550_144,
     "Qwen/Qwen3-VL-4B-Instruct": 830_695_424 // 2,
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": 86_433_024 + 11_796_480,
 }
+FURTHER = {"1B": 938_193_024, "8B": 7_944_373_760, "14B": 15.1e9, "38B": 38.4e9}
+"""The other sizes of InternVL3, which no config here names."""
 QWEN2_5_VL_32B = 33_452_718_336
 SIGLIP_SO400M = 428_225_600
 """google/siglip-so400m-patch14-384, the vision encoder: 27 layers and a pooling head."""
@@ -138,7 +159,8 @@ def test_target_layers_fit_the_real_models(name):
         found[role] = target_layers(settings, real_config(settings.path), role)
         assert real_config(settings.path).model_type == WANTED[name][role == "student"]
         bounds = (settings.min_pixels or config.data.min_pixels, settings.max_pixels or config.data.max_pixels)
-        assert (None in bounds) == (WANTED[name][role == "student"] == "llava_onevision"), "its processor has none"
+        family = WANTED[name][role == "student"]
+        assert (None in bounds) == (family not in tiny_families.GRIDS), "its processor has none"
     assert len(found["student"]) <= len(found["teacher"])
 
 
@@ -166,6 +188,11 @@ def test_parts_of_the_real_models(path):
 def require_count(found, published):
     total = sum(p.numel() for p in found)
     assert total == (published if isinstance(published, int) else pytest.approx(published, rel=2e-3))
+
+
+@pytest.mark.parametrize("size", FURTHER)
+def test_the_other_sizes_of_internvl3(size):
+    require_count(real_model(f"OpenGVLab/InternVL3-{size}-hf").parameters(), FURTHER[size])
 
 
 @pytest.mark.parametrize("path", VISION_PARAMETERS)
@@ -237,7 +264,7 @@ def test_decoder_verbalizers_of_the_real_models(path):
     settings = type("Settings", (), {"architecture": "decoder", "norm": False, "residual": False})
     with torch.device("meta"):
         module = Verbalizers(VerbalizerSpec.of(real_config(path), [2, depth - 2], settings))
-    norms = 2 * 128 if "Qwen3" in path else 0
+    norms = 2 * 128 if "qwen3" in real_config(path).get_text_config().model_type else 0
     assert sum(p.numel() for p in module.parameters()) == 2 * (3 * d * f + 2 * d * q + 2 * d * kv + norms)
 
 
@@ -301,17 +328,34 @@ def test_the_shrunk_system_fits_eight_80gb_gpus(shrunk_student, capsys):
 # ---- one tokenizer ----
 
 
+TOOLS = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"]
+TOOLS += ["<|repo_name|>", "<|file_sep|>"]
+THINKING = ["<tool_response>", "</tool_response>", "<think>", "</think>"]
+"""What Qwen2.5's and Qwen3's tokenizers have behind Qwen2-VL's; ordinary words, but it makes no difference here."""
+
+
 @cache
-def _tokenizer(llava: bool):
-    return tiny.make_tokenizer("qwen", tiny_families.LLAVA_SPECIAL_TOKENS if llava else tiny.SPECIAL_TOKENS)
+def _tokenizer(kind: str):
+    internvl = [*tiny.SPECIAL_TOKENS, *TOOLS, *(THINKING if kind == "InternVL3_5" else [])]
+    special = {
+        "llava": tiny_families.LLAVA_SPECIAL_TOKENS,
+        "InternVL3": internvl + tiny_families.INTERNVL_SPECIAL_TOKENS,
+        "InternVL3_5": internvl + tiny_families.INTERNVL_SPECIAL_TOKENS,
+    }
+    return tiny.make_tokenizer("qwen", special.get(kind, tiny.SPECIAL_TOKENS))
 
 
 def real_tokenizer(path):
     """The true ranks with the family's special tokens, in the order of the published tokenizers."""
-    return _tokenizer(path.startswith("llava-hf"))
+    return _tokenizer(path.split("/")[-1].split("-")[0])
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+def has_qwens_tokens(path):
+    """No package has the true ranks of other families' tokenizers."""
+    return real_config(path).model_type in tiny_families.QWEN_TOKENS
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if has_qwens_tokens(read(name).student.path)])
 def test_shared_vocabulary_of_a_system(name):
     config = read(name)
     student, teacher = config.student.path, config.teacher.path
@@ -332,10 +376,18 @@ def test_shared_vocabulary_of_a_system(name):
 
 
 def test_image_tokens_of_the_real_configs_are_the_tokenizers():
-    for path in SHAPES:
+    for path in filter(has_qwens_tokens, SHAPES):
         config, tokenizer = real_config(path), real_tokenizer(path)
-        token = "<image>" if path.startswith("llava-hf") else "<|image_pad|>"
+        token = {"internvl": "<IMG_CONTEXT>", "llava_onevision": "<image>"}.get(config.model_type, "<|image_pad|>")
         assert config.image_token_id == tokenizer.convert_tokens_to_ids(token)
+
+
+def test_internvl3_and_qwen_vl_can_teach_each_other():
+    """Qwen2.5-VL's tokenizer, with all that InternVL3 adds behind it."""
+    tokens = require_same_tokens(
+        _tokenizer("InternVL3"), tiny.make_tokenizer("qwen", [*tiny.SPECIAL_TOKENS, *TOOLS]), "", ""
+    )
+    assert tokens.limit == 151665 and set(tokens.differing) == set(tiny_families.INTERNVL_SPECIAL_TOKENS)
 
 
 def test_ordinary_tokens_must_agree():
@@ -358,7 +410,7 @@ def test_unknown_family_lists_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors").write_text("")
     settings = type("Settings", (), {"path": str(tmp_path)})
-    known = "llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl"
+    known = "internvl, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm"
     with pytest.raises(ValueError, match=f"no adapter for model type 'llama'; known families: {known}. CONTRIBUTING"):
         load_model_config(settings, "student")
     assert ", ".join(sorted(FAMILIES)) == known

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import tiny
+import tokenizers
 import torch
 import transformers
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from vlsi_fast.backbones import FAMILIES
 from vlsi_fast.data.processors import build_processor
 
 PATCH, TILE = 8, 32
+TILE_TOKENS = (TILE // PATCH) ** 2 // 4
+"""Of a tile where four of its patches become a token (InternVL, SmolVLM)."""
+OWN_TOKENS = {"smolvlm"}
+"""Families whose tokenizer is not Qwen's."""
+QWEN_TOKENS = [name for name in sorted(FAMILIES) if name not in OWN_TOKENS]
+GRIDS = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+"""Families that take images of any size as a grid of patches; the others cut them into tiles."""
 LLAVA_SPECIAL_TOKENS = [*tiny.SPECIAL_TOKENS[:3], "<image>", "<video>"]
 """The llava-hf tokenizers: Qwen2's three, then two of LLaVA's own where Qwen2-VL has <|object_ref_start|> and _end."""
 
@@ -27,10 +37,71 @@ LLAVA_CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
+INTERNVL_SPECIAL_TOKENS = [
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+]
+"""Behind Qwen2.5-VL's, in the order of the published tokenizer."""
+INTERNVL_NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+# That of transformers' conversion script: no system turn, and a line break behind each image.
+INTERNVL_CHAT_TEMPLATE = """\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}\
+{% for part in message['content'] %}\
+{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}\
+{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+SMOLVLM_SPECIAL_TOKENS = [
+    *("<global-img>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))),
+    *("<fake_token_around_image>", "<image>", "<|reserved_special_token_0|>", "<end_of_utterance>"),
+]
+"""Behind SmolLM2's vocabulary, in the order of the published tokenizer, which has six rows of six."""
+# That of the published checkpoints: a space behind the colon belongs to the answer, and one begin token for all turns.
+SMOLVLM_CHAT_TEMPLATE = """\
+<|im_start|>{% for message in messages %}\
+{{ message['role'] | capitalize }}{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}\
+{% endif %}{% for line in message['content'] %}\
+{% if line['type'] == 'text' %}{{ line['text'] }}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}\
+{% endfor %}<end_of_utterance>
+{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
+
+
+def make_smollm_tokenizer():
+    """SmolVLM2's: GPT-2's kind of byte-level BPE, digits alone, control tokens in front and behind."""
+    vocab, merges = tiny._vocab_and_merges("tiny")
+    front = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: i for i, token in enumerate(front)} | {token: len(front) + i for token, i in vocab.items()}
+    tokenizer = transformers.GPT2Tokenizer(vocab=vocab, merges=list(merges))
+    split = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_])
+    tokenizer.add_special_tokens({"additional_special_tokens": [*front, *SMOLVLM_SPECIAL_TOKENS]})
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = front[1], "<end_of_utterance>", front[2]
+    tokenizer.chat_template = SMOLVLM_CHAT_TEMPLATE
+    return tokenizer
+
 
 def make_processor(model_type: str, kind: str = "tiny"):
-    """A processor of the family; LLaVA-OneVision's has tiles of 32 x 32 pixels, at most two by two of them."""
+    """A processor of the family; where it cuts images, tiles have 32 x 32 pixels, and there are two by two at most."""
     name = FAMILIES[model_type].processor
+    if model_type == "internvl":
+        tokenizer = tiny.make_tokenizer(kind, [*tiny.SPECIAL_TOKENS, *INTERNVL_SPECIAL_TOKENS, "<video>"])
+        tokenizer._set_model_specific_special_tokens(INTERNVL_NAMES | {"video_token": "<video>"})
+        tokenizer.chat_template = INTERNVL_CHAT_TEMPLATE
+        image = GotOcr2ImageProcessorPil(size={"height": TILE, "width": TILE}, max_patches=4)
+        return build_processor(name, tokenizer, image, INTERNVL_CHAT_TEMPLATE, image_seq_length=TILE_TOKENS)
+    if model_type == "smolvlm":
+        sides = {"size": {"longest_edge": 2 * TILE}, "max_image_size": {"longest_edge": TILE}}
+        image = SmolVLMImageProcessorPil(**sides)
+        return build_processor(name, make_smollm_tokenizer(), image, SMOLVLM_CHAT_TEMPLATE, image_seq_len=TILE_TOKENS)
     if model_type == "llava_onevision":
         tokenizer = tiny.make_tokenizer(kind, LLAVA_SPECIAL_TOKENS)
         tokenizer.chat_template = LLAVA_CHAT_TEMPLATE
@@ -56,10 +127,29 @@ def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer, kv
         "max_position_embeddings": 2048,
         "initializer_range": hidden**-0.5,
         "bos_token_id": token_id("<|endoftext|>"),
-        "eos_token_id": token_id("<|im_end|>"),
-        "pad_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {"hidden_size": 16, "intermediate_size": 32, "patch_size": PATCH, "initializer_range": 0.1}
+    if model_type == "internvl":
+        vision |= {"image_size": TILE, "num_hidden_layers": 2, "num_attention_heads": 2, "attention_bias": True}
+        return transformers.InternVLConfig(
+            text_config=text | {"model_type": "qwen2"},
+            vision_config=vision,
+            image_token_id=token_id("<IMG_CONTEXT>"),
+            image_seq_length=TILE_TOKENS,
+            tie_word_embeddings=tied,
+        )
+    if model_type == "smolvlm":
+        vision |= {"image_size": TILE, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return transformers.SmolVLMConfig(
+            text_config=text | {"model_type": "llama"},
+            vision_config=vision,
+            image_token_id=token_id("<image>"),
+            pad_token_id=tokenizer.pad_token_id,
+            scale_factor=2,
+            tie_word_embeddings=tied,
+        )
     if model_type == "llava_onevision":
         vision |= {"model_type": "siglip_vision_model", "image_size": TILE, "vision_use_head": False}
         vision |= {"num_hidden_layers": 2, "num_attention_heads": 2}

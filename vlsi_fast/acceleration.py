@@ -12,6 +12,7 @@ from .attention import VARLEN, varlen_problem
 from .config_files import ConfigError
 
 LIGER_NAMES = {"qwen2": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+LIGER_NAMES |= {name: name for name in ("llama", "qwen3")}
 """A language model's `config.model_type` -> that of the plain language model with the same layers, by which
 liger-kernel patches it. Its patches of the Qwen-VL families (0.8.5) need classes that transformers no longer has."""
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-LANGUAGE_LINEARS = r".*\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-"""LoRA targets of a language model with Qwen's names: attention and FFN; no vision tower has `language_model` in it."""
+LANGUAGE_LINEARS = r".*\.(language|text)_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+"""LoRA targets of a language model with Qwen's and Llama's names: attention and FFN; no vision tower's names have
+`language_model` or `text_model` in them."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Family:
     """Class of the processor, by its transformers name; `data.processors` knows each with and without torchvision."""
     layers_added_to: Callable[[object], int] = lambda config: 0
     """How many of the first decoder layers have something added to their output before the next one reads it."""
+    merge: Callable[[object], int] = lambda config: getattr(config.vision_config, "spatial_merge_size", 1) ** 2
+    """Image patches that become one token of the language model."""
+    tiles: int = 0
+    """Tiles of a large image, where the published processors cut every image into tiles of the vision tower's size
+    whatever its own is, the whole image once more among them. 0: an image's tokens follow from its pixels."""
 
 
 def default_layers(depth: int) -> list[int]:

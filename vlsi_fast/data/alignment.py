@@ -39,7 +39,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vlsi_fast.data.plaintext import ends_in_special
 
 if TYPE_CHECKING:
-    from vlsi_fast.data.encoding import Plain
+    from vlsi_fast.data.encoding import Tokens
 
 END = 1 << 62
 """Place of what ends a turn: behind all words."""
@@ -133,30 +133,30 @@ def _space_mark(step: dict) -> str | None:
     return step["pattern"].get("String") if step["type"] == "Replace" and step["content"] == " " else None
 
 
-def answers_of(plain: Plain, processor) -> list[Answer]:
+def answers_of(row: Tokens, processor) -> list[Answer]:
     """Every answer of a row, and where its learnt tokens start.
 
     Args:
-        plain: the conversation as the tokenizer alone reads it.
+        row: the conversation as tokens.
         processor: whose it is.
     """
-    pieces, text = Pieces.of(processor.tokenizer), plain.rendered.plain
-    ids, offsets, found = plain.ids.tolist(), plain.offsets.tolist(), []
+    pieces, text = Pieces.of(processor.tokenizer), row.rendered.plain
+    ids, offsets, found = row.ids.tolist(), row.offsets.tolist(), []
     covered = list(accumulate((end for _, end in offsets), max, initial=0))
-    for number, (start, stop) in enumerate(plain.spans):
-        learnt = (plain.learnt & (plain.answer == number)).nonzero()[:, 0].tolist()
+    for number, (start, stop) in enumerate(row.spans):
+        learnt = (row.learnt & (row.answer == number)).nonzero()[:, 0].tolist()
         own = range(learnt[0], learnt[-1] + 1) if learnt else range(0)
         places = [(max(offsets[i][0] - start, 0), offsets[i][1] - start) for i in own]
         reached = max(covered[own.start] - start, 0)
         said = [pieces(ids[i]) for i in own]
         starts = dict(zip(own, token_starts(text[start:stop], places, said, pieces.normalise, reached)))
-        found.append(_answer(plain, start, stop, [(starts[i], offsets[i][1]) for i in learnt], processor))
+        found.append(_answer(row, start, stop, [(starts[i], offsets[i][1]) for i in learnt], processor))
     return found
 
 
-def _answer(plain: Plain, start: int, stop: int, tokens: list[tuple[int | None, int]], processor) -> Answer:
+def _answer(row: Tokens, start: int, stop: int, tokens: list[tuple[int | None, int]], processor) -> Answer:
     """The answer at these characters; `tokens`: the byte of it at which each starts, the character where it ends."""
-    text, words = plain.rendered.plain, plain.rendered.words or []
+    text, words = row.rendered.plain, row.rendered.words or []
     if own := words[bisect_left(words, (start,)) : bisect_left(words, (stop,))]:
         first, last = own[0][0], own[-1][1]
     else:  # the template rewrites texts: what ends the turn is then what special tokens stand last

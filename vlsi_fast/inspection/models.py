@@ -12,12 +12,12 @@ from ..weights import VERBALIZER_CONFIG, VERBALIZER_WEIGHTS, Weights, read_weigh
 from .looking import folder_bytes, parent, problem, read_json
 
 PARTS = {  # the first that fits; checkpoints of older transformers name the same parts otherwise
-    "vision": re.compile(r"visual|vision|image_newline|multi_modal_projector"),
+    "vision": re.compile(r"visual|vision|image_newline|multi_modal_projector|\.connector\."),
     "head": re.compile(r"lm_head"),
     "embeddings": re.compile(r"embed_tokens"),
     "decoder": re.compile(r""),
 }
-LAYER = re.compile(r"(?:language_model|model)\.layers\.(\d+)\.")
+LAYER = re.compile(r"(?:language_model|text_model|model)\.layers\.(\d+)\.")
 EXPORT_RECORD = "vlsi_export.json"
 
 

@@ -61,8 +61,13 @@ class ModelShape:
     """Numbers that the processor gives for one image patch."""
     merge: int
     """Image patches that become one token of the language model."""
+    told: int
+    """Image patches in the unit by which `data.row_sizes` tells them: one, or where images are cut into tiles, whose
+    processors know no patches, those of a token."""
     image_size: int
     """Side of a patch, pixels."""
+    fixed_image: int | None
+    """Tokens of a large image, where its size makes no difference."""
     vision_flops: float
     """FLOPs of the vision tower's products with weights, for one patch."""
     vision_attention: list[tuple[float, float]]
@@ -195,8 +200,9 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
     inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-    merge = getattr(vision, "spatial_merge_size", 1) ** 2
-    side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    merge, side = family.merge(config), side_of(vision.patch_size)
+    classed = any(name.endswith("cls_token") for name, _ in tower.named_parameters())
+    seen = 1 + (side / side_of(vision.image_size)) ** 2 if classed else 1.0
     return ModelShape(
         name=name,
         width=text.hidden_size,
@@ -218,32 +224,40 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         vision_depth=depth,
         patch_values=getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * side**2,
         merge=merge,
+        told=1 if hasattr(vision, "spatial_merge_size") else merge,
         image_size=side,
-        vision_flops=_vision_flops(tower, depth, merge),
-        vision_attention=_vision_attention(vision, width, depth, side),
+        fixed_image=family.tiles * (side_of(vision.image_size) // side) ** 2 // merge if family.tiles else None,
+        vision_flops=_vision_flops(tower, depth, merge, seen),
+        vision_attention=_vision_attention(vision, width, depth, side, seen),
     )
+
+
+def side_of(size: int | list[int] | tuple[int, ...]) -> int:
+    """Of a square that a config gives as one number or two."""
+    return size if isinstance(size, int) else size[0]
 
 
 def _linears(layer: nn.Module) -> list[tuple[int, int]]:
     return [(m.in_features, m.out_features) for m in layer.modules() if isinstance(m, nn.Linear)]
 
 
-def _vision_attention(vision, width: int, depth: int, side: int) -> list[tuple[float, float]]:
-    """Scores and their product with the values, 4 x width a block."""
+def _vision_attention(vision, width: int, depth: int, side: int, seen: float) -> list[tuple[float, float]]:
+    """Scores and their product with the values, 4 x width a block; `seen` positions a patch."""
     windows = depth - len(vision.fullatt_block_indexes) if hasattr(vision, "window_size") else 0
-    whole = (vision.image_size // side) ** 2 if hasattr(vision, "image_size") else math.inf
-    found = [(4.0 * width * (depth - windows), whole)]
+    whole = (side_of(vision.image_size) // side) ** 2 if hasattr(vision, "image_size") else math.inf
+    found = [(4.0 * width * (depth - windows) * seen**2, whole)]
     return [*found, (4.0 * width * windows, (vision.window_size // side) ** 2)] if windows else found
 
 
-def _vision_flops(tower: nn.Module, depth: int, merge: int) -> float:
-    """Products of a patch: the blocks run on every patch, layers outside (projectors) on a `merge`-th."""
+def _vision_flops(tower: nn.Module, depth: int, merge: int, seen: float) -> float:
+    """Products of a patch: the blocks run on every patch, layers outside (projectors) on a `merge`-th. `seen` positions
+    a patch: InternVL's blocks have one more for each tile."""
     found = (m for m in tower.modules() if isinstance(m, nn.ModuleList) and m is not tower and len(m) == depth)
     blocks = {id(inner) for inner in next(found, nn.ModuleList()).modules()}
     per_patch = 0.0
     for module in tower.modules():
         if isinstance(module, nn.Linear):
-            per_patch += 2.0 * module.weight.numel() / (1 if id(module) in blocks else merge)
+            per_patch += 2.0 * module.weight.numel() * (seen if id(module) in blocks else 1 / merge)
         elif isinstance(module, nn.Conv2d | nn.Conv3d):
             per_patch += 2.0 * module.weight.numel()
     return per_patch
