@@ -47,15 +47,16 @@ class _Placed(torch.utils.data.Dataset):
 class _Collate:
     """`StageCollator`'s batch of the teacher alone, with what its rows are called in the cache."""
 
-    def __init__(self, collator: Collator):
-        self.collator = StageCollator(collator, ("teacher",))
+    def __init__(self, collator: Collator, translated: bool):
+        self.collator, self.translated = StageCollator(collator, ("teacher",)), translated
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
         labels = [row["teacher"]["labels"] for row in rows]
+        learnt = [row["student"]["labels"] for row in rows] if self.translated else labels
         return self.collator(rows) | {
             "keys": [row["key"] for row in rows],
             "places": [row["place"] for row in rows],
-            "answers": [answers_digest(each) for each in labels],
+            "answers": [answers_digest(each) for each in learnt],
             "counts": [int((each[:, 1:] != -100).sum()) for each in labels],
             "refused": [line for row in rows for line in row["refused"]],
         }
@@ -67,11 +68,12 @@ class Reading:
     Args:
         stage: of the teacher.
         split: train or eval.
-        roles: models whose side of a row must be usable.
+        roles: models whose side of a row must be usable; both where the teacher speaks the student's language.
     """
 
     def __init__(self, stage: TeacherStage, split: str, roles: tuple[str, ...] = ("teacher",)):
-        config = stage.config
+        config, translated = stage.config, stage.config.verbalizer.translates
+        roles = ("student", "teacher") if translated else roles
         self.sources = build_source(getattr(config.data, split), f"data.{split}")
         self.data = data_digest(config, split, self.sources)
         """Digest of what row numbers count in."""
@@ -79,7 +81,8 @@ class Reading:
         role = stage.roles["teacher"]
         packers = {"teacher": Packer(role.config)} if stage.packed("teacher") else {}
         collator = Collator({"teacher": role.processor}, always_image=world_size() > 1, packers=packers)
-        self._dataset, self._collate = _Placed(KeyedDataset(self.sources, processors, config.data)), _Collate(collator)
+        self._dataset = _Placed(KeyedDataset(self.sources, processors, config.data, translated=translated))
+        self._collate = _Collate(collator, translated)
         self._workers = config.data.num_workers
 
     def loader(self, rounds: list[list[tuple[int, int | None]]]) -> DataLoader:
