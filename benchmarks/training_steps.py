@@ -281,7 +281,7 @@ def build(name: str, config: RunConfig, models: Models, setting: Setting) -> tup
     def student(folder: Path, dtype: str, attention: str, depth: int | None = None) -> nn.Module:
         return stock_model(models.configs["student"], dtype, attention, depth)
 
-    def teacher(folder, mode: str, dtype: str, attention: str, depth: int | None, args, has_head: bool) -> Held:
+    def teacher(folder, mode: str, dtype: str, attention: str, depth: int | None, args, has_head: bool) -> nn.Module:
         model = stock_model(models.configs["teacher"], dtype, attention, depth)
         if not has_head:
             drop_head(model)

@@ -375,12 +375,18 @@ def test_the_command(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padding_free", ["false", "auto"])
-@pytest.mark.parametrize("name", ["qwen2vl_72b_to_7b", "qwen2vl_7b_to_2b"])
-def test_the_paper_at_its_real_sizes(name, padding_free):
+@pytest.mark.parametrize(
+    "name, padding_free, language",
+    [
+        *((name, packed, "own") for name in ("qwen2vl_72b_to_7b", "qwen2vl_7b_to_2b") for packed in ("false", "auto")),
+        ("qwen2vl_72b_to_7b", "auto", "student"),
+    ],
+)
+def test_the_paper_at_its_real_sizes(name, padding_free, language):
     pytest.importorskip("triton")
     config = ROOT / "configs" / f"{name}.yaml"
-    done = check("--config", config, "--json", "--data.padding_free", padding_free)
+    options = ("--data.padding_free", padding_free, "--verbalizer.language", language)
+    done = check("--config", config, "--json", *options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(done.stdout)
     agree(report)

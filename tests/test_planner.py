@@ -151,6 +151,7 @@ CASES = {
         "training.gradient_accumulation_steps": 4,
         "training.per_device_train_batch_size": 8,
     },
+    "translated": {"verbalizer.language": "student"},
     "own output, Jensen-Shannon": {"verbalize.objective": "both", "interact.divergence": "jsd"},
 }
 

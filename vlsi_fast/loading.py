@@ -194,7 +194,8 @@ def require_same_tokens(student, teacher, student_name: str, teacher_name: str) 
         raise ConfigError(
             f"student ({student_name}) and teacher ({teacher_name}) give {len(found.differing)} tokens different ids "
             f"(student and teacher: {shown}). Special tokens may differ, but {found.problem}. "
-            "VLsI needs one tokenizer: choose models of one family, or of families that share it"
+            "Layers that speak their own model's language need one tokenizer: set verbalizer.language to student, or "
+            "choose models of one family, or of families that share it"
         )
     return found
 

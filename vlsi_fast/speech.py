@@ -256,6 +256,11 @@ class Speaker:
 
     def _require_fit(self, spec: VerbalizerSpec) -> None:
         text = self.model.config.get_text_config()
+        if spec.translates:
+            raise ValueError(
+                "translating verbalizers (verbalizer.language student) speak the student's tokens, through its head, "
+                "and this model cannot read them back: leave them out to hear the model's own answer"
+            )
         if spec.output_size is not None:
             raise ValueError("verbalizers of the headless ablation have an output of their own, which no head can read")
         there = (spec.model_type or self.model.config.model_type, spec.hidden_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...config import ConfigError
+from ...data.alignment import common_tokens
 from ...data.collate import blank_image
 from ...data.messages import Sample
 from ...loading import require_same_tokens, target_layers
@@ -45,15 +46,31 @@ def check_sizes(subject: Subject) -> str:
 
 
 def check_tokens(subject: Subject) -> str:
-    """Every token has the same id in both tokenizers, but for special tokens that no answer holds."""
+    """Every token has the same id in both tokenizers, but for special tokens that no answer holds; a teacher that
+    speaks the student's language needs some tokens in common."""
     student, teacher = (subject.processor(role).tokenizer for role in ("student", "teacher"))
+    if subject.config.verbalizer.translates:
+        return _common(student, teacher)
     try:
         found = require_same_tokens(student, teacher, subject.config.student.path, subject.config.teacher.path)
     except ConfigError as error:
-        raise Failed(str(error), "choose a teacher and a student of one family") from error
+        fix = "choose a teacher and a student of one family, or set verbalizer.language to student"
+        raise Failed(str(error), fix) from error
     if found.limit is not None:
         raise Notice(f"{len(found.differing)} special tokens differ: heads are compared below row {found.limit}")
     return f"{len(student.get_vocab())} tokens"
+
+
+def _common(student, teacher) -> str:
+    """What the translation starts from."""
+    try:
+        count = common_tokens(student, teacher).shape[1]
+    except ValueError as error:
+        raise Failed(str(error), "see the message") from error
+    said = f"{count} of the student's {len(student.get_vocab())} tokens are also tokens of the teacher"
+    if count < 2:
+        raise Failed(said, "choose models whose tokenizers share tokens: the translation starts from those")
+    return f"{said}: the translation starts from them"
 
 
 def check_heads(subject: Subject) -> str:
@@ -69,13 +86,15 @@ def check_heads(subject: Subject) -> str:
                 f"the {role}'s tokenizer has ids up to {tokens - 1}, its head only {rows[role]} rows",
                 "resize its embeddings, or use the tokenizer that belongs to it",
             )
+    if subject.config.verbalizer.translates and "student" in rows:
+        return f"{rows['student']} rows of the student's, through which both speak"
     if len(set(rows.values())) > 1:
         raise Notice(f"student {rows['student']} rows, teacher {rows['teacher']}: both are cut to {min(rows.values())}")
     return f"{min(rows.values())} rows"
 
 
 def check_templates(subject: Subject) -> str:
-    """Both chat templates give the same answer tokens, on a conversation of two turns."""
+    """Both chat templates give the same answer tokens, on two turns; those of a translating teacher read them."""
     turns = [("user", "What is it?"), ("assistant", "A red circle."), ("user", "Sure?"), ("assistant", "Yes, sure.")]
     messages = [{"role": who, "content": [{"type": "text", "text": text}]} for who, text in turns]
     sample = Sample(id="preflight conversation", messages=messages, images=[])
