@@ -271,6 +271,8 @@ def test_sizes_are_those_of_the_encoded_row(name):
             assert patches == pictures == 0
         elif name == "llava_onevision":
             assert pictures == pixels.shape[0] * pixels.shape[1] and patches == pictures * 16
+        elif name == "gemma3":  # 32 x 32 pixels in patches of 4
+            assert pictures == len(pixels) and patches == pictures * 64
         else:
             assert patches == len(pixels) and pictures == len(images)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from .base import Family, default_layers
+from .gemma3 import GEMMA3
 from .llava_onevision import LLAVA_ONEVISION
 from .qwen2_5_vl import QWEN2_5_VL
 from .qwen2_vl import QWEN2_VL
 from .qwen3_vl import QWEN3_VL
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (QWEN2_VL, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL)
+    family.model_type: family for family in (QWEN2_VL, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, GEMMA3)
 }
 
 __all__ = ["FAMILIES", "Family", "default_layers", "family_of"]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 LANGUAGE_LINEARS = r".*\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 """LoRA targets of a language model with Qwen's names: attention and FFN; no vision tower has `language_model` in it."""
@@ -36,6 +36,10 @@ class Family:
     """Class of the processor, by its transformers name; `data.processors` knows each with and without torchvision."""
     layers_added_to: Callable[[object], int] = lambda config: 0
     """How many of the first decoder layers have something added to their output before the next one reads it."""
+    images_look_ahead: bool = False
+    """Whether an image's tokens attend to each other in both directions: only an attention with a mask can do that."""
+    norm_gain: Callable[[Tensor], Tensor] = lambda weight: weight
+    """What the final norm multiplies by, from its stored weight."""
 
 
 def default_layers(depth: int) -> list[int]:

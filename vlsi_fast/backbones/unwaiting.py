@@ -6,6 +6,7 @@ empty. Only methods whose result is the same are here. `tests/test_waits.py` cou
 
 from __future__ import annotations
 
+import inspect
 from functools import wraps
 
 import torch
@@ -18,20 +19,24 @@ def spare_waits(model: nn.Module, family: Family) -> None:
     """Replace them in a stock `..ForConditionalGeneration`, in place."""
     backbone = family.backbone(model)
     if hasattr(backbone, "get_placeholder_mask"):
-        backbone.get_placeholder_mask = _unchecked(backbone.get_placeholder_mask)
+        backbone.get_placeholder_mask = _unchecked(backbone.get_placeholder_mask, backbone.config.image_token_id)
     language = model.get_decoder()
     if hasattr(language, "_deepstack_process"):
         language._deepstack_process = add_at
 
 
-def _unchecked(stock):
+def _unchecked(stock, image_token: int):
     """Without the comparison of the number of image tokens with that of image features, which reads both. Rows come
     from one call of the model's own processor, which makes as many of one as of the other. On the CPU it stays."""
 
+    needs_features = inspect.signature(stock).parameters["image_features"].default is inspect.Parameter.empty
+
     @wraps(stock)
-    def masks(input_ids, inputs_embeds, image_features=None, video_features=None):
+    def masks(input_ids, inputs_embeds, **features):
         if inputs_embeds.device.type == "cpu":
-            return stock(input_ids, inputs_embeds, image_features, video_features)
+            return stock(input_ids, inputs_embeds, **features)
+        if needs_features:  # it compares in any case (Gemma 3), and has one mask
+            return (input_ids == image_token)[..., None]
         return stock(input_ids, inputs_embeds)
 
     return masks

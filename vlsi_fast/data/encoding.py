@@ -4,8 +4,9 @@ Letters: T tokens of the row as the model sees it (image tokens expanded).
 
 Labels come from the chat template. An answer starts where the rendering up to the generation prompt ends, and ends
 where the rendering of the conversation through that turn ends. Whitespace after the end-of-turn token is left out, so
-the model learns to stop and not what a template puts between turns. Token offsets carry that span over to tokens, and
-since a processor only lengthens runs of the image token, collapsing those runs carries it over to the model's input.
+the model learns to stop and not what a template puts between turns. The processor tells what it wrote in place of each
+image token (a run of them, or also line breaks and marks around it: Gemma 3), which carries that span over to the text
+that the model gets, and token offsets carry it over to tokens.
 
 A row's words never become control tokens (plaintext.py), and endless text is refused before it is tokenized.
 """
@@ -59,11 +60,13 @@ def encode(
     loaded = {ref: image_loader(ref) for ref in dict.fromkeys(sample.images)}
     images = [loaded[ref] for ref in sample.images]
     check_placeholders(rendered, len(images), processor)
-    row = encode_rendered(rendered, images, processor)
+    asked = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+    row = encode_rendered(rendered, images, processor, **asked)
+    offsets, replaced = row.pop("offset_mapping")[0], row.pop("text_replacement_offsets")
     length = row["input_ids"].shape[1]
     if length > data_config.max_length:
         raise UnusableRow("too_long", f"{length} tokens, data.max_length is {data_config.max_length}")
-    row["labels"] = _labels(row["input_ids"], rendered, spans, processor)
+    row["labels"] = _labels(row["input_ids"], offsets, spans, replaced[0] if replaced else [])
     return row
 
 
@@ -89,18 +92,19 @@ def encode_question(question: str, images: list[Image.Image], processor) -> dict
     return encode_rendered(rendered, images, processor)
 
 
-def encode_rendered(rendered: Rendered, images: list[Image.Image], processor) -> dict[str, torch.Tensor]:
+def encode_rendered(rendered: Rendered, images: list[Image.Image], processor, **more) -> dict[str, torch.Tensor]:
     """What the processor makes of one rendered conversation.
 
     Args:
         rendered: from `render`.
         images: RGB images, one for each image token in it.
         processor: as for `encode`.
+        more: further options of its call.
 
     Raises:
         UnusableRow: the processor refuses an image, or the row's own special tokens cannot be read as text.
     """
-    options = tokenizer_options(processor, rendered.text)
+    options = tokenizer_options(processor, rendered.text) | more
     # nested, as `apply_chat_template` passes them: LLaVA-OneVision treats several images of one row differently
     nested = [images] if images else None
     reader = plainly(processor, [rendered])
@@ -330,37 +334,34 @@ def tokenizer_options(processor, text: str) -> dict:
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 
 
-def _labels(input_ids: torch.Tensor, rendered: Rendered, spans: list[tuple[int, int]], processor) -> torch.Tensor:
-    """Labels [1, T] of `input_ids` [1, T]: a token is learnt when all of its characters lie in an answer."""
-    tokenizer, options = plainly(processor, [rendered]).tokenizer, tokenizer_options(processor, rendered.text)
-    plain = tokenizer(rendered.text, return_offsets_mapping=True, return_tensors="pt", **options)
-    starts, ends = plain["offset_mapping"][0].T.contiguous()
-    first, last = torch.tensor(spans, dtype=starts.dtype).T.contiguous()
+def _labels(
+    input_ids: torch.Tensor, offsets: torch.Tensor, spans: list[tuple[int, int]], replaced: list[dict]
+) -> torch.Tensor:
+    """Labels [1, T] of `input_ids` [1, T]: a token is learnt when all of its characters lie in an answer.
+
+    Args:
+        input_ids: of the text with its images' tokens.
+        offsets: [T, 2] first and last + 1 character of each token, in that text.
+        spans: of the answers, in the text before images' tokens were written.
+        replaced: what the processor wrote for each image, in order: `span` before, `new_span` after.
+    """
+    starts, ends = offsets.T.contiguous()
+    first, last = torch.tensor([[_moved(at, replaced) for at in span] for span in spans]).T.contiguous()
     at = torch.searchsorted(first, starts, right=True) - 1  # the answer that starts before a token, -1: none
     learnt = (at >= 0) & (ends <= last[at.clamp(min=0)]) & (ends > starts)
-    image_ids = _image_token_ids(processor)
-    kept = _run_starts(input_ids[0], image_ids)
-    kept_plain = _run_starts(plain["input_ids"][0], image_ids)
-    ids = input_ids[0][kept]
-    if not torch.equal(ids, plain["input_ids"][0][kept_plain]):
-        raise UnusableRow(
-            "template",
-            f"{type(processor).__name__} changes more of the text than runs of its image token; answers are lost",
-        )
-    labels = torch.full_like(input_ids, IGNORED)
-    labels[0, kept] = torch.where(learnt[kept_plain], ids, IGNORED)
-    return labels
+    for start, end in (each["new_span"] for each in replaced):  # an image that an answer shows
+        learnt &= (ends <= start) | (starts >= end)
+    return torch.where(learnt[None], input_ids, IGNORED)
 
 
-def _run_starts(ids: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
-    """Mask [T] of `ids` [T] that leaves only the first token of every run of image tokens."""
-    is_image = torch.isin(ids, image_ids)
-    repeats = torch.zeros_like(is_image)
-    repeats[1:] = is_image[1:] & is_image[:-1]
-    return ~repeats
+def _moved(at: int, replaced: list[dict]) -> int:
+    """A place in the text behind the processor's replacements, all of which end before it or begin behind it."""
+    ends = [(each["new_span"][1], each["span"][1]) for each in replaced if each["span"][1] <= at]
+    new, old = ends[-1] if ends else (0, 0)
+    return at - old + new
 
 
-def _image_token_ids(processor) -> torch.Tensor:
-    """Ids [n] that stand for image patches in `input_ids`."""
+def image_token_ids(processor) -> list[int]:
+    """Ids that stand for image patches in `input_ids`; none where a processor does not tell."""
     ids = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
-    return torch.tensor([i for i in ids if i is not None], dtype=torch.int64)
+    return [i for i in ids if i is not None]

@@ -41,6 +41,8 @@ COLUMNS = ("tokens", "answers", "patches", "pictures")
 """Of a row: tokens, image tokens included; answer tokens; image patches; images, or tiles that are seen alone."""
 KEPT_FROM_ROWS = 10_000
 """Fewer rows are measured in seconds; their sizes are not kept."""
+GEMMA_POOLED = 16
+"""Patches that become one token in Gemma 3, whose processor does not know: 64 x 64 of an image, 16 x 16 tokens."""
 TRIES = 16
 """Rows looked at in place of one that cannot be used; then it counts as an empty one."""
 _VERSION = 1  # of the files
@@ -76,17 +78,26 @@ class RowSizer:
             for part in message["content"]
             if "text" in part
         ]
-        whole = self._count([text], **tokenizer_options(self.processor, text))
+        whole = self._count([_framed(text, self.processor)], **tokenizer_options(self.processor, text))
         # an answer's end-of-turn token is learnt with it
         learnt = self._count(answers, add_special_tokens=False, split_special_tokens=True) + len(answers)
         shown = [image_counts(self.processor, size, alone=len(images) == 1) for size in images]
-        tokens = whole + sum(count - 1 for count, _, _ in shown)  # the text has one token for each image
+        tokens = whole + sum(count - 1 for count, _, _ in shown)  # the text has one of each image's tokens
         if tokens > self.data.max_length:
             raise UnusableRow("too_long", f"{tokens} tokens, data.max_length is {self.data.max_length}")
         return tokens, learnt, sum(patches for _, patches, _ in shown), sum(pictures for _, _, pictures in shown)
 
     def _count(self, texts: list[str], **options) -> int:
         return sum(map(len, self.processor.tokenizer(texts, return_attention_mask=False, **options)["input_ids"]))
+
+
+def _framed(text: str, processor) -> str:
+    """A rendering with what the processor writes around each image's tokens (Gemma 3: line breaks, begin and end)."""
+    if not hasattr(processor, "full_image_sequence"):
+        return text
+    token = processor.tokenizer.image_token
+    around = processor.full_image_sequence.replace(token * processor.image_seq_length, token)
+    return text.replace(processor.image_token, around)
 
 
 @lru_cache(maxsize=65536)
@@ -104,6 +115,8 @@ def image_counts(processor, size: tuple[int, int], alone: bool) -> tuple[int, in
         return processor.num_image_tokens + 1, processor.num_image_tokens, 1  # and a line break
     found = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])  # also vLLM asks it
     tokens, patches = found.num_image_tokens[0], found.num_image_patches[0]
+    if hasattr(processor, "full_image_sequence"):
+        return tokens, tokens * GEMMA_POOLED, 1
     if grid is None:
         return tokens, patches, 1
     tiles = 1 + _tiles(height, width, tuple(map(tuple, grid)), _tile_side(processor.image_processor))

@@ -61,6 +61,10 @@ class ModelShape:
     """Numbers that the processor gives for one image patch."""
     merge: int
     """Image patches that become one token of the language model."""
+    masked: bool
+    """Whether rows have an attention mask even where one of them is alone."""
+    fixed_image: int | None
+    """Tokens of any image, where its size makes no difference."""
     image_size: int
     """Side of a patch, pixels."""
     vision_flops: float
@@ -186,8 +190,11 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
     inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-    merge = getattr(vision, "spatial_merge_size", 1) ** 2
     side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    merge = getattr(vision, "spatial_merge_size", 1) ** 2
+    fixed = getattr(config, "mm_tokens_per_image", None)  # Gemma 3
+    if fixed is not None:
+        merge = (vision.image_size // side) ** 2 // fixed
     return ModelShape(
         name=name,
         width=text.hidden_size,
@@ -209,6 +216,8 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         vision_depth=depth,
         patch_values=getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * side**2,
         merge=merge,
+        masked=family.images_look_ahead,
+        fixed_image=fixed,
         image_size=side,
         vision_flops=_vision_flops(tower, depth, merge),
         vision_attention=_vision_attention(vision, width, depth, side),
@@ -237,6 +246,9 @@ def _vision_flops(tower: nn.Module, depth: int, merge: int) -> float:
             per_patch += 2.0 * module.weight.numel() / (1 if id(module) in blocks else merge)
         elif isinstance(module, nn.Conv2d | nn.Conv3d):
             per_patch += 2.0 * module.weight.numel()
+        elif not isinstance(module, nn.Embedding):  # a projector's own matrix (Gemma 3)
+            matrices = (p for p in module.parameters(recurse=False) if p.dim() == 2)
+            per_patch += sum(2.0 * p.numel() for p in matrices) / merge
     return per_patch
 
 

@@ -148,8 +148,9 @@ def measured_errors(
     rounded = unpack_targets({n: v[:count] for n, v in stored.items()}, targets.vocab_size, targets.temperature)
     exact = targets._replace(neg_entropy=targets.neg_entropy[:, :count], expectation=targets.expectation[:, :count])
     student = stage.roles["student"]
-    norm = read_parameter(student.folder, student.config, lambda m: family_of(m.config).final_norm(m).weight)
-    probe = (torch.randn(count, weight.shape[1], generator=draw_generator(0, 0, 0)) * norm.float()).to(weight)
+    family = family_of(student.config)
+    gain = family.norm_gain(read_parameter(student.folder, student.config, lambda m: family.final_norm(m).weight))
+    probe = (torch.randn(count, weight.shape[1], generator=draw_generator(0, 0, 0)) * gain.float()).to(weight)
     options = {"vocab_size": targets.vocab_size, "temperature": targets.temperature, "impl": stage.config.impl}
     found = head_statistics(probe, weight, weight, **options)
     difference = rounded.expectation - exact.expectation

@@ -40,8 +40,14 @@ def row_of(config, rows: Rows) -> dict[str, Tensor]:
     Raises:
         ConfigError: no image of the family is as small as the row asks for.
     """
-    tiled = hasattr(config, "image_grid_pinpoints")
-    image, vision = _tiles(config, rows.image_tokens) if tiled else _patches(config.vision_config, rows.image_tokens)
+    tiled, fixed = hasattr(config, "image_grid_pinpoints"), getattr(config, "mm_tokens_per_image", None)
+    if fixed is not None:
+        side = config.vision_config.image_size
+        image, vision = fixed, {"pixel_values": torch.zeros(1, 3, side, side)}
+    elif tiled:
+        image, vision = _tiles(config, rows.image_tokens)
+    else:
+        image, vision = _patches(config.vision_config, rows.image_tokens)
     if image + 2 + rows.answers > rows.tokens:
         raise ConfigError(
             f"the smallest image of {config.model_type} has {image} tokens, and rows of {rows.tokens} tokens have no "
@@ -52,7 +58,9 @@ def row_of(config, rows: Rows) -> dict[str, Tensor]:
     labels = torch.full_like(ids, -100)
     labels[:, -rows.answers :] = ids[:, -rows.answers :]
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **vision}
-    if not tiled:
+    if fixed is not None:
+        row["token_type_ids"] = (ids == config.image_token_id).long()
+    elif not tiled:
         ids[:, 0], ids[:, 1 + image] = config.vision_start_token_id, config.vision_end_token_id
         row["mm_token_type_ids"] = (ids == config.image_token_id).long()
     return row
