@@ -23,7 +23,7 @@ from vlsi_fast.loading import load_backbone
 STAGES = ("verbalize", "interact", "sft")
 ROWS, STEPS = 24, 2
 # teacher, student; the last crosses families
-PAIRS = {name: (name, name) for name in ("llava_onevision", "qwen2_5_vl", "qwen3_vl")}
+PAIRS = {name: (name, name) for name in ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "gemma3")}
 PAIRS["across"] = ("qwen2_vl", "llava_onevision")
 LOSSES = {
     "ce": {"intermediate": "ce", "last": "none"},

@@ -150,6 +150,7 @@ LAYOUTS = {
     "qwen2_5_vl": "model.layers.3.",
     "llava_onevision": "language_model.model.layers.3.",
     "qwen3_vl": "model.language_model.layers.3.",
+    "gemma3": "language_model.model.layers.3.",
 }
 """What stock classes write today: the names of the families' own releases."""
 

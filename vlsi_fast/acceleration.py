@@ -129,10 +129,11 @@ def apply_liger(model: nn.Module, required: bool = False) -> str | None:
         required: raise where there is nothing for the model.
 
     Returns:
-        The plain language model's name, or None where liger-kernel has nothing for this one.
+        The plain language model's name, or None where liger-kernel has nothing for this one, or nothing that the
+        self-test has probes of (Gemma 3: GeGLU, and norms that add 1 to their weight).
 
     Raises:
-        ConfigError: it has nothing, and `required`.
+        ConfigError: nothing of it is used, and `required`.
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
@@ -144,5 +145,5 @@ def apply_liger(model: nn.Module, required: bool = False) -> str | None:
         patch(model=language, rms_norm=True, swiglu=True, rope=kind == LIGER_NAMES[kind], **losses)
         return LIGER_NAMES[kind]
     if required:
-        raise ConfigError(f"liger is true, but there is nothing in liger-kernel for {kind}; set it to auto or false")
+        raise ConfigError(f"liger is true, but no part of liger-kernel is used for {kind}; set it to auto or false")
     return None

@@ -25,6 +25,7 @@ MODEL_CLASSES = {
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",
     "llava_onevision": "llava_hf",
+    "gemma3": "gemma3",
 }
 """`model_type` of a stock checkpoint -> lmms-eval's model."""
 INSTALL = 'pip install -e ".[lmms-eval]"'

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import hub
-from ..backbones import family_of
+from ..backbones import family_of, require_plain_logits
 from ..config import BackboneConfig, ConfigError, LoraSettings, VerbalizerConfig
 from ..ranks.sharding import unsharded
 from ..verbalizer import Verbalizers, VerbalizerSpec
@@ -125,6 +125,7 @@ def read_config(settings: BackboneConfig, role: str, path: str | None = None):
                 f"that file somewhere and pass --{role}-config FILE"
             ) from None
     try:
+        require_plain_logits(config)
         family_of(config)
     except ValueError as error:
         raise ConfigError(f"{role}: {error}") from None
