@@ -20,6 +20,8 @@ from vlsi_fast.stages.batches import StageCollator
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 NAMES = sorted(FAMILIES)
+PACKED = [name for name in NAMES if not FAMILIES[name].images_look_ahead]
+"""Families whose rows can be packed."""
 CONFIG = DataConfig(train=[{"reader": "easy_vqa"}])
 ROWS = [  # question, images, answer: of different lengths, several images, none
     ("What shape is in the image?", [(64, 20)], "a red circle"),

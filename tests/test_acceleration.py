@@ -69,6 +69,18 @@ def test_auto_attention(monkeypatch, installed, capability, padding_free, expect
         assert attention_name(name, "float32", CPU, padding_free, MODEL) == name
 
 
+def test_images_that_look_ahead_need_a_mask(monkeypatch):
+    """Gemma 3's image tokens attend to each other in both directions: no flash-attention, whatever is installed."""
+    gpu(monkeypatch, (9, 0), (2, 3))
+    model = tiny_families.make_model("gemma3").config
+    for padding_free in ("auto", False):
+        assert attention_name("auto", "bfloat16", CUDA, padding_free, model) == "sdpa"
+    assert attention_name("eager", "bfloat16", CUDA, "auto", model) == "eager"
+    for name in ("flash_attention_2", "flash_attention_3", VARLEN):
+        with pytest.raises(ConfigError, match=f"is {name}, but in gemma3 .* Set attn_implementation to sdpa or auto"):
+            attention_name(name, "bfloat16", CUDA, "auto", model)
+
+
 def changed(**fields):
     config = copy.deepcopy(MODEL)
     vars(config.text_config).update(fields)
@@ -210,7 +222,7 @@ def test_the_config_takes_auto_true_and_false_alone(workspace, tmp_path):
         config_of(workspace, tmp_path / "run", liger="yes please")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
 def test_liger_patches_norms_and_mlp_but_no_loss(stock_classes, family):
     """On the stock model itself: what is bound to its modules, and that its forward and the losses are untouched."""
     pytest.importorskip("liger_kernel")
@@ -234,6 +246,15 @@ def test_liger_patches_norms_and_mlp_but_no_loss(stock_classes, family):
     assert set(model.state_dict()) == names
 
 
+def test_gemma3_has_no_liger():
+    pytest.importorskip("liger_kernel")
+    model = tiny_families.make_model("gemma3")
+    stock = [module.forward for module in model.modules()]
+    assert apply_liger(model) is None and stock == [module.forward for module in model.modules()]
+    with pytest.raises(ConfigError, match="no part of liger-kernel is used for gemma3_text; set it to auto or false"):
+        apply_liger(model, required=True)
+
+
 @pytest.mark.parametrize("family, rope", [("qwen2_vl", False), ("llava_onevision", True)])
 def test_the_right_call_is_made(monkeypatch, family, rope):
     patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
@@ -250,7 +271,7 @@ def test_a_model_that_liger_does_not_know(monkeypatch):
     monkeypatch.setattr(patch, "MODEL_TYPE_TO_APPLY_LIGER_FN", {})
     model = tiny_families.make_model("qwen3_vl")
     assert apply_liger(model) is None
-    with pytest.raises(ConfigError, match="nothing in liger-kernel for qwen3_vl_text; set it to auto or false"):
+    with pytest.raises(ConfigError, match="no part of liger-kernel is used for qwen3_vl_text; set it to auto or false"):
         apply_liger(model, required=True)
 
 

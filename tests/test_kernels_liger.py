@@ -22,6 +22,7 @@ from vlsi_fast.acceleration import apply_liger  # noqa: E402
 from vlsi_fast.backbones import FAMILIES  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LIGERS = [name for name in FAMILIES if name != "gemma3"]
 HIDDEN, LENGTHS = 48, (5, 3)
 """Width, which is no power of two as kernels' blocks are; tokens of the batch's rows."""
 
@@ -97,7 +98,7 @@ def ran(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "family, trained", [*((family, "all") for family in FAMILIES), ("llava_onevision", "lora"), ("qwen3_vl", "lora")]
+    "family, trained", [*((family, "all") for family in LIGERS), ("llava_onevision", "lora"), ("qwen3_vl", "lora")]
 )
 def test_hidden_states_and_gradients_are_the_stock_modules(family, trained, ran):
     truth, truths = run(trainable(family, trained), torch.float32)
@@ -113,7 +114,7 @@ def test_hidden_states_and_gradients_are_the_stock_modules(family, trained, ran)
         assert relative_error(grad, truths[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIGERS)
 def test_in_half_precision_it_errs_no_more_than_the_stock_modules(family):
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
     stock = trainable(family, "all").to(dtype)

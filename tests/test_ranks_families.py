@@ -23,7 +23,7 @@ from vlsi_fast.loading import load_backbone
 STAGES = ("verbalize", "interact", "sft")
 ROWS, STEPS = 24, 2
 # teacher, student; the last crosses families
-PAIRS = {name: (name, name) for name in ("internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm")}
+PAIRS = {name: (name, name) for name in ("gemma3", "internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm")}
 PAIRS["across"] = ("qwen2_vl", "llava_onevision")
 LOSSES = {
     "ce": {"intermediate": "ce", "last": "none"},

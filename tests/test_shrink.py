@@ -153,6 +153,7 @@ LAYOUTS = {
     "qwen3_vl": "model.language_model.layers.3.",
     "internvl": "language_model.model.layers.3.",
     "smolvlm": "model.text_model.layers.3.",
+    "gemma3": "language_model.model.layers.3.",
 }
 """What stock classes write today: the names of the families' own releases."""
 

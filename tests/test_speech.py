@@ -33,8 +33,10 @@ def model_of(name):
 
 
 def without_image_tokens(model, name):
-    """Its random head never prefers them: a forward without cache over an answer would look for a second image."""
-    model.requires_grad_(False).lm_head.weight[processor(name).image_token_id] = 0
+    """Its random head never prefers them: a forward without cache over an answer would look for a second image. Nor an
+    end, which would make answers short."""
+    never = [model.config.image_token_id, processor(name).tokenizer.eos_token_id]
+    model.requires_grad_(False).lm_head.weight[never] = 0
     return model
 
 
@@ -59,7 +61,8 @@ def extended(inputs, tokens):
     if not tokens:
         return inputs
     new = torch.tensor([tokens])
-    more = {"input_ids": new, "attention_mask": torch.ones_like(new), "mm_token_type_ids": torch.zeros_like(new)}
+    more = {"input_ids": new, "attention_mask": torch.ones_like(new)}
+    more |= dict.fromkeys(("mm_token_type_ids", "token_type_ids"), torch.zeros_like(new))
     return {n: torch.cat([v, more[n].to(v.dtype)], dim=1) if n in more else v for n, v in inputs.items()}
 
 

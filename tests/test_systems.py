@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from vlsi_fast import load_config
 from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.cli import main
+from vlsi_fast.config import ConfigError
 from vlsi_fast.data.tokens import shared_tokens
 from vlsi_fast.loading import load_model_config, require_same_tokens, shared_rows, target_layers
 from vlsi_fast.planner.build import Models
-from vlsi_fast.planner.shapes import REAL_CONFIGS
+from vlsi_fast.planner.shapes import REAL_CONFIGS, read_config
 from vlsi_fast.shrinking.checkpoint import shrunk_fields
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
@@ -51,6 +52,8 @@ WANTED = {
     "internvl3_5_8b_to_1b": ("internvl", "internvl", list(range(2, 35, 4)), EVERY_FOURTH, (2, 4)),
     "smolvlm2_2.2b_to_256m": ("smolvlm", "smolvlm", list(range(2, 24, 3)), EVERY_FOURTH, (2, 4)),
     "smolvlm2_2.2b_to_500m": ("smolvlm", "smolvlm", list(range(2, 24, 3)), list(range(2, 31, 4)), (2, 4)),
+    "gemma3_12b_to_4b": ("gemma3", "gemma3", list(range(2, 47, 4)), list(range(2, 31, 4)), (2, 4)),
+    "gemma3_27b_to_4b": ("gemma3", "gemma3", list(range(2, 59, 4)), list(range(2, 31, 4)), (2, 4)),
     "qwen3_vl_32b_to_4b": ("qwen3_vl", "qwen3_vl", list(range(2, 63, 4)), list(range(2, 35, 4)), (2, 4)),
 }
 # checkpoint -> decoder layers, head rows, width d, inner width f, query width, key / value width, tied
@@ -62,6 +65,9 @@ SHAPES = {
     "Qwen/Qwen2.5-VL-72B-Instruct": (80, 152064, 8192, 29568, 8192, 1024, False),
     "Qwen/Qwen3-VL-4B-Instruct": (36, 151936, 2560, 9728, 4096, 1024, True),
     "Qwen/Qwen3-VL-32B-Instruct": (64, 151936, 5120, 25600, 8192, 1024, False),
+    "google/gemma-3-4b-it": (34, 262208, 2560, 10240, 2048, 1024, True),
+    "google/gemma-3-12b-it": (48, 262208, 3840, 15360, 4096, 2048, True),
+    "google/gemma-3-27b-it": (62, 262208, 5376, 21504, 4096, 2048, True),
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": (24, 152000, 896, 4864, 896, 128, True),
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": (28, 152128, 3584, 18944, 3584, 512, False),
     "llava-hf/llava-onevision-qwen2-72b-ov-hf": (80, 152128, 8192, 29568, 8192, 1024, False),
@@ -83,6 +89,9 @@ PARAMETERS = {
     "Qwen/Qwen2.5-VL-72B-Instruct": 73.4e9,
     "Qwen/Qwen3-VL-4B-Instruct": 8_875_631_616 // 2,
     "Qwen/Qwen3-VL-32B-Instruct": 66_714_780_128 // 2,
+    "google/gemma-3-4b-it": 4_300_079_472,
+    "google/gemma-3-12b-it": 12_187_325_040,
+    "google/gemma-3-27b-it": 27_432_406_640,
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": 0.894e9,
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8.03e9,
     "llava-hf/llava-onevision-qwen2-72b-ov-hf": 73.2e9,
@@ -99,6 +108,7 @@ VISION_PARAMETERS = {
     "Qwen/Qwen2.5-VL-7B-Instruct": 676_550_144,
     "Qwen/Qwen3-VL-4B-Instruct": 830_695_424 // 2,
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": 86_433_024 + 11_796_480,
+    "google/gemma-3-4b-it": 417e6 + 1152 * 2560 + 1152,  # the report's vision encoder, and the projector
 }
 FURTHER = {"1B": 938_193_024, "8B": 7_944_373_760, "14B": 15.1e9, "38B": 38.4e9}
 """The other sizes of InternVL3, which no config here names."""
@@ -259,12 +269,13 @@ def test_verbalizers_of_the_real_models(name):
 
 @pytest.mark.parametrize("path", SHAPES)
 def test_decoder_verbalizers_of_the_real_models(path):
-    """3 d f + attention, without biases; Qwen3's query and key norms belong to its attention."""
+    """3 d f + attention, without biases; Qwen3's and Gemma's query and key norms belong to their attention."""
     depth, _, d, f, q, kv, _ = SHAPES[path]
     settings = type("Settings", (), {"architecture": "decoder", "norm": False, "residual": False})
     with torch.device("meta"):
         module = Verbalizers(VerbalizerSpec.of(real_config(path), [2, depth - 2], settings))
-    norms = 2 * 128 if "qwen3" in real_config(path).get_text_config().model_type else 0
+    kind = real_config(path).get_text_config().model_type
+    norms = 2 * real_config(path).get_text_config().head_dim if kind.startswith(("qwen3", "gemma")) else 0
     assert sum(p.numel() for p in module.parameters()) == 2 * (3 * d * f + 2 * d * q + 2 * d * kv + norms)
 
 
@@ -280,7 +291,8 @@ def test_config_of_a_shrunk_copy(path):
     short = AutoConfig.for_model(fields.pop("model_type"), **fields)
     text = short.get_text_config()
     assert text.num_hidden_layers == depth // 2
-    assert not getattr(text, "layer_types", None) or len(text.layer_types) == depth // 2
+    kinds = getattr(whole.get_text_config(), "layer_types", None)
+    assert not kinds or text.layer_types == [kinds[k - 1] for k in range(2, depth + 1, 2)]
     assert short.vision_config.to_dict() == whole.vision_config.to_dict()
     before, after = whole.get_text_config().to_dict(), text.to_dict()
     changed = {name for name in before | after if before.get(name) != after.get(name)}
@@ -410,7 +422,28 @@ def test_unknown_family_lists_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors").write_text("")
     settings = type("Settings", (), {"path": str(tmp_path)})
-    known = "internvl, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm"
+    known = "gemma3, internvl, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm"
     with pytest.raises(ValueError, match=f"no adapter for model type 'llama'; known families: {known}. CONTRIBUTING"):
         load_model_config(settings, "student")
     assert ", ".join(sorted(FAMILIES)) == known
+
+
+def test_a_capped_head_is_refused_before_weights_are_read(tmp_path):
+    """Gemma 4 as published, and any other model whose text config has the field; by the stages and by the planner."""
+    settings = type("Settings", (), {"path": str(tmp_path)})
+    (tmp_path / "model.safetensors").write_text("no weights")
+    gemma3 = json.loads((REAL_CONFIGS / "google__gemma-3-4b-it.json").read_text())
+    capped = gemma3 | {"text_config": gemma3["text_config"] | {"final_logit_softcapping": 30.0}}
+    gemma4 = {"model_type": "gemma4", "text_config": {"final_logit_softcapping": 30.0}}
+    for fields in (capped, gemma4):
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        words = f"{fields['model_type']} caps its logits .final_logit_softcapping 30.0 .*Use models without it"
+        with pytest.raises(ValueError, match=words):
+            load_model_config(settings, "student")
+        with pytest.raises(ConfigError, match=f"student: {words}"):
+            read_config(settings, "student")
+    (tmp_path / "config.json").write_text(json.dumps(gemma3))
+    assert load_model_config(settings, "student").model_type == read_config(settings, "student").model_type == "gemma3"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma4"}))
+    with pytest.raises(ValueError, match="no adapter for model type 'gemma4'"):
+        load_model_config(settings, "student")

@@ -6,6 +6,7 @@ import tiny
 import tokenizers
 import torch
 import transformers
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -17,11 +18,14 @@ from vlsi_fast.data.processors import build_processor
 PATCH, TILE = 8, 32
 TILE_TOKENS = (TILE // PATCH) ** 2 // 4
 """Of a tile where four of its patches become a token (InternVL, SmolVLM)."""
-OWN_TOKENS = {"smolvlm"}
+OWN_TOKENS = {"gemma3", "smolvlm"}
 """Families whose tokenizer is not Qwen's."""
 QWEN_TOKENS = [name for name in sorted(FAMILIES) if name not in OWN_TOKENS]
 GRIDS = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
-"""Families that take images of any size as a grid of patches; the others cut them into tiles."""
+"""Families that take images of any size as a grid of patches; the others cut them into tiles, or make them
+of one size."""
+GEMMA_TOKENS = 4
+"""Of an image: patches of 4 pixels, of which 4 x 4 become one token, as the true ones do."""
 LLAVA_SPECIAL_TOKENS = [*tiny.SPECIAL_TOKENS[:3], "<image>", "<video>"]
 """The llava-hf tokenizers: Qwen2's three, then two of LLaVA's own where Qwen2-VL has <|object_ref_start|> and _end."""
 
@@ -102,6 +106,10 @@ def make_processor(model_type: str, kind: str = "tiny"):
         sides = {"size": {"longest_edge": 2 * TILE}, "max_image_size": {"longest_edge": TILE}}
         image = SmolVLMImageProcessorPil(**sides)
         return build_processor(name, make_smollm_tokenizer(), image, SMOLVLM_CHAT_TEMPLATE, image_seq_len=TILE_TOKENS)
+    if model_type == "gemma3":
+        image = Gemma3ImageProcessorPil(size={"height": TILE, "width": TILE})
+        fields = {"image_seq_length": GEMMA_TOKENS}
+        return build_processor(name, tiny.make_gemma_tokenizer(), image, tiny.GEMMA_CHAT_TEMPLATE, **fields)
     if model_type == "llava_onevision":
         tokenizer = tiny.make_tokenizer(kind, LLAVA_SPECIAL_TOKENS)
         tokenizer.chat_template = LLAVA_CHAT_TEMPLATE
@@ -130,6 +138,8 @@ def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer, kv
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if model_type == "gemma3":
+        return _gemma3(text, tied, token_id)
     vision = {"hidden_size": 16, "intermediate_size": 32, "patch_size": PATCH, "initializer_range": 0.1}
     if model_type == "internvl":
         vision |= {"image_size": TILE, "num_hidden_layers": 2, "num_attention_heads": 2, "attention_bias": True}
@@ -186,6 +196,29 @@ def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer, kv
     )
 
 
+def _gemma3(text: dict, tied: bool, token_id):
+    """Every third layer attends to all, the others to 8 tokens; the head dimension is not width by heads."""
+    text |= {"head_dim": 12, "query_pre_attn_scalar": 24, "sliding_window": 8, "tie_word_embeddings": tied}
+    text["layer_types"] = [
+        "full_attention" if i % 3 == 2 else "sliding_attention" for i in range(text["num_hidden_layers"])
+    ]
+    text["rope_scaling"] = {"factor": 8.0, "rope_type": "linear"}
+    text |= {f"{name}_token_id": token_id(f"<{name}>") for name in ("bos", "eos", "pad")}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "patch_size": PATCH // 2, "image_size": TILE, "vision_use_head": False}
+    return transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=GEMMA_TOKENS,
+        boi_token_index=token_id("<start_of_image>"),
+        eoi_token_index=token_id("<end_of_image>"),
+        image_token_index=token_id("<image_soft_token>"),
+        eos_token_id=[token_id("<eos>"), token_id("<end_of_turn>")],
+        initializer_range=text["initializer_range"],
+        tie_word_embeddings=tied,
+    )
+
+
 def make_model(
     model_type: str,
     hidden: int = 32,
@@ -200,7 +233,13 @@ def make_model(
     config = _config(model_type, hidden, layers, tied, tokenizer or make_processor(model_type).tokenizer, kv_heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.AutoModelForImageTextToText.from_config(config).eval()
+        model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+        if model_type == "gemma3":  # the stock start: images are zeros, and norms' weights, to which one is added
+            torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+            for name, parameter in model.get_decoder().named_parameters():
+                if "norm" in name:
+                    torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def save(folder, model_type: str, **options) -> None:

@@ -42,6 +42,8 @@ class Family:
     tiles: int = 0
     """Tiles of a large image, where the published processors cut every image into tiles of the vision tower's size
     whatever its own is, the whole image once more among them. 0: an image's tokens follow from its pixels."""
+    images_look_ahead: bool = False
+    """Whether an image's tokens attend to each other in both directions: only an attention with a mask can do that."""
 
 
 def default_layers(depth: int) -> list[int]:

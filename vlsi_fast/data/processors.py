@@ -5,7 +5,7 @@ The stock processors insist on a video processor, and that one needs torchvision
 are the stock processors minus video. They bear the stock names, so what they save is an ordinary checkpoint that
 `AutoProcessor` loads wherever torchvision is installed.
 
-A new family needs a class here and its entry in `_VIDEO`.
+A new family whose processor takes videos needs a class here and its entry in `_VIDEO`; others are stock.
 """
 
 from __future__ import annotations
@@ -159,6 +159,8 @@ def build_processor(name: str, tokenizer, image_processor, chat_template: str | 
         **fields: further fields of that class (LLaVA-OneVision: num_image_tokens, vision_feature_select_strategy).
     """
     parts = {"image_processor": image_processor, "tokenizer": tokenizer, "chat_template": chat_template, **fields}
+    if name not in _WITHOUT_VIDEO:  # it takes none
+        return getattr(transformers, name)(**parts)
     if not _takes_videos(name):
         return _WITHOUT_VIDEO[name](**parts)
     kind, common = _VIDEO[name]

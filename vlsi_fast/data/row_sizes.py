@@ -78,11 +78,11 @@ class RowSizer:
             for part in message["content"]
             if "text" in part
         ]
-        whole = self._count([text], **tokenizer_options(self.processor, text))
+        whole = self._count([_framed(text, self.processor)], **tokenizer_options(self.processor, text))
         # an answer's end-of-turn token is learnt with it
         learnt = self._count(answers, add_special_tokens=False, split_special_tokens=True) + len(answers)
         shown = [image_counts(self.processor, size, alone=len(images) == 1) for size in images]
-        tokens = whole + sum(count - 1 for count, _, _ in shown)  # the text has one token for each image
+        tokens = whole + sum(count - 1 for count, _, _ in shown)  # the text has one of each image's tokens
         if tokens > self.data.max_length:
             raise UnusableRow("too_long", f"{tokens} tokens, data.max_length is {self.data.max_length}")
         return tokens, learnt, sum(patches for _, patches, _ in shown), sum(pictures for _, _, pictures in shown)
@@ -99,6 +99,15 @@ def _before_an_answer(processor) -> str:
     except UnusableRow:  # as every row will be
         return ""
     return rendered.plain[start:end].partition("a")[0]
+
+
+def _framed(text: str, processor) -> str:
+    """A rendering with what the processor writes around each image's tokens (Gemma 3: line breaks, begin and end)."""
+    if not hasattr(processor, "full_image_sequence"):
+        return text
+    token = processor.tokenizer.image_token
+    around = processor.full_image_sequence.replace(token * processor.image_seq_length, token)
+    return text.replace(processor.image_token, around)
 
 
 @lru_cache(maxsize=65536)
@@ -120,6 +129,8 @@ def image_counts(processor, size: tuple[int, int], alone: bool) -> tuple[int, in
     tokens, patches = found.num_image_tokens[0], found.num_image_patches[0]
     if hasattr(processor, "start_image_token"):  # InternVL calls tiles patches
         return tokens, patches * processor.image_seq_length, patches
+    if hasattr(processor, "full_image_sequence"):  # Gemma 3 has one tile
+        return tokens, tokens, 1
     if grid is None:
         return tokens, patches, 1
     tiles = 1 + _tiles(height, width, tuple(map(tuple, grid)), _tile_side(processor.image_processor))

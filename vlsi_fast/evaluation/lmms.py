@@ -27,6 +27,7 @@ MODEL_CLASSES = {
     "llava_onevision": "llava_hf",
     "internvl": "internvl_hf",
     "smolvlm": "huggingface",
+    "gemma3": "gemma3",
 }
 """`model_type` of a stock checkpoint -> lmms-eval's model."""
 INSTALL = 'pip install -e ".[lmms-eval]"'

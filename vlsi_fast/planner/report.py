@@ -52,7 +52,7 @@ class Rows:
 
         def make(shape: ModelShape) -> Batch:
             patches = rows * min(self.image_tokens, tokens) * shape.merge
-            return Batch(rows, tokens, rows * min(answers, tokens - 1), patches, masked=rows > 1)
+            return Batch(rows, tokens, rows * min(answers, tokens - 1), patches, masked=rows > 1 or shape.masked)
 
         return make
 

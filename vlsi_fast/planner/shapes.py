@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import hub
-from ..backbones import family_of
+from ..backbones import family_of, require_plain_logits
 from ..config import BackboneConfig, ConfigError, LoraSettings, VerbalizerConfig
 from ..ranks.sharding import unsharded
 from ..verbalizer import Verbalizers, VerbalizerSpec
@@ -64,6 +64,8 @@ class ModelShape:
     told: int
     """Image patches in the unit by which `data.row_sizes` tells them: one, or where images are cut into tiles, whose
     processors know no patches, those of a token."""
+    masked: bool
+    """Whether rows have an attention mask even where one of them is alone."""
     image_size: int
     """Side of a patch, pixels."""
     fixed_image: int | None
@@ -135,6 +137,7 @@ def read_config(settings: BackboneConfig, role: str, path: str | None = None):
                 f"that file somewhere and pass --{role}-config FILE"
             ) from None
     try:
+        require_plain_logits(config)
         family_of(config)
     except ValueError as error:
         raise ConfigError(f"{role}: {error}") from None
@@ -225,6 +228,7 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         patch_values=getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * side**2,
         merge=merge,
         told=1 if hasattr(vision, "spatial_merge_size") else merge,
+        masked=family.images_look_ahead,
         image_size=side,
         fixed_image=family.tiles * (side_of(vision.image_size) // side) ** 2 // merge if family.tiles else None,
         vision_flops=_vision_flops(tower, depth, merge, seen),
@@ -260,6 +264,9 @@ def _vision_flops(tower: nn.Module, depth: int, merge: int, seen: float) -> floa
             per_patch += 2.0 * module.weight.numel() * (seen if id(module) in blocks else 1 / merge)
         elif isinstance(module, nn.Conv2d | nn.Conv3d):
             per_patch += 2.0 * module.weight.numel()
+        elif not isinstance(module, nn.Embedding):  # a projector's own matrix (Gemma 3)
+            matrices = (p for p in module.parameters(recurse=False) if p.dim() == 2)
+            per_patch += sum(2.0 * p.numel() for p in matrices) / merge
     return per_patch
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ...config import ConfigError
 from ...data.alignment import common_tokens
 from ...data.collate import blank_image
+from ...data.encoding import image_token_ids
 from ...data.messages import Sample
 from ...loading import require_same_tokens, target_layers
 from ...sizes import format_count
@@ -107,7 +108,7 @@ def check_images(subject: Subject) -> str:
     for role in subject.roles:
         processor, config = subject.processor(role), subject.model_config(role)
         expected = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-        found = getattr(processor, "image_token_id", None)
+        found = next(iter(image_token_ids(processor)), None)
         if found is None:
             found = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", None))
         if expected is not None and found != expected:

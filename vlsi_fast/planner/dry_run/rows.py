@@ -43,8 +43,12 @@ def row_of(config, rows: Rows) -> dict[str, Tensor]:
     Raises:
         ConfigError: no image of the family is as small as the row asks for.
     """
-    marked = hasattr(config, "vision_start_token_id")  # Qwen-VL; others cut images into tiles
-    if marked:
+    marked = hasattr(config, "vision_start_token_id")  # Qwen-VL; others cut images into tiles, or make them of one size
+    fixed = getattr(config, "mm_tokens_per_image", None)
+    if fixed is not None:
+        side = config.vision_config.image_size
+        image, vision = fixed, {"pixel_values": torch.zeros(1, 3, side, side)}
+    elif marked:
         image, vision = _patches(config.vision_config, rows.image_tokens)
     else:
         tiles = _tiles if hasattr(config, "image_grid_pinpoints") else _square_tiles
@@ -59,7 +63,9 @@ def row_of(config, rows: Rows) -> dict[str, Tensor]:
     labels = torch.full_like(ids, -100)
     labels[:, -rows.answers :] = ids[:, -rows.answers :]
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **vision}
-    if marked:
+    if fixed is not None:
+        row["token_type_ids"] = (ids == config.image_token_id).long()
+    elif marked:
         ids[:, 0], ids[:, 1 + image] = config.vision_start_token_id, config.vision_end_token_id
         row["mm_token_type_ids"] = (ids == config.image_token_id).long()
     return row

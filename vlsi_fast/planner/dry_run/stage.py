@@ -157,7 +157,10 @@ class DryStage:
         if setup.teacher_mode == "cached" and "teacher" in self.config.interact.roles:
             self.cache = _Cache(models)
             stage.caches = [self.cache]
-        self.packed = {role: use_packing(self.config.data.padding_free, self._attention(role)) for role in stage.roles}
+        self.packed = {
+            name: use_packing(self.config.data.padding_free, self._attention(name), role.config)
+            for name, role in stage.roles.items()
+        }
 
     def _attention(self, name: str) -> str:
         """As the stage chooses it on a machine without flash-attn, whose operators take no tensors without storage."""
@@ -311,7 +314,7 @@ class DryStage:
         patches = row["pixel_values"].shape[0]
         if row["pixel_values"].dim() > 2:  # whole pictures or tiles, one row's
             patches = row["pixel_values"].shape[:-3].numel() * (row["pixel_values"].shape[-1] // shape.image_size) ** 2
-        return Batch(rows, tokens, rows * answers, rows * patches, masked=rows > 1 and not packed)
+        return Batch(rows, tokens, rows * answers, rows * patches, masked=rows > 1 and not packed or shape.masked)
 
     # ---- the step ----
 
