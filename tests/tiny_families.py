@@ -12,6 +12,17 @@ from vlsi_fast.backbones import FAMILIES
 from vlsi_fast.data.processors import build_processor
 
 PATCH, TILE = 8, 32
+DECODERS = [name for name in sorted(FAMILIES) if FAMILIES[name].sparse_block is None]
+"""Families with decoder verbalizers."""
+ARCHITECTURES = [(name, "verb_ffn") for name in sorted(FAMILIES)] + [(name, "decoder") for name in DECODERS]
+DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
+"""Families that add vision features behind their first layers."""
+QUERY_NORMS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+"""Families whose attention has norms of queries and keys."""
+LIGER = [name for name in FAMILIES if name not in ("qwen3_5",)]
+"""Families into which liger-kernel's modules are put."""
+RECURRENT = ("qwen3_5",)
+"""Families with layers of linear attention: their rows are padded, not packed."""
 LLAVA_SPECIAL_TOKENS = [*tiny.SPECIAL_TOKENS[:3], "<image>", "<video>"]
 """The llava-hf tokenizers: Qwen2's three, then two of LLaVA's own where Qwen2-VL has <|object_ref_start|> and _end."""
 
@@ -28,6 +39,31 @@ LLAVA_CHAT_TEMPLATE = """\
 """
 
 
+# An empty thought before an answer behind the last question, none before earlier ones; by default the generation prompt
+# leaves a thought open.
+QWEN3_5_CHAT_TEMPLATE = """\
+{%- macro body(content) -%}
+    {%- for part in content -%}
+        {%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+        {%- else -%}{{- part['text'] -}}{%- endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
+{%- set ns = namespace(last=0) -%}
+{%- for message in messages if message['role'] == 'user' -%}{%- set ns.last = ns.last + 1 -%}{%- endfor -%}
+{%- set asked = namespace(count=0) -%}
+{%- for message in messages -%}
+    {%- set asked.count = asked.count + (message['role'] == 'user') -%}
+    {{- '<|im_start|>' + message['role'] + '\n' -}}
+    {%- if message['role'] == 'assistant' and asked.count == ns.last -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
+    {{- body(message['content']) | trim + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n<think>\n' -}}
+    {%- if enable_thinking is defined and not enable_thinking -%}{{- '\n</think>\n\n' -}}{%- endif -%}
+{%- endif -%}
+"""
+
+
 def make_processor(model_type: str, kind: str = "tiny"):
     """A processor of the family; LLaVA-OneVision's has tiles of 32 x 32 pixels, at most two by two of them."""
     name = FAMILIES[model_type].processor
@@ -40,7 +76,8 @@ def make_processor(model_type: str, kind: str = "tiny"):
         return build_processor(name, tokenizer, image, LLAVA_CHAT_TEMPLATE, **fields)
     size = {"shortest_edge": 1024, "longest_edge": 1024}
     image = Qwen2VLImageProcessorPil(patch_size=PATCH, size=size)
-    return build_processor(name, tiny.make_tokenizer(kind), image, tiny.CHAT_TEMPLATE)
+    template = QWEN3_5_CHAT_TEMPLATE if model_type == "qwen3_5" else tiny.CHAT_TEMPLATE
+    return build_processor(name, tiny.make_tokenizer(kind), image, template)
 
 
 def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer, kv_heads: int | None = None):
@@ -83,7 +120,15 @@ def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer, kv
     else:
         text |= {"head_dim": hidden // heads}
         text["rope_parameters"]["mrope_interleaved"] = True
-        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+        if model_type == "qwen3_vl_moe":  # not square: whether stored experts are transposed is told by their shapes
+            text |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": hidden // 2 + 8}
+        vision |= {"num_position_embeddings": 16}
+        if model_type in DEEPSTACK:
+            vision["deepstack_visual_indexes"] = [0, 1]
+        else:  # Qwen3.5: every fourth layer attends, with a rotation of half of each head
+            text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [half // 2 - 2, 1, 1]}
+            text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+            text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     return transformers.AutoConfig.for_model(
         model_type,
         text_config=text,

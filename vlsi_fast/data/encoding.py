@@ -210,12 +210,11 @@ def answer_spans(messages: list[dict], processor) -> tuple[Rendered, list[tuple[
             `render`.
     """
     full = render(processor, messages, prompt=False)
-    plain = full.plain
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if turns and turns[0] == 0:
         raise UnusableRow("template", "the conversation starts with an assistant turn, so it has no prompt")
     if len(turns) <= 2:
-        return full, [_rendered_span(messages, i, plain, processor) for i in turns]
+        return full, [_span(messages, i, full, processor) for i in turns]
     if spans := _spans_between(messages, turns, full, processor):
         return full, spans
     if len(turns) > MAX_REWRITTEN_TURNS:
@@ -223,7 +222,32 @@ def answer_spans(messages: list[dict], processor) -> tuple[Rendered, list[tuple[
             f"the chat template renders turns differently, so no more than {MAX_REWRITTEN_TURNS} answers can be found"
         )
         raise UnusableRow("template", what)
-    return full, [_rendered_span(messages, i, plain, processor) for i in turns]
+    return full, [_span(messages, i, full, processor) for i in turns]
+
+
+def _span(messages: list[dict], i: int, full: Rendered, processor) -> tuple[int, int]:
+    """Where the answer of turn `i` stands: by renderings up to there, or by its words where those differ."""
+    try:
+        return _rendered_span(messages, i, full.plain, processor)
+    except UnusableRow:
+        found = _worded_span(messages, i, full, processor)
+        if found is None:
+            raise
+        return found
+
+
+def _worded_span(messages: list[dict], i: int, full: Rendered, processor) -> tuple[int, int] | None:
+    """Of an answer in whose place the template writes more while it is the last one (Qwen3.5: an empty thought): from
+    its first word to the end of turn that it has there. None where the words are not known, or none follow."""
+    alone = render(processor, messages[: i + 1], prompt=False)
+    if i == len(messages) - 1 or not alone.words or full.words is None:
+        return None
+    count = sum(bool(part.get("text", "").strip()) for part in messages[i]["content"])
+    own = full.words[len(alone.words) - count : len(alone.words)]
+    ending = alone.plain[alone.words[-1][1] :].strip()
+    start, at = own[0][0], own[-1][1]
+    end = full.plain.find(ending, at)
+    return (start, end + len(ending)) if end >= 0 and not full.plain[at:end].strip() else None
 
 
 def _rendered_span(messages: list[dict], i: int, full: str, processor) -> tuple[int, int]:
@@ -245,7 +269,7 @@ def _spans_between(messages: list[dict], turns: list[int], full: Rendered, proce
     """
     if full.words is None:
         return None
-    plain, known = full.plain, {i: _rendered_span(messages, i, full.plain, processor) for i in (turns[0], turns[-1])}
+    plain, known = full.plain, {i: _span(messages, i, full, processor) for i in (turns[0], turns[-1])}
     before = apply_template(processor, messages[: turns[0]], prompt=False)
     prompt = apply_template(processor, messages[: turns[0]], prompt=True)
     if not prompt.startswith(before) or not (prompt := prompt[len(before) :]).strip():

@@ -24,6 +24,8 @@ MODEL_CLASSES = {
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5": "qwen3_5",
     "llava_onevision": "llava_hf",
 }
 """`model_type` of a stock checkpoint -> lmms-eval's model."""

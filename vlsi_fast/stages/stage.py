@@ -316,7 +316,9 @@ class Stage:
     def packed(self, name: str) -> bool:
         """Whether a role's rows are packed; says what a user would not expect of it."""
         attention = self._attention(name)
-        packed = self.padding_free[name] = use_packing(self.config.data.padding_free, attention)
+        packed = self.padding_free[name] = use_packing(
+            self.config.data.padding_free, attention, self.roles[name].config
+        )
         notices = []
         if packed and not attention.startswith("flash"):
             notices.append(

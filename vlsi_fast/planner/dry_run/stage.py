@@ -152,7 +152,10 @@ class DryStage:
         if setup.teacher_mode == "cached" and "teacher" in self.config.interact.roles:
             self.cache = _Cache(models)
             stage.caches = [self.cache]
-        self.packed = {role: use_packing(self.config.data.padding_free, self._attention(role)) for role in stage.roles}
+        self.packed = {
+            name: use_packing(self.config.data.padding_free, self._attention(name), role.config)
+            for name, role in stage.roles.items()
+        }
 
     def _attention(self, name: str) -> str:
         """As the stage chooses it on a machine without flash-attn, whose operators take no tensors without storage."""
