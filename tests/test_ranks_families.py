@@ -23,7 +23,7 @@ from vlsi_fast.loading import load_backbone
 STAGES = ("verbalize", "interact", "sft")
 ROWS, STEPS = 24, 2
 # teacher, student; the last two cross families. The teacher with experts routes other tokens on each rank
-PAIRS = {name: (name, name) for name in ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5")}
+PAIRS = {name: (name, name) for name in ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")}
 PAIRS["experts"] = ("qwen3_vl_moe", "qwen3_vl")
 PAIRS["across"] = ("qwen2_vl", "llava_onevision")
 LOSSES = {

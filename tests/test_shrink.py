@@ -152,6 +152,7 @@ LAYOUTS = {
     "qwen3_vl": "model.language_model.layers.3.",
     "qwen3_vl_moe": "model.language_model.layers.3.",
     "qwen3_5": "model.language_model.layers.3.",
+    "glm4v": "model.language_model.layers.3.",
 }
 """What stock classes write today: the names of the families' own releases."""
 

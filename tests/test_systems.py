@@ -101,6 +101,7 @@ VISION_PARAMETERS = {
     "Qwen/Qwen2.5-VL-7B-Instruct": 676_550_144,
     "Qwen/Qwen3-VL-4B-Instruct": 830_695_424 // 2,
 }
+GLM_4_6V_FLASH = 10_292_777_472
 QWEN2_5_VL_32B = 33_452_718_336
 SIGLIP_SO400M = 428_225_600
 """google/siglip-so400m-patch14-384, the vision encoder: 27 layers and a pooling head."""
@@ -204,6 +205,17 @@ def test_vision_of_the_large_qwen2_5_vl():
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     require_count(model.parameters(), QWEN2_5_VL_32B)
+
+
+def test_glm():
+    """GLM-4.6V-Flash, which no config has: whole, its parts, and LoRA's six linear layers a decoder layer."""
+    model, family = real_model("zai-org/GLM-4.6V-Flash"), FAMILIES["glm4v"]
+    require_count(model.parameters(), GLM_4_6V_FLASH)
+    vision = {id(p) for part in family.vision(model) for p in parameters(part)}
+    language = {id(p) for p in [*model.get_decoder().parameters(), *family.head(model).parameters()]}
+    assert vision | language == {id(p) for p in model.parameters()} and not vision & language
+    matched = [n for n, _ in model.named_modules() if re.fullmatch(family.lora_targets, n)]
+    assert len(matched) == 6 * 40 == 6 * len(family.decoder_layers(model))
 
 
 @pytest.mark.parametrize("path", [path for path in SHAPES if path.startswith("llava-hf")])
@@ -438,7 +450,7 @@ def test_unknown_family_lists_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors").write_text("")
     settings = type("Settings", (), {"path": str(tmp_path)})
-    known = "llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen3_vl_moe"
+    known = "glm4v, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen3_vl_moe"
     with pytest.raises(ValueError, match=f"no adapter for model type 'llama'; known families: {known}. CONTRIBUTING"):
         load_model_config(settings, "student")
     assert ", ".join(sorted(FAMILIES)) == known

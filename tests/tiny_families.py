@@ -5,6 +5,7 @@ from __future__ import annotations
 import tiny
 import torch
 import transformers
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -19,7 +20,7 @@ DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
 """Families that add vision features behind their first layers."""
 QUERY_NORMS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 """Families whose attention has norms of queries and keys."""
-LIGER = [name for name in FAMILIES if name not in ("qwen3_5",)]
+LIGER = [name for name in FAMILIES if name not in ("qwen3_5", "glm4v")]
 """Families into which liger-kernel's modules are put."""
 RECURRENT = ("qwen3_5",)
 """Families with layers of linear attention: their rows are padded, not packed."""
@@ -64,6 +65,27 @@ QWEN3_5_CHAT_TEMPLATE = """\
 """
 
 
+GLM_SPECIAL_TOKENS = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|im_end|>"]
+GLM_SPECIAL_TOKENS += [f"<|{name}|>" for name in ("begin_of_image", "end_of_image", "begin_of_video", "end_of_video")]
+GLM_SPECIAL_TOKENS += ["<|image|>", "<|video|>"]
+# Nothing behind an answer; an empty thought in front of one.
+GLM_CHAT_TEMPLATE = """\
+[gMASK]<sop>
+{%- for message in messages -%}
+    {{- '<|' + message['role'] + '|>\n' -}}
+    {%- if message['role'] == 'assistant' -%}{{- '<think></think>\n' -}}{%- endif -%}
+    {%- for part in message['content'] -%}
+        {%- if part['type'] == 'image' -%}{{- '<|begin_of_image|><|image|><|end_of_image|>' -}}
+        {%- else -%}{{- part['text'] -}}{%- endif -%}
+    {%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant|>\n' -}}
+    {%- if enable_thinking is defined and not enable_thinking -%}{{- '<think></think>\n' -}}{%- endif -%}
+{%- endif -%}
+"""
+
+
 def make_processor(model_type: str, kind: str = "tiny"):
     """A processor of the family; LLaVA-OneVision's has tiles of 32 x 32 pixels, at most two by two of them."""
     name = FAMILIES[model_type].processor
@@ -75,6 +97,11 @@ def make_processor(model_type: str, kind: str = "tiny"):
         fields = {"num_image_tokens": (TILE // PATCH) ** 2, "vision_feature_select_strategy": "full"}
         return build_processor(name, tokenizer, image, LLAVA_CHAT_TEMPLATE, **fields)
     size = {"shortest_edge": 1024, "longest_edge": 1024}
+    if model_type == "glm4v":
+        tokenizer = tiny.make_tokenizer(kind, GLM_SPECIAL_TOKENS)
+        tokenizer.eos_token = "<|endoftext|>"
+        image = Glm46VImageProcessorPil(patch_size=PATCH, size={name: 2 * value for name, value in size.items()})
+        return build_processor(name, tokenizer, image, GLM_CHAT_TEMPLATE)  # it counts the pixels of two frames
     image = Qwen2VLImageProcessorPil(patch_size=PATCH, size=size)
     template = QWEN3_5_CHAT_TEMPLATE if model_type == "qwen3_5" else tiny.CHAT_TEMPLATE
     return build_processor(name, tiny.make_tokenizer(kind), image, template)
@@ -117,6 +144,9 @@ def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer, kv
         del vision["intermediate_size"], vision["out_hidden_size"]
     elif model_type == "qwen2_5_vl":
         vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]}
+    elif model_type == "glm4v":
+        text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [half // 2 - 2, 1, 1]}
+        vision |= {"image_size": TILE}
     else:
         text |= {"head_dim": hidden // heads}
         text["rope_parameters"]["mrope_interleaved"] = True
@@ -129,6 +159,18 @@ def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer, kv
             text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [half // 2 - 2, 1, 1]}
             text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
             text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    if model_type == "glm4v":
+        names = [f"{kind}_{end}" for kind in ("image", "video") for end in ("start", "end")]
+        marks = [f"<|{word}_of_{kind}|>" for kind in ("image", "video") for word in ("begin", "end")]
+        return transformers.AutoConfig.for_model(
+            model_type,
+            text_config=text,
+            vision_config=vision,
+            image_token_id=token_id("<|image|>"),
+            video_token_id=token_id("<|video|>"),
+            tie_word_embeddings=tied,
+            **{f"{name}_token_id": token_id(mark) for name, mark in zip(names, marks)},
+        )
     return transformers.AutoConfig.for_model(
         model_type,
         text_config=text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Family, default_layers, is_recurrent, require_dense
+from .glm4v import GLM4V
 from .llava_onevision import LLAVA_ONEVISION
 from .qwen2_5_vl import QWEN2_5_VL
 from .qwen2_vl import QWEN2_VL
@@ -11,7 +12,8 @@ from .qwen3_vl import QWEN3_VL
 from .qwen3_vl_moe import QWEN3_VL_MOE
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (QWEN2_VL, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5)
+    family.model_type: family
+    for family in (QWEN2_VL, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, GLM4V)
 }
 
 __all__ = ["FAMILIES", "Family", "default_layers", "family_of", "is_recurrent", "require_dense"]

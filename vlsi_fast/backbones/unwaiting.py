@@ -19,9 +19,17 @@ def spare_waits(model: nn.Module, family: Family) -> None:
     backbone = family.backbone(model)
     if hasattr(backbone, "get_placeholder_mask"):
         backbone.get_placeholder_mask = _unchecked(backbone.get_placeholder_mask)
+    if family.model_type == "glm4v":
+        backbone.visual.embeddings.register_forward_pre_hook(_sizes_to_device)
     language = model.get_decoder()
     if hasattr(language, "_deepstack_process"):
         language._deepstack_process = add_at
+
+
+def _sizes_to_device(module, arguments):
+    """Images' sizes are on the host where rows are packed; GLM's embedding of positions takes them on the device."""
+    patches, lengths, sizes, *coordinates = arguments
+    return patches, lengths, sizes.to(patches.device, non_blocking=True), *coordinates
 
 
 def _unchecked(stock):

@@ -13,6 +13,7 @@ A row's words never become control tokens (plaintext.py), and endless text is re
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,7 +55,7 @@ def encode(
     """
     check_messages(sample)
     check_length(sample.messages, processor, data_config.max_length)
-    rendered, spans = answer_spans(sample.messages, processor)
+    rendered, spans = _ended(*answer_spans(sample.messages, processor), sample.messages, processor)
     check_special(rendered, data_config)
     loaded = {ref: image_loader(ref) for ref in dict.fromkeys(sample.images)}
     images = [loaded[ref] for ref in sample.images]
@@ -309,19 +310,21 @@ def configure_image_bounds(processor, min_pixels: int | None, max_pixels: int | 
     image_processor = getattr(processor, "image_processor", None)
     accepted = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
     size = dict(getattr(image_processor, "size", None) or {})
-    if "max_pixels" not in accepted or not {"shortest_edge", "longest_edge"} <= size.keys():
+    if not {"max_pixels", "merge_size"} & set(accepted) or not {"shortest_edge", "longest_edge"} <= size.keys():
         raise ValueError(
             f"{type(image_processor).__name__} has no bounds on the number of pixels; remove {section}.min_pixels and "
             f"{section}.max_pixels from the config"
             + ("; to bound the other model's images alone, set them in its section" if section == "data" else "")
         )
-    low = size["shortest_edge"] if min_pixels is None else min_pixels
-    high = size["longest_edge"] if max_pixels is None else max_pixels
+    # GLM's counts the pixels of as many frames as it makes of an image
+    frames = 1 if "max_pixels" in accepted else image_processor.temporal_patch_size
+    low = size["shortest_edge"] if min_pixels is None else frames * min_pixels
+    high = size["longest_edge"] if max_pixels is None else frames * max_pixels
     if low > high:
         raise ValueError(
-            f"the image bounds exclude each other: at least {low} and at most {high} pixels; set both "
-            f"{section}.min_pixels and {section}.max_pixels "
-            f"(the processor's own are {size['shortest_edge']} and {size['longest_edge']})"
+            f"the image bounds exclude each other: at least {low // frames} and at most {high // frames} pixels; set "
+            f"both {section}.min_pixels and {section}.max_pixels "
+            f"(the processor's own are {size['shortest_edge'] // frames} and {size['longest_edge'] // frames})"
         )
     image_processor.size = {**size, "shortest_edge": low, "longest_edge": high}
 
@@ -352,6 +355,20 @@ def tokenizer_options(processor, text: str) -> dict:
     """For the processor's call: no second beginning-of-text token, as in `apply_chat_template(tokenize=True)`."""
     begin = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
+
+
+def ends_bare(text: str, messages: list[dict]) -> bool:
+    """Whether a template writes nothing behind the last answer (GLM, which stops before the next turn)."""
+    texts = [part["text"].strip() for part in messages[-1]["content"] if part.get("text", "").strip()]
+    return messages[-1]["role"] == "assistant" and bool(texts) and text.rstrip().endswith(texts[-1])
+
+
+def _ended(rendered: Rendered, spans: list[tuple[int, int]], messages: list[dict], processor):
+    """With the end-of-text token behind a last answer that ends bare, to be learnt: else none would learn to stop."""
+    if not ends_bare(rendered.plain, messages):
+        return rendered, spans
+    text = rendered.text.rstrip() + processor.tokenizer.eos_token
+    return replace(rendered, text=text), [*spans[:-1], (spans[-1][0], len(text))]
 
 
 def _labels(input_ids: torch.Tensor, rendered: Rendered, spans: list[tuple[int, int]], processor) -> torch.Tensor:

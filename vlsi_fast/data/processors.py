@@ -26,6 +26,8 @@ _VIDEO = {
     "Qwen2VLProcessor": ("Qwen2VLVideoProcessor", _PATCHES),
     "Qwen2_5_VLProcessor": ("Qwen2VLVideoProcessor", _PATCHES),
     "Qwen3VLProcessor": ("Qwen3VLVideoProcessor", _PATCHES),
+    "Glm4vProcessor": ("Glm4vVideoProcessor", _PATCHES),
+    "Glm46VProcessor": ("Glm46VVideoProcessor", _PATCHES),
     "LlavaOnevisionProcessor": ("LlavaOnevisionVideoProcessor", ("size", "image_mean", "image_std")),
 }
 """Processor -> the class of its video part, and what that part has in common with the image part."""
@@ -72,12 +74,24 @@ class Qwen3VLProcessor(_WithoutVideo, transformers.Qwen3VLProcessor):
     """Stock, minus video."""
 
 
+class Glm4vProcessor(_WithoutVideo, transformers.Glm4vProcessor):
+    """Stock, minus video."""
+
+
+class Glm46VProcessor(_WithoutVideo, transformers.Glm46VProcessor):
+    """Stock, minus video."""
+
+
 class LlavaOnevisionProcessor(_WithoutVideo, transformers.LlavaOnevisionProcessor):
     """Stock, minus video."""
 
 
 _WITHOUT_VIDEO = {
-    each.__name__: each for each in (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor, LlavaOnevisionProcessor)
+    each.__name__: each
+    for each in (
+        *(Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor),
+        *(Glm4vProcessor, Glm46VProcessor, LlavaOnevisionProcessor),
+    )
 }
 
 

@@ -26,6 +26,7 @@ MODEL_CLASSES = {
     "qwen3_vl": "qwen3_vl",
     "qwen3_vl_moe": "qwen3_vl",
     "qwen3_5": "qwen3_5",
+    "glm4v": "glm4v",
     "llava_onevision": "llava_hf",
 }
 """`model_type` of a stock checkpoint -> lmms-eval's model."""

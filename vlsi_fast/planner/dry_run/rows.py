@@ -53,7 +53,9 @@ def row_of(config, rows: Rows) -> dict[str, Tensor]:
     labels[:, -rows.answers :] = ids[:, -rows.answers :]
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **vision}
     if not tiled:
-        ids[:, 0], ids[:, 1 + image] = config.vision_start_token_id, config.vision_end_token_id
+        kind = "vision" if hasattr(config, "vision_start_token_id") else "image"  # GLM's
+        ids[:, 0] = getattr(config, f"{kind}_start_token_id")
+        ids[:, 1 + image] = getattr(config, f"{kind}_end_token_id")
         row["mm_token_type_ids"] = (ids == config.image_token_id).long()
     return row
 
