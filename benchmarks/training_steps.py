@@ -23,7 +23,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from vlsi_fast.config import RunConfig, load_config
-from vlsi_fast.hidden_states import Held
 from vlsi_fast.loading import cut_config
 from vlsi_fast.planner.build import Models
 from vlsi_fast.planner.dry_run.rows import row_of

@@ -222,7 +222,7 @@ def test_the_config_takes_auto_true_and_false_alone(workspace, tmp_path):
         config_of(workspace, tmp_path / "run", liger="yes please")
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
+@pytest.mark.parametrize("family", tiny_families.LIGER)
 def test_liger_patches_norms_and_mlp_but_no_loss(stock_classes, family):
     """On the stock model itself: what is bound to its modules, and that its forward and the losses are untouched."""
     pytest.importorskip("liger_kernel")
@@ -231,13 +231,18 @@ def test_liger_patches_norms_and_mlp_but_no_loss(stock_classes, family):
 
     model, cross_entropy = tiny_families.make_model(family), torch.nn.functional.cross_entropy
     names = set(model.state_dict())
-    assert apply_liger(model, required=True) == {"qwen3_vl": "qwen3", "smolvlm": "llama"}.get(family, "qwen2")
+    name = {"qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3_moe", "smolvlm": "llama"}.get(family, "qwen2")
+    assert apply_liger(model, required=True) == name
     adapter = FAMILIES[family]
     norms = [adapter.final_norm(model)]
     for layer in adapter.decoder_layers(model):
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
-        norms += [layer.self_attn.q_norm, layer.self_attn.k_norm] if family == "qwen3_vl" else []
-        assert layer.mlp.forward.__func__ is LigerSwiGLUMLP.forward
+        norms += [layer.self_attn.q_norm, layer.self_attn.k_norm] if family in tiny_families.QUERY_NORMS else []
+        if adapter.sparse_block is None:
+            assert layer.mlp.forward.__func__ is LigerSwiGLUMLP.forward
+        else:
+            parts = [layer.mlp, layer.mlp.experts, layer.mlp.gate]
+            assert not any("liger" in part.forward.__func__.__module__ for part in parts)
     assert all(norm.forward.__func__ is LigerRMSNorm.forward for norm in norms)
     assert all(norm.variance_epsilon == model.config.get_text_config().rms_norm_eps for norm in norms)
     for module in (model, model.model, model.get_decoder()):
@@ -272,6 +277,15 @@ def test_a_model_that_liger_does_not_know(monkeypatch):
     model = tiny_families.make_model("qwen3_vl")
     assert apply_liger(model) is None
     with pytest.raises(ConfigError, match="no part of liger-kernel is used for qwen3_vl_text; set it to auto or false"):
+        apply_liger(model, required=True)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(tiny_families.LIGER)))
+def test_families_without_liger(family):
+    pytest.importorskip("liger_kernel")
+    model = tiny_families.make_model(family)
+    assert apply_liger(model) is None
+    with pytest.raises(ConfigError, match="nothing in liger-kernel for .*; set it to auto or false"):
         apply_liger(model, required=True)
 
 

@@ -1,5 +1,6 @@
 """Small models of every family, and of pairs across families, through all three stages; their data on the way."""
 
+import contextlib
 import json
 import pickle
 import re
@@ -18,17 +19,24 @@ from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.config import ConfigError, VerbalizerConfig
 from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import Collator, VlsiDataset, build_source, load_processor
-from vlsi_fast.data.encoding import encode
+from vlsi_fast.data.encoding import configure_image_bounds, encode
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
 from vlsi_fast.lineage import LineageError, read_record
-from vlsi_fast.loading import load_backbone
+from vlsi_fast.loading import cut_config, load_backbone
+from vlsi_fast.planner.checks.command import look
+from vlsi_fast.planner.checks.subject import Subject
+from vlsi_fast.ranks import shard_loading
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 NAMES = sorted(FAMILIES)
 CONFIG = DataConfig(train=[{"reader": "easy_vqa"}])
 # teacher, student; the last two are pairs across families, in both directions
-PAIRS = [(name, name) for name in NAMES if name != "qwen2_vl"]  # test_stages.py has Qwen2-VL itself
+BARE = {"glm4v": "<|endoftext|>"}
+"""Families whose template writes nothing behind an answer -> what is learnt behind the last one."""
+STUDENTS = {"qwen3_vl_moe": "qwen3_vl"}
+"""Whom a family's teacher teaches, where not its own: what has experts is not trained whole."""
+PAIRS = [(name, STUDENTS.get(name, name)) for name in NAMES if name != "qwen2_vl"]  # test_stages.py has Qwen2-VL
 PAIRS += [("llava_onevision", "qwen2_vl"), ("qwen2_vl", "llava_onevision")]
 
 
@@ -102,6 +110,7 @@ def test_three_stages(folder, tmp_path, teacher, student):
         if not torch.equal(before, base[name]):
             changed["interact"].add(name)
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    linears += ("in_proj_qkv", "in_proj_z", "out_proj", "gate_up_proj")  # of linear attention; GLM's FFN
     inside = re.compile(r"\.(language|text)_model\.layers\..*\.(" + "|".join(linears) + r")\.weight")
     assert changed["interact"] == {n for n in base if inside.search(n)}
 
@@ -124,6 +133,51 @@ def test_what_differs_between_the_tokenizers_is_recorded(folder, tmp_path):
     assert differing["<image>"] == [None, first] and differing["<|object_ref_start|>"] == [first, None]
 
 
+def test_a_student_with_experts_learns_by_its_attention(folder, tmp_path):
+    """Of its language model, stage interact and sft by LoRA change the projections of attention alone."""
+    start(folder, tmp_path / "run", "qwen3_vl_moe", "qwen3_vl_moe", sft={"method": "lora"})
+    before = dict(load_backbone(folder / "student_qwen3_vl_moe", "float32").named_parameters())
+    for stage in ("interact", "sft"):
+        after = load_backbone(tmp_path / "run" / stage / "student", "float32")
+        changed = {name for name, value in after.named_parameters() if not torch.equal(value, before[name])}
+        assert changed == {n for n in before if "language_model" in n and n.split(".")[-2][1:] == "_proj"}
+        before = dict(after.named_parameters())
+
+
+def test_a_student_with_experts_is_not_trained_whole(folder, tmp_path):
+    """Said by the first stage, not when sft begins, and by `check`; a config without that stage goes on."""
+    options = {"match": "sft.method is full, but qwen3_vl_moe routes tokens to experts.* set sft.method to lora"}
+    with pytest.raises(ConfigError, **options):
+        start(folder, tmp_path / "run", "qwen3_vl_moe", "qwen3_vl_moe", "verbalize")
+    with pytest.raises(ConfigError, **options):
+        sections = {"stages": ["verbalize"], "sft": {"start_from": "base"}}
+        start(folder, tmp_path / "run", "qwen3_vl_moe", "qwen3_vl_moe", "sft", **sections)
+    (line,) = look(Subject(load_config(tmp_path / "run.yaml"), ("sft",)), ("models",))
+    assert (line.status, line.fix) == ("FAILURE", "set sft.method to lora")
+
+
+def test_a_sharded_loads_experts_are_gathered_with_their_router(folder, monkeypatch):
+    """Of every layer that is loaded, DeepSpeed is told so; the loader's partitioning is left out here."""
+    from deepspeed.utils import get_z3_leaf_modules
+
+    monkeypatch.setattr(shard_loading, "_partitioning", lambda zero: contextlib.nullcontext())
+    for name, count in ("qwen3_vl_moe", 3), ("qwen3_vl", 0):
+        path = folder / f"teacher_{name}"
+        full, config = (AutoConfig.from_pretrained(path) for _ in range(2))
+        cut_config(config, 3)
+        model = shard_loading.load_sharded(path, config, full, torch.float32, "sdpa", {})
+        assert get_z3_leaf_modules(model) == [layer.mlp for layer in model.get_decoder().layers][:count]
+        stock = load_backbone(path, "float32", depth=3).state_dict()
+        assert all(torch.equal(value, stock[key]) for key, value in model.state_dict().items())
+
+
+def test_a_layer_of_experts_is_no_verbalizer(folder, tmp_path):
+    with pytest.raises(ConfigError, match="qwen3_vl_moe has experts .* use verbalizer.architecture verb_ffn"):
+        verbalizer = {"architecture": "decoder"}
+        start(folder, tmp_path / "run", "qwen3_vl_moe", "qwen3_vl", "verbalize", verbalizer=verbalizer)
+    assert not (tmp_path / "run" / "verbalize").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decoder_verbalizers_across_families(folder, tmp_path, dtype):
     for stage in ("verbalize", "interact"):
@@ -143,7 +197,8 @@ def test_decoder_verbalizers_across_families(folder, tmp_path, dtype):
 def test_first_sft_loss_is_the_stock_models(folder, tmp_path, name):
     """A batch of several images, none, and images of several shapes, against the stock model row by row."""
     training = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "max_steps": 1}
-    start(folder, tmp_path / "run", name, name, "sft", training=training, sft={"start_from": "base"})
+    sft = {"start_from": "base", "method": "full" if FAMILIES[name].sparse_block is None else "lora"}
+    start(folder, tmp_path / "run", name, name, "sft", training=training, sft=sft)
     record = runs.metrics(tmp_path / "run", "sft")[0]
     config = load_config(tmp_path / "run.yaml")
     dataset = VlsiDataset(build_source(config.data.train), {"student": processor(name)}, config.data)
@@ -189,8 +244,9 @@ def record_states(name, architecture):
     return seen, row, index, model
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("architecture", ["mlp", "decoder"])
+@pytest.mark.parametrize(
+    "name, architecture", [(n, a) for a in ("mlp", "decoder") for n in (families.DECODERS if a == "decoder" else NAMES)]
+)
 def test_a_target_layers_state_is_what_the_next_layer_reads(name, architecture):
     """Also where vision features are added between two layers (Qwen3-VL's deepstack)."""
     seen, row, index, model = record_states(name, architecture)
@@ -206,7 +262,7 @@ def test_a_target_layers_state_is_what_the_next_layer_reads(name, architecture):
         torch.testing.assert_close(state, whole if architecture == "decoder" else whole[0, index], rtol=0, atol=0)
     added = (reads[1] != leaves[1]).any(-1)
     image = row["input_ids"] == model.config.image_token_id
-    assert torch.equal(added, image if name == "qwen3_vl" else torch.zeros_like(image))
+    assert torch.equal(added, image if name in families.DEEPSTACK else torch.zeros_like(image))
 
 
 def test_smolvlm_sees_the_tiles_that_the_stock_model_sees():
@@ -265,6 +321,8 @@ def test_processor_saves_a_stock_checkpoint(name, tmp_path):
     made = processor(name)
     made.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())
+    kind = FAMILIES[name].processor.removesuffix("Processor").replace("2_5_", "2")  # Qwen2.5-VL has Qwen2-VL's
+    video = f"{kind}VideoProcessor"
     assert saved["processor_class"] == FAMILIES[name].processor
     again = load_processor(tmp_path)
     assert type(again) is type(made) and _as_json(again) == _as_json(made)
@@ -272,8 +330,6 @@ def test_processor_saves_a_stock_checkpoint(name, tmp_path):
     if name == "gemma3":  # no videos
         assert "video_processor" not in saved
         return
-    video = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2VL"}.get(name, FAMILIES[name].processor[: -len("Processor")])
-    video += "VideoProcessor"
     assert saved["video_processor"]["video_processor_type"] == video
     # checkpoints from the Hub may keep the video part in a file of its own
     del saved["video_processor"]
@@ -338,6 +394,21 @@ def test_answers_of_a_tokenizer_with_pieces_bytes_and_a_beginning():
     assert "\n\n\n" in plain, "the template's line break and the processor's are one token"
     words = made.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())
     assert "▁red" in words and "<0xE7>" in words
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_answer_of_a_conversation_is_found(name, turns):
+    """Also where the template writes the last one otherwise (an empty thought in front), and so in no other's place."""
+    messages = []
+    for i in range(turns):
+        messages += sample(f"what is {i}?", answer=f"yes, {i} is red").messages
+    row = encode(Sample("row", messages, []), processor(name), CONFIG, picture)
+    learnt = row["labels"][0][row["labels"][0] != -100]
+    end = {"glm4v": "", "smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>"}.get(name, "<|im_end|>")
+    before = " " if name == "smolvlm" else ""
+    wanted = "".join(f"{before}yes, {i} is red{end}" for i in range(turns)) + BARE.get(name, "")
+    assert processor(name).tokenizer.decode(learnt) == wanted
 
 
 def test_true_vocabulary_gives_the_same_answers():
@@ -426,6 +497,17 @@ def test_llava_has_no_pixel_bounds(folder, tmp_path):
     tree = {"min_pixels": 1024, "train": [{"reader": "messages", "path": str(folder / "rows.jsonl")}]}
     with pytest.raises(ConfigError, match="remove data.min_pixels .*; to bound the other model's images alone"):
         start(folder, tmp_path / "run", "llava_onevision", "qwen2_vl", "verbalize", data=tree)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "llava_onevision"])
+def test_pixel_bounds_are_of_one_image(name):
+    """Whatever the processor counts them over (GLM's: two frames that it makes of an image)."""
+    made = families.make_processor(name)
+    side = families.PATCH * 2
+    for bound in (16, 36):
+        configure_image_bounds(made, bound * side**2, bound * side**2)
+        row = encode(sample("What?", (200, 200)), made, CONFIG, picture)
+        assert int((row["input_ids"] == made.image_token_id).sum()) == bound
 
 
 def test_processors_of_one_tokenizer_kind_only():

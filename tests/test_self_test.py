@@ -300,6 +300,7 @@ def test_operators_that_a_stage_uses(workspace, tmp_path, sections, stage_name, 
     [
         ("qwen2_vl", ["Liger RMSNorm, width 32", "Liger SwiGLU, inner width 64"]),
         ("qwen3_vl", ["Liger RMSNorm, width 32", "Liger RMSNorm, width 16", "Liger SwiGLU, inner width 64"]),
+        ("qwen3_vl_moe", ["Liger RMSNorm, width 32", "Liger RMSNorm, width 16"]),
         (
             "llava_onevision",
             ["Liger RMSNorm, width 32", "Liger SwiGLU, inner width 64", "Liger RoPE, 2 and 2 heads of width 16"],

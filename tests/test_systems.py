@@ -18,11 +18,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from vlsi_fast import load_config
 from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.cli import main
-from vlsi_fast.config import ConfigError
+from vlsi_fast.config import ConfigError, LoraSettings
 from vlsi_fast.data.tokens import shared_tokens
 from vlsi_fast.loading import load_model_config, require_same_tokens, shared_rows, target_layers
-from vlsi_fast.planner.build import Models
-from vlsi_fast.planner.shapes import REAL_CONFIGS, read_config
+from vlsi_fast.planner.build import Models, setup_of, step_of
+from vlsi_fast.planner.memory import RESERVE_BYTES, Spoken
+from vlsi_fast.planner.report import rows_of
+from vlsi_fast.planner.shapes import REAL_CONFIGS, model_shape, read_config
+from vlsi_fast.planner.speed import _decoder_forward, traffic
+from vlsi_fast.planner.walk import walk
+from vlsi_fast.planner.window import resolved_setup
 from vlsi_fast.shrinking.checkpoint import shrunk_fields
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
@@ -55,8 +60,11 @@ WANTED = {
     "gemma3_12b_to_4b": ("gemma3", "gemma3", list(range(2, 47, 4)), list(range(2, 31, 4)), (2, 4)),
     "gemma3_27b_to_4b": ("gemma3", "gemma3", list(range(2, 59, 4)), list(range(2, 31, 4)), (2, 4)),
     "qwen3_vl_32b_to_4b": ("qwen3_vl", "qwen3_vl", list(range(2, 63, 4)), list(range(2, 35, 4)), (2, 4)),
+    "qwen3_5_27b_to_4b": ("qwen3_5", "qwen3_5", list(range(2, 63, 4)), list(range(2, 31, 4)), (2, 4)),
+    "qwen3_vl_30b_a3b_to_4b": ("qwen3_vl_moe", "qwen3_vl", list(range(2, 47, 4)), list(range(2, 35, 4)), (2, 4)),
+    "qwen3_vl_235b_a22b_to_4b": ("qwen3_vl_moe", "qwen3_vl", list(range(2, 91, 4)), list(range(2, 35, 4)), (2, 4)),
 }
-# checkpoint -> decoder layers, head rows, width d, inner width f, query width, key / value width, tied
+# checkpoint -> decoder layers, head rows, width d, inner width f (of an expert), query width, key / value width, tied
 SHAPES = {
     "Qwen/Qwen2-VL-2B-Instruct": (28, 151936, 1536, 8960, 1536, 256, True),
     "Qwen/Qwen2-VL-7B-Instruct": (28, 152064, 3584, 18944, 3584, 512, False),
@@ -68,6 +76,10 @@ SHAPES = {
     "google/gemma-3-4b-it": (34, 262208, 2560, 10240, 2048, 1024, True),
     "google/gemma-3-12b-it": (48, 262208, 3840, 15360, 4096, 2048, True),
     "google/gemma-3-27b-it": (62, 262208, 5376, 21504, 4096, 2048, True),
+    "Qwen/Qwen3.5-4B": (32, 248320, 2560, 9216, 4096, 1024, True),
+    "Qwen/Qwen3.5-27B": (64, 248320, 5120, 17408, 6144, 1024, False),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": (48, 151936, 2048, 768, 4096, 512, False),
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": (94, 151936, 4096, 1536, 8192, 512, False),
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": (24, 152000, 896, 4864, 896, 128, True),
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": (28, 152128, 3584, 18944, 3584, 512, False),
     "llava-hf/llava-onevision-qwen2-72b-ov-hf": (80, 152128, 8192, 29568, 8192, 1024, False),
@@ -79,6 +91,8 @@ SHAPES = {
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": (32, 49280, 960, 2560, 960, 320, False),
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": (24, 49280, 2048, 8192, 2048, 2048, False),
 }
+# Widths of keys and of values of linear attention
+LINEAR_ATTENTION = {"Qwen/Qwen3.5-4B": (2048, 4096), "Qwen/Qwen3.5-27B": (2048, 6144)}
 # Published counts of all parameters, and of the vision tower with its projector, by the sources that
 # real_configs/README.md names. A float is rounded.
 PARAMETERS = {
@@ -92,6 +106,10 @@ PARAMETERS = {
     "google/gemma-3-4b-it": 4_300_079_472,
     "google/gemma-3-12b-it": 12_187_325_040,
     "google/gemma-3-27b-it": 27_432_406_640,
+    "Qwen/Qwen3.5-4B": 4_659_865_088 - 120_599_552,  # without its mtp tensors
+    "Qwen/Qwen3.5-27B": 26_895_998_464 + 460_730_096,
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": 31_070_754_032,
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": 235_670_022_896,
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": 0.894e9,
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8.03e9,
     "llava-hf/llava-onevision-qwen2-72b-ov-hf": 73.2e9,
@@ -104,6 +122,7 @@ PARAMETERS = {
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": 2_246_784_880,
 }
 VISION_PARAMETERS = {
+    "Qwen/Qwen3.5-27B": 460_730_096,
     "Qwen/Qwen2-VL-7B-Instruct": 0.675e9,
     "Qwen/Qwen2.5-VL-7B-Instruct": 676_550_144,
     "Qwen/Qwen3-VL-4B-Instruct": 830_695_424 // 2,
@@ -112,6 +131,7 @@ VISION_PARAMETERS = {
 }
 FURTHER = {"1B": 938_193_024, "8B": 7_944_373_760, "14B": 15.1e9, "38B": 38.4e9}
 """The other sizes of InternVL3, which no config here names."""
+GLM_4_6V_FLASH = 10_292_777_472
 QWEN2_5_VL_32B = 33_452_718_336
 SIGLIP_SO400M = 428_225_600
 """google/siglip-so400m-patch14-384, the vision encoder: 27 layers and a pooling head."""
@@ -190,6 +210,8 @@ def test_parts_of_the_real_models(path):
     vision = {id(p) for part in family.vision(model) for p in parameters(part)}
     language = {id(p) for p in [*model.get_decoder().parameters(), *head.parameters()]}
     assert vision | language == {id(p) for p in model.parameters()} and not vision & language
+    if family.sparse_block is not None:
+        return
     with torch.device("meta"):
         alone = family.new_decoder_layer(model.config, 0)
     assert {n: p.shape for n, p in alone.named_parameters()} == {n: p.shape for n, p in layers[0].named_parameters()}
@@ -221,6 +243,17 @@ def test_vision_of_the_large_qwen2_5_vl():
     require_count(model.parameters(), QWEN2_5_VL_32B)
 
 
+def test_glm():
+    """GLM-4.6V-Flash, which no config has: whole, its parts, and LoRA's six linear layers a decoder layer."""
+    model, family = real_model("zai-org/GLM-4.6V-Flash"), FAMILIES["glm4v"]
+    require_count(model.parameters(), GLM_4_6V_FLASH)
+    vision = {id(p) for part in family.vision(model) for p in parameters(part)}
+    language = {id(p) for p in [*model.get_decoder().parameters(), *family.head(model).parameters()]}
+    assert vision | language == {id(p) for p in model.parameters()} and not vision & language
+    matched = [n for n, _ in model.named_modules() if re.fullmatch(family.lora_targets, n)]
+    assert len(matched) == 6 * 40 == 6 * len(family.decoder_layers(model))
+
+
 @pytest.mark.parametrize("path", [path for path in SHAPES if path.startswith("llava-hf")])
 def test_vision_of_llava_onevision_is_siglips_without_its_last_layer(path):
     config = real_config(path).vision_config
@@ -239,19 +272,24 @@ def parameters(part):
 
 @pytest.mark.parametrize("path", SHAPES)
 def test_lora_of_the_real_models(path):
-    """r (in + out) for each of seven linear layers of each decoder layer, and nothing else."""
+    """r (in + out) for each of seven linear layers of each decoder layer, four where it has experts; nothing else."""
     from peft import LoraConfig, get_peft_model
 
     depth, _, d, f, q, kv, _ = SHAPES[path]
     family = family_of(real_config(path))
     matched = [n for n, m in real_model(path).named_modules() if re.fullmatch(family.lora_targets, n)]
-    assert len(matched) == 7 * depth
+    dense = family.sparse_block is None
+    recurrent = LINEAR_ATTENTION.get(path)
+    assert len(matched) == (7 if dense else 4) * depth - (3 * depth // 4 if recurrent else 0)
     with torch.device("meta"):  # a model of its own: LoRA is injected in place
         model = AutoModelForImageTextToText.from_config(real_config(path))
         adapted = get_peft_model(model, LoraConfig(r=64, lora_alpha=64, target_modules=family.lora_targets))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     attention = (d + q) + 2 * (d + kv) + (q + d)
-    assert trained == 64 * depth * (attention + 3 * (d + f))
+    if recurrent:  # three layers in four: queries, keys and values in one; the gate z; the output. q has a gate, too
+        keys, values = recurrent
+        attention = (attention + q) / 4 + ((d + 2 * keys + values) + (d + values) + (values + d)) * 3 / 4
+    assert trained == 64 * depth * (attention + 3 * (d + f) * dense)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -267,16 +305,68 @@ def test_verbalizers_of_the_real_models(name):
             assert round(count / 1e6, 1) == 269.7  # table 4f
 
 
-@pytest.mark.parametrize("path", SHAPES)
+@pytest.mark.parametrize("path", [path for path in SHAPES if family_of(real_config(path)).sparse_block is None])
 def test_decoder_verbalizers_of_the_real_models(path):
     """3 d f + attention, without biases; Qwen3's and Gemma's query and key norms belong to their attention."""
     depth, _, d, f, q, kv, _ = SHAPES[path]
     settings = type("Settings", (), {"architecture": "decoder", "norm": False, "residual": False})
     with torch.device("meta"):
         module = Verbalizers(VerbalizerSpec.of(real_config(path), [2, depth - 2], settings))
+    if path in LINEAR_ATTENTION:  # of both target layers: the convolution, two gates and two numbers a head, and a norm
+        keys, values = LINEAR_ATTENTION[path]
+        heads = values // 128
+        mixer = d * (2 * keys + 2 * values + 2 * heads) + values * d + 4 * (2 * keys + values) + 2 * heads + 128
+        assert sum(p.numel() for p in module.parameters()) == 2 * (3 * d * f + mixer)
+        return
     kind = real_config(path).get_text_config().model_type
     norms = 2 * real_config(path).get_text_config().head_dim if kind.startswith(("qwen3", "gemma")) else 0
     assert sum(p.numel() for p in module.parameters()) == 2 * (3 * d * f + 2 * d * q + 2 * d * kv + norms)
+
+
+# ---- experts ----
+
+
+@pytest.mark.parametrize(
+    "path, billions", [("Qwen/Qwen3-VL-30B-A3B-Instruct", 3), ("Qwen/Qwen3-VL-235B-A22B-Instruct", 22)]
+)
+def test_a_token_meets_eight_of_128_experts(path, billions):
+    """As the checkpoints' names say. Operations count what a token meets; memory and traffic count everything."""
+    depth, rows, d, f, q, kv, _ = SHAPES[path]
+    shape = model_shape(real_config(path), "teacher", LoraSettings())
+    expert, rest = 3 * d * f, 2 * d * q + 2 * d * kv + 2 * 128 + 128 * d + 2 * d
+    assert (
+        shape.active == [8 * expert + rest] * depth and [sum(n) for n in shape.layers] == [128 * expert + rest] * depth
+    )
+    assert shape.together == 128 * expert + 128 * d, "a router and all of its experts are gathered at once"
+    assert round((sum(shape.active) + 2 * rows * d) / 1e9) == billions
+    step = Spoken(shape, "frozen")
+    assert _decoder_forward(step, 1, 10) == depth * (2 * (8 * expert + rest) + 4 * 10 * q)
+    assert sum(step.split()[1]) == PARAMETERS[path]
+
+
+@pytest.mark.parametrize("stage", ["verbalize", "interact"])
+@pytest.mark.parametrize("nodes, memory, fits", [(1, 80, True), (4, 80, False), (4, 141, True)])
+def test_235b_fits_as_its_config_says(stage, nodes, memory, fits):
+    """One machine of 8 x 80 GiB, several of 8 x 141. Every expert is gathered, of the layers that are run."""
+    models, room = models_of_235b(), memory * 2**30 - RESERVE_BYTES
+    batch = rows_of(models.config, models).batch(2)
+    setup = setup_of(models.config, stage, 8 * nodes, node=8)
+    step = step_of(models, stage, resolved_setup(models, stage, setup, batch, room), batch)
+    assert (walk(step).peak.total <= room) == fits
+    share = step.setup.windows / step.setup.accumulation if stage == "interact" else 1
+    moved = traffic(step)["teacher gathers"]
+    assert moved > share * 2 * 0.95 * sum(models.shapes["teacher"].parameters)
+
+
+@cache
+def models_of_235b():
+    return Models(load_config(runs.ROOT / "configs" / "qwen3_vl_235b_a22b_to_4b.yaml", {"training.deepspeed": ZERO3}))
+
+
+def test_a_plan_says_what_a_token_meets(capsys):
+    config = str(runs.ROOT / "configs" / "qwen3_vl_30b_a3b_to_4b.yaml")
+    assert main(["plan", "--config", config, "--training.deepspeed", ZERO3]) == 0
+    assert "student 4.4B parameters, teacher 31.1B parameters (3.9B of them for a token)" in capsys.readouterr().out
 
 
 # ---- a shrunk student ----
@@ -358,7 +448,8 @@ def _tokenizer(kind: str):
 
 
 def real_tokenizer(path):
-    """The true ranks with the family's special tokens, in the order of the published tokenizers."""
+    """The true ranks with the family's special tokens, in the order of the published tokenizers. Qwen3.5 has a
+    vocabulary of its own, which is not here; its pair is compared with Qwen2's."""
     return _tokenizer(path.split("/")[-1].split("-")[0])
 
 
@@ -374,7 +465,7 @@ def test_shared_vocabulary_of_a_system(name):
     rows = [SHAPES[path][1] for path in (student, teacher)]
     assert rows == [real_config(path).get_text_config().vocab_size for path in (student, teacher)]
     tokens = require_same_tokens(real_tokenizer(student), real_tokenizer(teacher), student, teacher)
-    if WANTED[name][0] == WANTED[name][1]:
+    if (WANTED[name][0] == "llava_onevision") == (WANTED[name][1] == "llava_onevision"):
         assert tokens.limit is None and shared_rows(rows, tokens) == min(rows)
     else:  # <image> and <|object_ref_start|> are both 151646
         assert tokens.limit == shared_rows(rows, tokens) == 151646
@@ -388,7 +479,7 @@ def test_shared_vocabulary_of_a_system(name):
 
 
 def test_image_tokens_of_the_real_configs_are_the_tokenizers():
-    for path in filter(has_qwens_tokens, SHAPES):
+    for path in [path for path in SHAPES if has_qwens_tokens(path) and "Qwen3.5" not in path]:
         config, tokenizer = real_config(path), real_tokenizer(path)
         token = {"internvl": "<IMG_CONTEXT>", "llava_onevision": "<image>"}.get(config.model_type, "<|image_pad|>")
         assert config.image_token_id == tokenizer.convert_tokens_to_ids(token)
@@ -422,7 +513,7 @@ def test_unknown_family_lists_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors").write_text("")
     settings = type("Settings", (), {"path": str(tmp_path)})
-    known = "gemma3, internvl, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm"
+    known = "gemma3, glm4v, internvl, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen3_vl_moe, smolvlm"
     with pytest.raises(ValueError, match=f"no adapter for model type 'llama'; known families: {known}. CONTRIBUTING"):
         load_model_config(settings, "student")
     assert ", ".join(sorted(FAMILIES)) == known

@@ -24,7 +24,8 @@ STOCK = {"llava_onevision": {"pack_image_features": 1}}
 """Waits of the stock forward that remain, by function: each a micro-batch and model."""
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+# rows with linear attention are padded, and the stock model reads their mask
+@pytest.fixture(scope="module", params=[name for name in sorted(FAMILIES) if name not in tiny_families.RECURRENT])
 def family(request):
     return request.param
 
@@ -42,7 +43,7 @@ def folder(tmp_path_factory, family):
 
 def config_of(folder, **roles):
     settings = runs.settings(folder, folder / "out", max_steps=STEPS, max_grad_norm=0)
-    settings |= {"impl": "torch", "liger": False, "matching": {"strategy": "multinomial"}}
+    settings |= {"impl": "torch", "liger": False, "matching": {"strategy": "multinomial"}, "sft": {"method": "lora"}}
     settings["data"]["padding_free"] = True if roles else "auto"
     for role in ("teacher", "student"):
         settings[role] |= roles

@@ -4,13 +4,13 @@ import pytest
 import tiny_runs as runs
 import torch
 from test_losses import PAIRS, interact_module
-from test_packing import NAMES, ROWS, TEXT, encoded, families, processor
+from test_packing import NAMES, PACKED, ROWS, TEXT, encoded, families, processor
 from tiny_batch import ROWS as PROMPTS
 from tiny_batch import make_batch
 from tiny_batch import processor as tiny_processor
 
 from vlsi_fast import load_config, run
-from vlsi_fast.backbones import FAMILIES, family_of
+from vlsi_fast.backbones import family_of
 from vlsi_fast.config import ConfigError
 from vlsi_fast.data import Collator
 from vlsi_fast.data.packing import Packer
@@ -24,7 +24,7 @@ from vlsi_fast.stages.window import join
 def collators(name):
     """Padded and, where the family can be, packed, with a blank image where no row has one."""
     config = families.make_model(name, tokenizer=processor(name).tokenizer).config
-    for packers in ({},) if FAMILIES[name].images_look_ahead else ({}, {"student": Packer(config)}):
+    for packers in ({}, {"student": Packer(config)})[: 2 if name in PACKED else 1]:
         yield Collator({"student": processor(name)}, True, packers)
 
 

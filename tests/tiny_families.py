@@ -7,6 +7,7 @@ import tokenizers
 import torch
 import transformers
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -18,14 +19,25 @@ from vlsi_fast.data.processors import build_processor
 PATCH, TILE = 8, 32
 TILE_TOKENS = (TILE // PATCH) ** 2 // 4
 """Of a tile where four of its patches become a token (InternVL, SmolVLM)."""
-OWN_TOKENS = {"gemma3", "smolvlm"}
+OWN_TOKENS = {"gemma3", "glm4v", "smolvlm"}
 """Families whose tokenizer is not Qwen's."""
 QWEN_TOKENS = [name for name in sorted(FAMILIES) if name not in OWN_TOKENS]
-GRIDS = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+GRIDS = ["glm4v", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"]
 """Families that take images of any size as a grid of patches; the others cut them into tiles, or make them
 of one size."""
 GEMMA_TOKENS = 4
 """Of an image: patches of 4 pixels, of which 4 x 4 become one token, as the true ones do."""
+DECODERS = [name for name in sorted(FAMILIES) if FAMILIES[name].sparse_block is None]
+"""Families with decoder verbalizers."""
+ARCHITECTURES = [(name, "verb_ffn") for name in sorted(FAMILIES)] + [(name, "decoder") for name in DECODERS]
+DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
+"""Families that add vision features behind their first layers."""
+QUERY_NORMS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+"""Families whose attention has norms of queries and keys."""
+LIGER = [name for name in FAMILIES if name not in ("gemma3", "qwen3_5", "glm4v")]
+"""Families into which liger-kernel's modules are put."""
+RECURRENT = ("qwen3_5",)
+"""Families with layers of linear attention: their rows are padded, not packed."""
 LLAVA_SPECIAL_TOKENS = [*tiny.SPECIAL_TOKENS[:3], "<image>", "<video>"]
 """The llava-hf tokenizers: Qwen2's three, then two of LLaVA's own where Qwen2-VL has <|object_ref_start|> and _end."""
 
@@ -93,6 +105,52 @@ def make_smollm_tokenizer():
     return tokenizer
 
 
+# An empty thought before an answer behind the last question, none before earlier ones; by default the generation prompt
+# leaves a thought open.
+QWEN3_5_CHAT_TEMPLATE = """\
+{%- macro body(content) -%}
+    {%- for part in content -%}
+        {%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+        {%- else -%}{{- part['text'] -}}{%- endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
+{%- set ns = namespace(last=0) -%}
+{%- for message in messages if message['role'] == 'user' -%}{%- set ns.last = ns.last + 1 -%}{%- endfor -%}
+{%- set asked = namespace(count=0) -%}
+{%- for message in messages -%}
+    {%- set asked.count = asked.count + (message['role'] == 'user') -%}
+    {{- '<|im_start|>' + message['role'] + '\n' -}}
+    {%- if message['role'] == 'assistant' and asked.count == ns.last -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
+    {{- body(message['content']) | trim + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n<think>\n' -}}
+    {%- if enable_thinking is defined and not enable_thinking -%}{{- '\n</think>\n\n' -}}{%- endif -%}
+{%- endif -%}
+"""
+
+
+GLM_SPECIAL_TOKENS = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|im_end|>"]
+GLM_SPECIAL_TOKENS += [f"<|{name}|>" for name in ("begin_of_image", "end_of_image", "begin_of_video", "end_of_video")]
+GLM_SPECIAL_TOKENS += ["<|image|>", "<|video|>"]
+# Nothing behind an answer; an empty thought in front of one.
+GLM_CHAT_TEMPLATE = """\
+[gMASK]<sop>
+{%- for message in messages -%}
+    {{- '<|' + message['role'] + '|>\n' -}}
+    {%- if message['role'] == 'assistant' -%}{{- '<think></think>\n' -}}{%- endif -%}
+    {%- for part in message['content'] -%}
+        {%- if part['type'] == 'image' -%}{{- '<|begin_of_image|><|image|><|end_of_image|>' -}}
+        {%- else -%}{{- part['text'] -}}{%- endif -%}
+    {%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant|>\n' -}}
+    {%- if enable_thinking is defined and not enable_thinking -%}{{- '<think></think>\n' -}}{%- endif -%}
+{%- endif -%}
+"""
+
+
 def make_processor(model_type: str, kind: str = "tiny"):
     """A processor of the family; where it cuts images, tiles have 32 x 32 pixels, and there are two by two at most."""
     name = FAMILIES[model_type].processor
@@ -118,8 +176,14 @@ def make_processor(model_type: str, kind: str = "tiny"):
         fields = {"num_image_tokens": (TILE // PATCH) ** 2, "vision_feature_select_strategy": "full"}
         return build_processor(name, tokenizer, image, LLAVA_CHAT_TEMPLATE, **fields)
     size = {"shortest_edge": 1024, "longest_edge": 1024}
+    if model_type == "glm4v":
+        tokenizer = tiny.make_tokenizer(kind, GLM_SPECIAL_TOKENS)
+        tokenizer.eos_token = "<|endoftext|>"
+        image = Glm46VImageProcessorPil(patch_size=PATCH, size={name: 2 * value for name, value in size.items()})
+        return build_processor(name, tokenizer, image, GLM_CHAT_TEMPLATE)  # it counts the pixels of two frames
     image = Qwen2VLImageProcessorPil(patch_size=PATCH, size=size)
-    return build_processor(name, tiny.make_tokenizer(kind), image, tiny.CHAT_TEMPLATE)
+    template = QWEN3_5_CHAT_TEMPLATE if model_type == "qwen3_5" else tiny.CHAT_TEMPLATE
+    return build_processor(name, tiny.make_tokenizer(kind), image, template)
 
 
 def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer, kv_heads: int | None = None):
@@ -180,10 +244,33 @@ def _config(model_type: str, hidden: int, layers: int, tied: bool, tokenizer, kv
         del vision["intermediate_size"], vision["out_hidden_size"]
     elif model_type == "qwen2_5_vl":
         vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]}
+    elif model_type == "glm4v":
+        text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [half // 2 - 2, 1, 1]}
+        vision |= {"image_size": TILE}
     else:
         text |= {"head_dim": hidden // heads}
         text["rope_parameters"]["mrope_interleaved"] = True
-        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+        if model_type == "qwen3_vl_moe":  # not square: whether stored experts are transposed is told by their shapes
+            text |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": hidden // 2 + 8}
+        vision |= {"num_position_embeddings": 16}
+        if model_type in DEEPSTACK:
+            vision["deepstack_visual_indexes"] = [0, 1]
+        else:  # Qwen3.5: every fourth layer attends, with a rotation of half of each head
+            text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [half // 2 - 2, 1, 1]}
+            text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+            text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    if model_type == "glm4v":
+        names = [f"{kind}_{end}" for kind in ("image", "video") for end in ("start", "end")]
+        marks = [f"<|{word}_of_{kind}|>" for kind in ("image", "video") for word in ("begin", "end")]
+        return transformers.AutoConfig.for_model(
+            model_type,
+            text_config=text,
+            vision_config=vision,
+            image_token_id=token_id("<|image|>"),
+            video_token_id=token_id("<|video|>"),
+            tie_word_embeddings=tied,
+            **{f"{name}_token_id": token_id(mark) for name, mark in zip(names, marks)},
+        )
     return transformers.AutoConfig.for_model(
         model_type,
         text_config=text,

@@ -9,13 +9,22 @@ import torch
 from torch import nn
 
 from .attention import VARLEN, varlen_problem
-from .backbones import FAMILIES
+from .backbones import FAMILIES, is_recurrent
 from .config_files import ConfigError
 
-LIGER_NAMES = {"qwen2": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-LIGER_NAMES |= {name: name for name in ("llama", "qwen3")}
+LIGER_NAMES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
 """A language model's `config.model_type` -> that of the plain language model with the same layers, by which
 liger-kernel patches it. Its patches of the Qwen-VL families (0.8.5) need classes that transformers no longer has."""
+LIGER_NORMS_ALONE = ("qwen3_moe",)
+"""Those whose experts keep transformers' own grouped products."""
 
 
 def attention_name(asked: str, dtype: str, device: torch.device, padding_free: bool | Literal["auto"], config) -> str:
@@ -79,8 +88,9 @@ def use_packing(asked: bool | Literal["auto"], attention: str, config) -> bool:
         config: the model's transformers config.
 
     Raises:
-        ConfigError: asked for, with an attention that is not known to keep packed rows apart, or a family whose own
-            mask does not.
+        ConfigError: asked for, with an attention that is not known to keep packed rows apart, a family whose own mask
+            does not, or a model with linear attention. Its state and its convolution run on from one row into the next:
+            transformers' plain implementation of both knows no bounds.
     """
     if asked is True and _images_look_ahead(config):
         raise ConfigError(
@@ -88,6 +98,13 @@ def use_packing(asked: bool | Literal["auto"], attention: str, config) -> bool:
             "sliding-window layers look up a later row's images where the first row's are. Set data.padding_free to "
             "auto or false"
         )
+    if is_recurrent(config):
+        if asked is True:
+            raise ConfigError(
+                f"data.padding_free is true, but {config.model_type} has linear-attention layers, whose state runs on "
+                "from one packed row into the next: set data.padding_free to auto or false"
+            )
+        return False
     flash = attention.startswith("flash_attention") or attention == VARLEN
     if asked is True and not flash and attention not in ("sdpa", "eager", "flex_attention"):
         raise ConfigError(
@@ -143,8 +160,9 @@ def apply_liger(model: nn.Module, required: bool = False) -> str | None:
     patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(LIGER_NAMES.get(kind))
     if patch is not None:
         losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-        patch(model=language, rms_norm=True, swiglu=True, rope=kind == LIGER_NAMES[kind], **losses)
-        return LIGER_NAMES[kind]
+        name = LIGER_NAMES[kind]
+        patch(model=language, rms_norm=True, swiglu=name not in LIGER_NORMS_ALONE, rope=kind == name, **losses)
+        return name
     if required:
         raise ConfigError(f"liger is true, but no part of liger-kernel is used for {kind}; set it to auto or false")
     return None

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from .base import Family, default_layers
+from .base import Family, default_layers, is_recurrent, require_dense
 from .gemma3 import GEMMA3
+from .glm4v import GLM4V
 from .internvl import INTERNVL
 from .llava_onevision import LLAVA_ONEVISION
 from .qwen2_5_vl import QWEN2_5_VL
 from .qwen2_vl import QWEN2_VL
+from .qwen3_5 import QWEN3_5
 from .qwen3_vl import QWEN3_VL
+from .qwen3_vl_moe import QWEN3_VL_MOE
 from .smolvlm import SMOLVLM
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (QWEN2_VL, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, SMOLVLM, INTERNVL, GEMMA3)
+    family.model_type: family
+    for family in (
+        *(QWEN2_VL, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5),
+        *(SMOLVLM, INTERNVL, GEMMA3, GLM4V),
+    )
 }
 
-__all__ = ["FAMILIES", "Family", "default_layers", "family_of", "require_plain_logits"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "default_layers",
+    "family_of",
+    "is_recurrent",
+    "require_dense",
+    "require_plain_logits",
+]
 
 
 def family_of(config) -> Family:

@@ -25,9 +25,17 @@ def spare_waits(model: nn.Module, family: Family) -> None:
         backbone.get_image_features = _every_tile(backbone)
         backbone.vision_model.forward = _unmasked(backbone.vision_model)
         backbone.register_forward_pre_hook(_embed_tiles, with_kwargs=True)
+    if family.model_type == "glm4v":
+        backbone.visual.embeddings.register_forward_pre_hook(_sizes_to_device)
     language = model.get_decoder()
     if hasattr(language, "_deepstack_process"):
         language._deepstack_process = add_at
+
+
+def _sizes_to_device(module, arguments):
+    """Images' sizes are on the host where rows are packed; GLM's embedding of positions takes them on the device."""
+    patches, lengths, sizes, *coordinates = arguments
+    return patches, lengths, sizes.to(patches.device, non_blocking=True), *coordinates
 
 
 def _unchecked(stock, image_token: int):

@@ -14,6 +14,7 @@ A row's words never become control tokens (plaintext.py), and endless text is re
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -62,7 +63,7 @@ def encode(
     """
     check_messages(sample)
     check_length(sample.messages, processor, data_config.max_length)
-    rendered, spans = answer_spans(sample.messages, processor)
+    rendered, spans = _ended(*answer_spans(sample.messages, processor), sample.messages, processor)
     check_special(rendered, data_config)
     loaded = {ref: image_loader(ref) for ref in dict.fromkeys(sample.images)}
     images = [loaded[ref] for ref in sample.images]
@@ -223,12 +224,11 @@ def answer_spans(messages: list[dict], processor) -> tuple[Rendered, list[tuple[
             `render`.
     """
     full = render(processor, messages, prompt=False)
-    plain = full.plain
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if turns and turns[0] == 0:
         raise UnusableRow("template", "the conversation starts with an assistant turn, so it has no prompt")
     if len(turns) <= 2:
-        return full, [_rendered_span(messages, i, plain, processor) for i in turns]
+        return full, [_span(messages, i, full, processor) for i in turns]
     if spans := _spans_between(messages, turns, full, processor):
         return full, spans
     if len(turns) > MAX_REWRITTEN_TURNS:
@@ -236,7 +236,32 @@ def answer_spans(messages: list[dict], processor) -> tuple[Rendered, list[tuple[
             f"the chat template renders turns differently, so no more than {MAX_REWRITTEN_TURNS} answers can be found"
         )
         raise UnusableRow("template", what)
-    return full, [_rendered_span(messages, i, plain, processor) for i in turns]
+    return full, [_span(messages, i, full, processor) for i in turns]
+
+
+def _span(messages: list[dict], i: int, full: Rendered, processor) -> tuple[int, int]:
+    """Where the answer of turn `i` stands: by renderings up to there, or by its words where those differ."""
+    try:
+        return _rendered_span(messages, i, full.plain, processor)
+    except UnusableRow:
+        found = _worded_span(messages, i, full, processor)
+        if found is None:
+            raise
+        return found
+
+
+def _worded_span(messages: list[dict], i: int, full: Rendered, processor) -> tuple[int, int] | None:
+    """Of an answer in whose place the template writes more while it is the last one (Qwen3.5: an empty thought): from
+    its first word to the end of turn that it has there. None where the words are not known, or none follow."""
+    alone = render(processor, messages[: i + 1], prompt=False)
+    if i == len(messages) - 1 or not alone.words or full.words is None:
+        return None
+    count = sum(bool(part.get("text", "").strip()) for part in messages[i]["content"])
+    own = full.words[len(alone.words) - count : len(alone.words)]
+    ending = alone.plain[alone.words[-1][1] :].strip()
+    start, at = own[0][0], own[-1][1]
+    end = full.plain.find(ending, at)
+    return (start, end + len(ending)) if end >= 0 and not full.plain[at:end].strip() else None
 
 
 def _rendered_span(messages: list[dict], i: int, full: str, processor) -> tuple[int, int]:
@@ -258,7 +283,7 @@ def _spans_between(messages: list[dict], turns: list[int], full: Rendered, proce
     """
     if full.words is None:
         return None
-    plain, known = full.plain, {i: _rendered_span(messages, i, full.plain, processor) for i in (turns[0], turns[-1])}
+    plain, known = full.plain, {i: _span(messages, i, full, processor) for i in (turns[0], turns[-1])}
     before = apply_template(processor, messages[: turns[0]], prompt=False)
     prompt = apply_template(processor, messages[: turns[0]], prompt=True)
     if not prompt.startswith(before) or not (prompt := prompt[len(before) :]).strip():
@@ -298,19 +323,21 @@ def configure_image_bounds(processor, min_pixels: int | None, max_pixels: int | 
     image_processor = getattr(processor, "image_processor", None)
     accepted = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
     size = dict(getattr(image_processor, "size", None) or {})
-    if "max_pixels" not in accepted or not {"shortest_edge", "longest_edge"} <= size.keys():
+    if not {"max_pixels", "merge_size"} & set(accepted) or not {"shortest_edge", "longest_edge"} <= size.keys():
         raise ValueError(
             f"{type(image_processor).__name__} has no bounds on the number of pixels; remove {section}.min_pixels and "
             f"{section}.max_pixels from the config"
             + ("; to bound the other model's images alone, set them in its section" if section == "data" else "")
         )
-    low = size["shortest_edge"] if min_pixels is None else min_pixels
-    high = size["longest_edge"] if max_pixels is None else max_pixels
+    # GLM's counts the pixels of as many frames as it makes of an image
+    frames = 1 if "max_pixels" in accepted else image_processor.temporal_patch_size
+    low = size["shortest_edge"] if min_pixels is None else frames * min_pixels
+    high = size["longest_edge"] if max_pixels is None else frames * max_pixels
     if low > high:
         raise ValueError(
-            f"the image bounds exclude each other: at least {low} and at most {high} pixels; set both "
-            f"{section}.min_pixels and {section}.max_pixels "
-            f"(the processor's own are {size['shortest_edge']} and {size['longest_edge']})"
+            f"the image bounds exclude each other: at least {low // frames} and at most {high // frames} pixels; set "
+            f"both {section}.min_pixels and {section}.max_pixels "
+            f"(the processor's own are {size['shortest_edge'] // frames} and {size['longest_edge'] // frames})"
         )
     image_processor.size = {**size, "shortest_edge": low, "longest_edge": high}
 
@@ -341,6 +368,20 @@ def tokenizer_options(processor, text: str) -> dict:
     """For the processor's call: no second beginning-of-text token, as in `apply_chat_template(tokenize=True)`."""
     begin = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
+
+
+def ends_bare(text: str, messages: list[dict]) -> bool:
+    """Whether a template writes nothing behind the last answer (GLM, which stops before the next turn)."""
+    texts = [part["text"].strip() for part in messages[-1]["content"] if part.get("text", "").strip()]
+    return messages[-1]["role"] == "assistant" and bool(texts) and text.rstrip().endswith(texts[-1])
+
+
+def _ended(rendered: Rendered, spans: list[tuple[int, int]], messages: list[dict], processor):
+    """With the end-of-text token behind a last answer that ends bare, to be learnt: else none would learn to stop."""
+    if not ends_bare(rendered.plain, messages):
+        return rendered, spans
+    text = rendered.text.rstrip() + processor.tokenizer.eos_token
+    return replace(rendered, text=text), [*spans[:-1], (spans[-1][0], len(text))]
 
 
 class Tokens:

@@ -26,6 +26,8 @@ _VIDEO = {
     "Qwen2VLProcessor": ("Qwen2VLVideoProcessor", _PATCHES),
     "Qwen2_5_VLProcessor": ("Qwen2VLVideoProcessor", _PATCHES),
     "Qwen3VLProcessor": ("Qwen3VLVideoProcessor", _PATCHES),
+    "Glm4vProcessor": ("Glm4vVideoProcessor", _PATCHES),
+    "Glm46VProcessor": ("Glm46VVideoProcessor", _PATCHES),
     "LlavaOnevisionProcessor": ("LlavaOnevisionVideoProcessor", ("size", "image_mean", "image_std")),
     "InternVLProcessor": ("InternVLVideoProcessor", ("size", "image_mean", "image_std")),
     "SmolVLMProcessor": ("SmolVLMVideoProcessor", ("size", "max_image_size", "image_mean", "image_std")),
@@ -74,6 +76,14 @@ class Qwen3VLProcessor(_WithoutVideo, transformers.Qwen3VLProcessor):
     """Stock, minus video."""
 
 
+class Glm4vProcessor(_WithoutVideo, transformers.Glm4vProcessor):
+    """Stock, minus video."""
+
+
+class Glm46VProcessor(_WithoutVideo, transformers.Glm46VProcessor):
+    """Stock, minus video."""
+
+
 class LlavaOnevisionProcessor(_WithoutVideo, transformers.LlavaOnevisionProcessor):
     """Stock, minus video."""
 
@@ -105,12 +115,8 @@ class SmolVLMProcessor(_WithoutVideo, transformers.SmolVLMProcessor):
 _WITHOUT_VIDEO = {
     each.__name__: each
     for each in (
-        Qwen2VLProcessor,
-        Qwen2_5_VLProcessor,
-        Qwen3VLProcessor,
-        LlavaOnevisionProcessor,
-        InternVLProcessor,
-        SmolVLMProcessor,
+        *(Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor, Glm4vProcessor, Glm46VProcessor),
+        *(LlavaOnevisionProcessor, InternVLProcessor, SmolVLMProcessor),
     )
 }
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.dataset import VlsiDataset
-from vlsi_fast.data.encoding import answer_spans, check_length, check_messages, tokenizer_options
+from vlsi_fast.data.encoding import answer_spans, check_length, check_messages, ends_bare, tokenizer_options
 from vlsi_fast.data.images import image_size
 from vlsi_fast.data.jsonfile import cache_folder
 from vlsi_fast.data.messages import Sample
@@ -79,8 +79,10 @@ class RowSizer:
             if "text" in part
         ]
         whole = self._count([_framed(text, self.processor)], **tokenizer_options(self.processor, text))
-        # an answer's end-of-turn token is learnt with it
-        learnt = self._count(answers, add_special_tokens=False, split_special_tokens=True) + len(answers)
+        # an answer's end-of-turn token is learnt with it, or one behind the last
+        bare = ends_bare(text, sample.messages)
+        learnt = self._count(answers, add_special_tokens=False, split_special_tokens=True)
+        learnt, whole = learnt + (1 if bare else len(answers)), whole + bare
         shown = [image_counts(self.processor, size, alone=len(images) == 1) for size in images]
         tokens = whole + sum(count - 1 for count, _, _ in shown)  # the text has one of each image's tokens
         if tokens > self.data.max_length:

@@ -1,6 +1,7 @@
 """What a plan needs to know of a model: exact parameter sizes, read off the stock class built without weights.
 
     d width        f inner width of the FFN        q, kv  width of queries, and of keys or values        V vocabulary
+    E experts of a decoder layer                   k  of them that a token goes to
 
 The model is built on the meta device from its `config.json` alone, so counts are those of the class that will be
 loaded, whatever its biases and ties, and nothing is downloaded but that file.
@@ -43,6 +44,21 @@ class ModelShape:
     """The head is the embedding."""
     layers: list[list[int]]
     """Parameters of each decoder layer."""
+    active: list[float]
+    """Of each decoder layer: parameters that a token meets; of E experts k."""
+    together: int
+    """Elements of a decoder layer that are gathered at once: its largest tensor, or a router with all its experts."""
+    recurrence: list[float]
+    """Of each decoder layer: FLOPs of its linear attention's products for a token, beside those with weights; 0 where
+    it attends."""
+    recurrent: int
+    """Numbers a token, in float32, that the largest linear attention holds at its peak; 0: there is none."""
+    recurrent_saved: int
+    """Likewise what it keeps for backward."""
+    routed: int
+    """k; 0: there are no experts."""
+    expert_inner: int
+    """Inner width of all experts of a token together, the shared ones included; 0: there are none."""
     ends: list[int]
     """Parameters outside decoder layers and vision: embedding, final norm, head (once where tied)."""
     vision: list[int]
@@ -84,7 +100,7 @@ class ModelShape:
 
     def cut(self, depth: int | None) -> ModelShape:
         """The model with only its first `depth` decoder layers, as it is loaded where nothing deeper is read."""
-        kept = {name: getattr(self, name)[:depth] for name in ("layers", "lora", "linears")}
+        kept = {name: getattr(self, name)[:depth] for name in ("layers", "active", "recurrence", "lora", "linears")}
         return dataclasses.replace(self, **kept)
 
     def without_head(self) -> ModelShape:
@@ -105,9 +121,19 @@ class ModelShape:
         return [*self.vision, *self.ends, *(n for layer in self.layers for n in layer)]
 
     @property
+    def active_parameters(self) -> int:
+        """Those that a token meets: all but of the experts that it does not go to."""
+        return round(sum(self.parameters) - sum(map(sum, self.layers)) + sum(self.active))
+
+    @property
     def largest(self) -> int:
         """The largest tensor of a decoder layer."""
         return max(max(layer) for layer in self.layers)
+
+    @property
+    def ffn(self) -> int:
+        """Inner width of the FFN that a token runs through, or of its experts together."""
+        return self.expert_inner or self.inner
 
 
 def read_config(settings: BackboneConfig, role: str, path: str | None = None):
@@ -206,6 +232,7 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
     merge, side = family.merge(config), side_of(vision.patch_size)
     classed = any(name.endswith("cls_token") for name, _ in tower.named_parameters())
     seen = 1 + (side / side_of(vision.image_size)) ** 2 if classed else 1.0
+    experts, delta = _Experts(text), _DeltaRule(text)
     return ModelShape(
         name=name,
         width=text.hidden_size,
@@ -216,6 +243,13 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         vocab=family.head(model).weight.shape[0],
         tied=bool(config.tie_word_embeddings),
         layers=[[p.numel() for p in layer.parameters()] for layer in layers],
+        active=[sum(p.numel() * experts.share(p) for p in layer.parameters()) for layer in layers],
+        together=max(experts.together(layer, family.sparse_block) for layer in layers),
+        recurrence=[delta.flops if hasattr(layer, "linear_attn") else 0.0 for layer in layers],
+        recurrent=delta.held,
+        recurrent_saved=delta.saved,
+        routed=experts.routed,
+        expert_inner=experts.inner,
         ends=[p.numel() for p in model.parameters() if id(p) not in inside],
         vision=[p.numel() for p in vision_parameters],
         lora=adapted,
@@ -239,6 +273,54 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
 def side_of(size: int | list[int] | tuple[int, ...]) -> int:
     """Of a square that a config gives as one number or two."""
     return size if isinstance(size, int) else size[0]
+
+
+class _Experts:
+    """The experts of a language model, by its config: the stock classes hold a layer's as parameters [E, ..]."""
+
+    def __init__(self, text):
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        self.count = next((getattr(text, name) for name in names if getattr(text, name, None)), 0)
+        self.routed = text.num_experts_per_tok if self.count else 0
+        shared = getattr(text, "n_shared_experts", None) or 0
+        self.inner = (self.routed + shared) * text.moe_intermediate_size if self.count else 0
+
+    def share(self, parameter) -> float:
+        """Of a parameter's elements, those that a token meets."""
+        is_expert = self.count and parameter.dim() == 3 and parameter.shape[0] == self.count
+        return self.routed / self.count if is_expert else 1.0
+
+    def together(self, layer: nn.Module, sparse_block: str | None) -> int:
+        """See `ModelShape.together`."""
+        blocks = [m for m in layer.modules() if type(m).__name__ == sparse_block]
+        return max([p.numel() for p in layer.parameters()] + [sum(p.numel() for p in b.parameters()) for b in blocks])
+
+
+class _DeltaRule:
+    """The gated delta rule of linear attention (Gated DeltaNet), as transformers' plain implementation computes it: in
+    float32, in chunks of C = 64 tokens. flash-linear-attention's kernels hold less.
+
+    h heads of values, k and v widths of a head's keys and values. Products with weights are not part of it.
+
+        a token's products   h (4 C k + 2 C v + 6 k v): keys and queries with keys, values twice within the chunk, and
+                             the state that is read twice and written once; its triangular systems are not counted
+        at its peak          queries, keys, values, scaled and decayed ones, both solutions and the output: h (11 v),
+                             and three [C, C] matrices a chunk: h (3 C)
+        kept for backward    those, the inputs of the products with the state and of the systems: h (18 v + 5 C), and
+                             the states of all chunks: h (3 k v / C)
+    """
+
+    CHUNK = 64
+
+    def __init__(self, text):
+        heads = getattr(text, "linear_num_value_heads", None) or 0
+        if not heads:
+            self.flops, self.held, self.saved = 0.0, 0, 0
+            return
+        keys, values, chunk = text.linear_key_head_dim, text.linear_value_head_dim, self.CHUNK
+        self.flops = heads * (4.0 * chunk * keys + 2 * chunk * values + 6 * keys * values)
+        self.held = heads * (11 * values + 3 * chunk)
+        self.saved = heads * (18 * values + 5 * chunk + 3 * keys * values // chunk)
 
 
 def _linears(layer: nn.Module) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ import torch
 
 from vlsi_kernels import resolve_impl
 
-from ..acceleration import LIGER_NAMES
+from ..acceleration import LIGER_NAMES, LIGER_NORMS_ALONE
 from ..config import RunConfig
 from . import backbone, operators
 from .probe import Probe
@@ -102,10 +102,11 @@ def _of_liger(text, dtype: torch.dtype, widened: bool) -> list[Probe]:
     if kind is None:
         return []
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    widths = [text.hidden_size] + ([head] if kind == "qwen3" else [])  # Qwen3 has norms of queries and keys
+    widths = [text.hidden_size] + ([head] if kind.startswith("qwen3") else [])  # Qwen3 has norms of queries and keys
     dtypes = [dtype] + ([torch.float32] if widened and dtype != torch.float32 else [])
     found = [backbone.liger_rms_norm(width, text.rms_norm_eps, d) for width in widths for d in dtypes]
-    found.append(backbone.liger_swiglu(text.intermediate_size, dtype))
+    if kind not in LIGER_NORMS_ALONE:
+        found.append(backbone.liger_swiglu(text.intermediate_size, dtype))
     if text.model_type == kind:  # as `apply_liger`
         found.append(backbone.liger_rope(text.num_attention_heads, text.num_key_value_heads, head, dtype))
     return found

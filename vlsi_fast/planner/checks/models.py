@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...backbones import family_of, require_dense
 from ...config import ConfigError
 from ...data.alignment import common_tokens
 from ...data.collate import blank_image
@@ -32,6 +33,11 @@ def check_models(subject: Subject) -> str:
         except ConfigError as error:
             raise Failed(str(error), f"change {role}.layers") from error
         said.append(f"{role}: {subject.model_config(role).model_type}, {len(layers)} target layers")
+    if "sft" in subject.stages and subject.config.sft.method == "full":
+        try:
+            require_dense(family_of(subject.model_config("student")), "sft.method")
+        except ConfigError as error:
+            raise Failed(str(error), "set sft.method to lora") from error
     return "; ".join(said)
 
 

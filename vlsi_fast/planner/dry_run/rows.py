@@ -43,7 +43,7 @@ def row_of(config, rows: Rows) -> dict[str, Tensor]:
     Raises:
         ConfigError: no image of the family is as small as the row asks for.
     """
-    marked = hasattr(config, "vision_start_token_id")  # Qwen-VL; others cut images into tiles, or make them of one size
+    marked = hasattr(config.vision_config, "spatial_merge_size")  # Qwen-VL, GLM; others cut images into tiles
     fixed = getattr(config, "mm_tokens_per_image", None)
     if fixed is not None:
         side = config.vision_config.image_size
@@ -66,7 +66,9 @@ def row_of(config, rows: Rows) -> dict[str, Tensor]:
     if fixed is not None:
         row["token_type_ids"] = (ids == config.image_token_id).long()
     elif marked:
-        ids[:, 0], ids[:, 1 + image] = config.vision_start_token_id, config.vision_end_token_id
+        kind = "vision" if hasattr(config, "vision_start_token_id") else "image"  # GLM's
+        ids[:, 0] = getattr(config, f"{kind}_start_token_id")
+        ids[:, 1 + image] = getattr(config, f"{kind}_end_token_id")
         row["mm_token_type_ids"] = (ids == config.image_token_id).long()
     return row
 
