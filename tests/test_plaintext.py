@@ -54,8 +54,8 @@ def spelt(text, processor):
 
 
 def end_of_turn(processor):
-    tokens = processor.tokenizer.get_vocab()
-    return next(token for token in ("<end_of_utterance>", "<|im_end|>", "<end_of_turn>") if token in tokens)
+    made = processor.tokenizer  # Gemma's eos ends a text
+    return "<end_of_turn>" if "<end_of_turn>" in made.get_vocab() else made.eos_token
 
 
 def parts(text):
@@ -128,6 +128,7 @@ def test_ordinary_text_goes_through_the_stock_processor(processor):
         assert plainly(processor, [rendered]) is processor
         stock = processor.apply_chat_template(sample.messages, tokenize=False)
         assert rendered.text == rendered.plain == stock
+        stock += processor.tokenizer.eos_token if encoding.ends_bare(processor) else ""
         options = tokenizer_options(processor, stock) | {"return_tensors": "pt"}
         assert torch.equal(encoded(sample, processor)["input_ids"], processor(text=[stock], **options)["input_ids"])
 
@@ -231,12 +232,19 @@ def test_prompts_are_joined_as_the_stock_processor_does(processor):
     ]
     joined = join_prompts(processor, [encode_prompt(processor, prompt) for prompt in prompts])
     text = [prompt.text for prompt in prompts]
-    gemma = "token_type_ids" in joined  # it wants a list for a text without images, too
-    nested = [prompt.images for prompt in prompts if prompt.images or gemma]
+    listed = type(processor).__name__ in ("Gemma3Processor", "SmolVLMProcessor")  # also for a text without images
+    nested = [prompt.images for prompt in prompts if prompt.images or listed]
     options = tokenizer_options(processor, text[0]) | {"padding": True, "return_tensors": "pt"}
     stock = processor(text=text, images=nested, **options)
     assert joined.keys() == stock.keys()
-    assert all(torch.equal(joined[name], stock[name]) for name in stock)
+    for name in stock:
+        wanted = stock[name]
+        if name.startswith("pixel") and len(wanted) == len(prompts) > len(
+            joined[name]
+        ):  # SmolVLM's row without an image
+            assert not wanted[1].any()
+            wanted = wanted[[0, 2]]
+        assert torch.equal(joined[name], wanted), name
 
 
 def long_conversation(turns):
@@ -248,6 +256,8 @@ def long_conversation(turns):
 
 
 def test_answers_of_a_long_conversation_are_found_by_few_renderings(processor, monkeypatch):
+    if "enable_thinking" in processor.chat_template and "ns.last" in processor.chat_template:
+        pytest.skip("Qwen3.5 writes the last answer otherwise than earlier ones; see test_families.py")
     messages = long_conversation(40)
     # by the definition: rendered up to each answer's start and its end
     plain = render(processor, messages, prompt=False).plain

@@ -370,15 +370,23 @@ def tokenizer_options(processor, text: str) -> dict:
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 
 
-def ends_bare(text: str, messages: list[dict]) -> bool:
+_bare: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def ends_bare(processor) -> bool:
     """Whether a template writes nothing behind the last answer (GLM, which stops before the next turn)."""
-    texts = [part["text"].strip() for part in messages[-1]["content"] if part.get("text", "").strip()]
-    return messages[-1]["role"] == "assistant" and bool(texts) and text.rstrip().endswith(texts[-1])
+    if processor not in _bare:
+        turns = [{"role": role, "content": [{"type": "text", "text": "seven"}]} for role in ("user", "assistant")]
+        try:
+            _bare[processor] = apply_template(processor, turns, prompt=False).rstrip().endswith("seven")
+        except UnusableRow:  # as every row will be
+            return False
+    return _bare[processor]
 
 
 def _ended(rendered: Rendered, spans: list[tuple[int, int]], messages: list[dict], processor):
     """With the end-of-text token behind a last answer that ends bare, to be learnt: else none would learn to stop."""
-    if not ends_bare(rendered.plain, messages):
+    if messages[-1]["role"] != "assistant" or not ends_bare(processor):
         return rendered, spans
     text = rendered.text.rstrip() + processor.tokenizer.eos_token
     return replace(rendered, text=text), [*spans[:-1], (spans[-1][0], len(text))]

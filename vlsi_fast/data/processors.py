@@ -107,7 +107,8 @@ class SmolVLMProcessor(_WithoutVideo, transformers.SmolVLMProcessor):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.end_of_utterance_token = getattr(tokenizer, "end_of_utterance_token", "<end_of_utterance>")
         self.global_image_token = getattr(tokenizer, "global_image_token", "<global-img>")
-        self.video_token = getattr(tokenizer, "video_token", "<video>")
+        video = getattr(tokenizer, "video_token", "<video>")
+        self.video_token = video if video in tokenizer.get_vocab() else None  # else it is a word
         self.image_seq_len = image_seq_len
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
 

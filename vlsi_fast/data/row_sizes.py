@@ -80,7 +80,7 @@ class RowSizer:
         ]
         whole = self._count([_framed(text, self.processor)], **tokenizer_options(self.processor, text))
         # an answer's end-of-turn token is learnt with it, or one behind the last
-        bare = ends_bare(text, sample.messages)
+        bare = sample.messages[-1]["role"] == "assistant" and ends_bare(self.processor)
         learnt = self._count(answers, add_special_tokens=False, split_special_tokens=True)
         learnt, whole = learnt + (1 if bare else len(answers)), whole + bare
         shown = [image_counts(self.processor, size, alone=len(images) == 1) for size in images]
