@@ -243,6 +243,9 @@ def test_internvl_with_qwen3():
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
     assert type(model.get_decoder()).__name__ == "Qwen3Model"
+    for name, parameter in model.get_decoder().named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
     verbalizers = Verbalizers(VerbalizerSpec.of(config, [1], VerbalizerConfig(architecture="decoder", norm=True)))
     following = family_of(config).decoder_layers(model)[1]
     verbalizers.layers["1"].blocks[0].load_state_dict(following.state_dict())

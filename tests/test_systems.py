@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from vlsi_fast import load_config
 from vlsi_fast.backbones import FAMILIES, family_of
 from vlsi_fast.cli import main
+from vlsi_fast.config import LoraSettings
 from vlsi_fast.data.tokens import shared_tokens
 from vlsi_fast.loading import load_model_config, require_same_tokens, shared_rows, target_layers
 from vlsi_fast.planner.build import Models
-from vlsi_fast.planner.shapes import REAL_CONFIGS
+from vlsi_fast.planner.shapes import REAL_CONFIGS, model_shape
 from vlsi_fast.shrinking.checkpoint import shrunk_fields
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
@@ -266,6 +267,21 @@ def test_decoder_verbalizers_of_the_real_models(path):
         module = Verbalizers(VerbalizerSpec.of(real_config(path), [2, depth - 2], settings))
     norms = 2 * 128 if "qwen3" in real_config(path).get_text_config().model_type else 0
     assert sum(p.numel() for p in module.parameters()) == 2 * (3 * d * f + 2 * d * q + 2 * d * kv + norms)
+
+
+@pytest.mark.parametrize(
+    "path, tokens, patches",  # of a large image: tiles of the tower's size; patches of one of its tokens
+    [
+        ("Qwen/Qwen2-VL-2B-Instruct", None, 4),
+        ("OpenGVLab/InternVL3-2B-hf", 13 * 256, 4),
+        ("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", 17 * 64, 16),
+        ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 17 * 81, 9),
+    ],
+)
+def test_images_that_are_cut_into_tiles(path, tokens, patches):
+    shape = model_shape(real_config(path), "student", LoraSettings())
+    # rows of images whose tokens follow from their pixels are told by the patch
+    assert (shape.fixed_image, shape.merge, shape.told) == (tokens, patches, patches if tokens else 1)
 
 
 # ---- a shrunk student ----
