@@ -254,7 +254,7 @@ def test_internvl_with_qwen3():
     with torch.no_grad():
         spoken, _ = VerbalizedBackbone(model, [1], verbalizers, train_backbone=False)(row, index)
         states = model(**row, output_hidden_states=True).hidden_states
-        expected = family_of(config).final_norm(model)(states[2])[0, index]
+        expected = model.get_decoder().norm(states[2])[0, index]
     torch.testing.assert_close(spoken[0], expected, rtol=1e-4, atol=1e-5)
     targets = family_of(config).lora_targets
     assert sum(bool(re.fullmatch(targets, name)) for name, _ in model.named_modules()) == 7 * 3
