@@ -369,6 +369,21 @@ def test_a_plan_says_what_a_token_meets(capsys):
     assert "student 4.4B parameters, teacher 31.1B parameters (3.9B of them for a token)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "path, tokens, patches",  # of a large image: tiles of the tower's size; patches of one of its tokens
+    [
+        ("Qwen/Qwen2-VL-2B-Instruct", None, 4),
+        ("OpenGVLab/InternVL3-2B-hf", 13 * 256, 4),
+        ("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", 17 * 64, 16),
+        ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 17 * 81, 9),
+    ],
+)
+def test_images_that_are_cut_into_tiles(path, tokens, patches):
+    shape = model_shape(real_config(path), "student", LoraSettings())
+    # rows of images whose tokens follow from their pixels are told by the patch
+    assert (shape.fixed_image, shape.merge, shape.told) == (tokens, patches, patches if tokens else 1)
+
+
 # ---- a shrunk student ----
 
 
