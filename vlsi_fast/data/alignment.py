@@ -150,12 +150,15 @@ def answers_of(row: Tokens, processor) -> list[Answer]:
         reached = max(covered[own.start] - start, 0)
         said = [pieces(ids[i]) for i in own]
         starts = dict(zip(own, token_starts(text[start:stop], places, said, pieces.normalise, reached)))
-        found.append(_answer(row, start, stop, [(starts[i], offsets[i][1]) for i in learnt], processor))
+        tokens = [(starts[i], offsets[i], pieces(ids[i])) for i in learnt]
+        found.append(_answer(row, start, stop, tokens, processor))
     return found
 
 
-def _answer(row: Tokens, start: int, stop: int, tokens: list[tuple[int | None, int]], processor) -> Answer:
-    """The answer at these characters; `tokens`: the byte of it at which each starts, the character where it ends."""
+def _answer(
+    row: Tokens, start: int, stop: int, tokens: list[tuple[int | None, list[int], bytes | None]], processor
+) -> Answer:
+    """The answer at these characters; `tokens`: of each the byte of it at which it starts, offsets, and bytes."""
     text, words = row.rendered.plain, row.rendered.words or []
     if own := words[bisect_left(words, (start,)) : bisect_left(words, (stop,))]:
         first, last = own[0][0], own[-1][1]
@@ -167,8 +170,13 @@ def _answer(row: Tokens, start: int, stop: int, tokens: list[tuple[int | None, i
     before, words, after, ending = (text[a:b].encode() for a, b in bounds)
     behind = len(before) + len(words)
     ends = behind + len(after)
-    # a token that takes in the white space in front of the end ends the turn
-    starts = [ends if at is not None and behind <= at < ends and upto > end else at for at, upto in tokens]
+    starts = []
+    for at, (char, upto), piece in tokens:
+        if at is None and char == end and piece and ending.startswith(piece):  # the end is known, whatever is in front
+            at = ends
+        elif at is not None and behind <= at < ends and upto > end:  # it takes in the white space in front of the end
+            at = ends
+        starts.append(at)
     return Answer(before, words, after, ending, tuple(starts))
 
 
@@ -205,9 +213,12 @@ def token_starts(
         reached = max(reached, end)
         if at is None:
             continue
+        in_front = piece is not None and piece[:1] == b" " and data.startswith(piece[1:], at)
+        if in_front and piece == b" ":  # alone, it shares a character with the next token
+            in_front = any(following <= start for following, _ in offsets[i + 1 : i + 2])
         if piece is not None and data.startswith(piece, at):
             at += len(piece)
-        elif piece is not None and piece[:1] == b" " and data.startswith(piece[1:], at):  # a space put in front
+        elif in_front:  # a space that the tokenizer puts in front of the text
             at += len(piece) - 1
         elif start < end:  # else it stands for nothing of the text
             at = None
