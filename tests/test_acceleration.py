@@ -182,7 +182,7 @@ def test_the_choice_reaches_the_model_and_the_record_and_is_no_part_of_the_run(w
 @pytest.fixture
 def stock_classes():
     """liger-kernel replaces names in transformers' modules; they are put back behind the test."""
-    modules = [importlib.import_module(f"transformers.models.{n}.modeling_{n}") for n in ("qwen2", "qwen3")]
+    modules = [importlib.import_module(f"transformers.models.{n}.modeling_{n}") for n in ("llama", "qwen2", "qwen3", "qwen3_moe")]
     before = [dict(vars(module)) for module in modules]
     yield
     for module, names in zip(modules, before):
@@ -285,7 +285,7 @@ def test_families_without_liger(family):
     pytest.importorskip("liger_kernel")
     model = tiny_families.make_model(family)
     assert apply_liger(model) is None
-    with pytest.raises(ConfigError, match="nothing in liger-kernel for .*; set it to auto or false"):
+    with pytest.raises(ConfigError, match="no part of liger-kernel is used for .*; set it to auto or false"):
         apply_liger(model, required=True)
 
 

@@ -551,10 +551,10 @@ def test_words_that_a_template_rewrites_are_a_mismatch(tmp_path):
 
 
 def test_a_row_without_any_pair_is_unusable(tmp_path):
-    """The template of neither ends a turn, and one tokenizer takes all of the answer with what stands in front."""
-    ends = template("'<s>' + message['role'] + '\\n'", "''", "'<s>assistant\\n'")
+    """One tokenizer takes all of the answer with what stands in front and behind."""
+    ends = template("'<s>' + message['role'] + '\\n'", "'###'", "'<s>assistant\\n'")
     words = dressed(byte_level(300).backend_tokenizer)
-    words.add_tokens(["\nno"])
+    words.add_tokens(["\nno###"])
     image = processor("bytes300").image_processor
     fields = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
     greedy = tiny_families.build_processor("LlavaOnevisionProcessor", words, image, ends, **fields)

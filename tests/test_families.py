@@ -502,7 +502,7 @@ def test_llava_has_no_pixel_bounds(folder, tmp_path):
         start(folder, tmp_path / "run", "llava_onevision", "qwen2_vl", "verbalize", data=tree)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "llava_onevision"])
+@pytest.mark.parametrize("name", families.GRIDS)
 def test_pixel_bounds_are_of_one_image(name):
     """Whatever the processor counts them over (GLM's: two frames that it makes of an image)."""
     made = families.make_processor(name)

@@ -290,7 +290,7 @@ SPOILT = {
     "cut off": (cut_off, "is damaged or cut off"),
     "lost": (lose_a_tensor, r"missing: .*layers\.1\.mlp\.up_proj\.weight \(1\)"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "config.json or \\*.safetensors is missing"),
-    "family": (lambda f: edit(f / "config.json", lambda t: t.update(model_type="llama")), "known families: llava"),
+    "family": (lambda f: edit(f / "config.json", lambda t: t.update(model_type="llama")), "known families: gemma3"),
     "odd list": (odd_list, "mlp_only_layers has 2 entries for 4 layers"),
 }
 
