@@ -182,7 +182,10 @@ def test_the_choice_reaches_the_model_and_the_record_and_is_no_part_of_the_run(w
 @pytest.fixture
 def stock_classes():
     """liger-kernel replaces names in transformers' modules; they are put back behind the test."""
-    modules = [importlib.import_module(f"transformers.models.{n}.modeling_{n}") for n in ("llama", "qwen2", "qwen3", "qwen3_moe")]
+    modules = [
+        importlib.import_module(f"transformers.models.{n}.modeling_{n}")
+        for n in ("llama", "qwen2", "qwen3", "qwen3_moe")
+    ]
     before = [dict(vars(module)) for module in modules]
     yield
     for module, names in zip(modules, before):

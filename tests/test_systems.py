@@ -57,6 +57,8 @@ WANTED = {
     "internvl3_5_8b_to_1b": ("internvl", "internvl", list(range(2, 35, 4)), EVERY_FOURTH, (2, 4)),
     "smolvlm2_2.2b_to_256m": ("smolvlm", "smolvlm", list(range(2, 24, 3)), EVERY_FOURTH, (2, 4)),
     "smolvlm2_2.2b_to_500m": ("smolvlm", "smolvlm", list(range(2, 24, 3)), list(range(2, 31, 4)), (2, 4)),
+    "qwen2vl_72b_to_smolvlm2_2b": ("qwen2_vl", "smolvlm", list(range(2, 79, 4)), list(range(2, 23, 4)), (2, 4)),
+    "qwen3_vl_32b_to_smolvlm2_500m": ("qwen3_vl", "smolvlm", list(range(2, 63, 4)), list(range(2, 31, 4)), (2, 4)),
     "gemma3_12b_to_4b": ("gemma3", "gemma3", list(range(2, 47, 4)), list(range(2, 31, 4)), (2, 4)),
     "gemma3_27b_to_4b": ("gemma3", "gemma3", list(range(2, 59, 4)), list(range(2, 31, 4)), (2, 4)),
     "qwen3_vl_32b_to_4b": ("qwen3_vl", "qwen3_vl", list(range(2, 63, 4)), list(range(2, 35, 4)), (2, 4)),

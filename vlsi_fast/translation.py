@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import family_of
+from .data.encoding import end_of_turn
 from .data.skipped import UnusableRow
 from .loading import read_head
 from .ranks.shard_loading import empty_model, read_parameter
@@ -140,11 +141,11 @@ def token_weights(counts: Tensor, ids: Tensor) -> Tensor:
     return counts / counts.sum().clamp_min(1) + UNSEEN / len(ids)
 
 
-def answer_counts(answers: Iterable[str], tokenizer, rows: int) -> Tensor:
+def answer_counts(answers: Iterable[str], processor, rows: int) -> Tensor:
     """[rows] how often texts have each token, the one that ends a turn once each."""
-    counts = torch.zeros(rows)
+    counts, end = torch.zeros(rows), end_of_turn(processor)
     for answer in answers:
-        found = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        found = [*processor.tokenizer(answer, add_special_tokens=False)["input_ids"], end]
         counts += torch.bincount(torch.tensor(found), minlength=rows)[:rows]
     return counts
 

@@ -278,14 +278,15 @@ def _places(answer: Answer, other: Answer) -> dict[int, int]:
     return places
 
 
-def common_tokens(student_tokenizer, teacher_tokenizer) -> LongTensor:
+def common_tokens(student_tokenizer, teacher_tokenizer, ends: tuple[int, int] | None = None) -> LongTensor:
     """Tokens that stand for the same bytes in two vocabularies, and what ends a turn in both.
 
     Special tokens are left out but for the ends of turn, and so are bytes that several tokens of one vocabulary stand
     for; a byte fallback that has a token of its own beside it does not count.
 
     Args:
-        student_tokenizer, teacher_tokenizer: fast Hugging Face tokenizers whose `eos_token` ends a turn.
+        student_tokenizer, teacher_tokenizer: fast Hugging Face tokenizers.
+        ends: what ends a turn in each (`encoding.end_of_turn`); None: their `eos_token`.
 
     Returns:
         [2, K] int64: ids of the student's and of the teacher's tokens, the student's rising.
@@ -293,12 +294,12 @@ def common_tokens(student_tokenizer, teacher_tokenizer) -> LongTensor:
     Raises:
         ValueError: a tokenizer has no `eos_token`.
     """
-    for whose, tokenizer in (("student", student_tokenizer), ("teacher", teacher_tokenizer)):
-        if tokenizer.eos_token_id is None:
+    ends = ends or (student_tokenizer.eos_token_id, teacher_tokenizer.eos_token_id)
+    for whose, end in zip(("student", "teacher"), ends):
+        if end is None:
             raise ValueError(f"the {whose}'s tokenizer has no eos_token; set it to what ends a turn and save it again")
     ours, theirs = _ordinary(student_tokenizer), _ordinary(teacher_tokenizer)
-    pairs = [(ours[said], theirs[said]) for said in ours.keys() & theirs.keys()]
-    pairs.append((student_tokenizer.eos_token_id, teacher_tokenizer.eos_token_id))
+    pairs = {(ours[said], theirs[said]) for said in ours.keys() & theirs.keys()} | {ends}
     return torch.tensor(sorted(pairs), dtype=torch.int64).T.contiguous()
 
 

@@ -370,18 +370,34 @@ def tokenizer_options(processor, text: str) -> dict:
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 
 
-_bare: WeakKeyDictionary = WeakKeyDictionary()
+_around: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def around_an_answer(processor) -> tuple[str, str]:
+    """What the chat template writes between its generation prompt and an answer's words (SmolVLM's a space), and behind
+    a last answer (GLM's nothing: it stops before the next turn)."""
+    if processor not in _around:
+        turns = [{"role": role, "content": [{"type": "text", "text": "seven"}]} for role in ("user", "assistant")]
+        try:
+            rendered, [(start, end)] = answer_spans(turns, processor)
+        except UnusableRow:  # as every row will be
+            return "", ""
+        before, _, behind = rendered.plain[start:end].partition("seven")
+        _around[processor] = before, behind.strip()
+    return _around[processor]
 
 
 def ends_bare(processor) -> bool:
-    """Whether a template writes nothing behind the last answer (GLM, which stops before the next turn)."""
-    if processor not in _bare:
-        turns = [{"role": role, "content": [{"type": "text", "text": "seven"}]} for role in ("user", "assistant")]
-        try:
-            _bare[processor] = apply_template(processor, turns, prompt=False).rstrip().endswith("seven")
-        except UnusableRow:  # as every row will be
-            return False
-    return _bare[processor]
+    """Whether a template writes nothing behind the last answer."""
+    return not around_an_answer(processor)[1]
+
+
+def end_of_turn(processor) -> int | None:
+    """The token that ends an answer: what the template writes there, or the tokenizer's `eos_token` where that is
+    nothing, or no single token. (The eos_token of Gemma ends a text, and <end_of_turn> a turn.)"""
+    tokenizer = processor.tokenizer
+    found = tokenizer(around_an_answer(processor)[1], add_special_tokens=False)["input_ids"]
+    return found[0] if len(found) == 1 else tokenizer.eos_token_id
 
 
 def _ended(rendered: Rendered, spans: list[tuple[int, int]], messages: list[dict], processor):

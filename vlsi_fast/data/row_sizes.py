@@ -26,7 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.dataset import VlsiDataset
-from vlsi_fast.data.encoding import answer_spans, check_length, check_messages, ends_bare, tokenizer_options
+from vlsi_fast.data.encoding import (
+    around_an_answer,
+    check_length,
+    check_messages,
+    ends_bare,
+    tokenizer_options,
+)
 from vlsi_fast.data.images import image_size
 from vlsi_fast.data.jsonfile import cache_folder
 from vlsi_fast.data.messages import Sample
@@ -59,7 +65,7 @@ class RowSizer:
 
     def __init__(self, processor, data_config: DataConfig):
         self.processor, self.data = processor, data_config
-        self._before = _before_an_answer(processor)
+        self._before = around_an_answer(processor)[0]
 
     @row_boundary()
     def __call__(self, sample: Sample, images: list[tuple[int, int]]) -> tuple[int, int, int, int]:
@@ -91,16 +97,6 @@ class RowSizer:
 
     def _count(self, texts: list[str], **options) -> int:
         return sum(map(len, self.processor.tokenizer(texts, return_attention_mask=False, **options)["input_ids"]))
-
-
-def _before_an_answer(processor) -> str:
-    """What the template has between the generation prompt and an answer's words: SmolVLM's a space."""
-    turns = [{"role": role, "content": [{"type": "text", "text": "a"}]} for role in ("user", "assistant")]
-    try:
-        rendered, [(start, end)] = answer_spans(turns, processor)
-    except UnusableRow:  # as every row will be
-        return ""
-    return rendered.plain[start:end].partition("a")[0]
 
 
 def _framed(text: str, processor) -> str:

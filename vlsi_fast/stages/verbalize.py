@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import ConfigError
 from ..data.alignment import common_tokens
+from ..data.encoding import end_of_turn
 from ..hidden_states import VerbalizedBackbone
 from ..losses import AnswerLoss, OperatorOptions, OwnHead, OwnOutputLoss
 from ..ranks.sharding import rank
@@ -106,7 +107,8 @@ class VerbalizeStage(Stage):
 
     def _common_tokens(self) -> torch.Tensor:
         """[2, K] ids of the tokens that both vocabularies have: the student's, the teacher's."""
-        return common_tokens(*(self.roles[name].processor.tokenizer for name in ("student", "teacher")))
+        both = [self.roles[name].processor for name in ("student", "teacher")]
+        return common_tokens(*(each.tokenizer for each in both), ends=tuple(map(end_of_turn, both)))
 
     def _translation(self) -> torch.Tensor | None:
         """Where the translation starts, on rank 0 (None on others under ZeRO-3)."""
@@ -114,8 +116,8 @@ class VerbalizeStage(Stage):
             return None
         sides = ((self.roles[name].folder, self.roles[name].config) for name in ("teacher", "student"))
         tokens = self._common_tokens()
-        tokenizer, rows = self.roles["student"].processor.tokenizer, self.shared_rows
-        weight = token_weights(answer_counts(some_answers(self.sources), tokenizer, rows), tokens[0])
+        counts = answer_counts(some_answers(self.sources), self.roles["student"].processor, self.shared_rows)
+        weight = token_weights(counts, tokens[0])
         return start_between(*sides, tokens, weight, self.args.device)
 
     def save(self, module: VerbalizeModule) -> None:
