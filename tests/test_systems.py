@@ -230,13 +230,14 @@ def test_lora_of_the_real_models(path):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_verbalizers_of_the_real_models(name):
-    """verb-FFN: 3 d^2 a layer."""
+    """verb-FFN: 3 d^2 a layer, and d of a norm in front."""
     config = read(name)
     for settings in (config.teacher, config.student):
         spec = VerbalizerSpec.of(real_config(settings.path), settings.layers, config.verbalizer)
         with torch.device("meta"):
             count = sum(p.numel() for p in Verbalizers(spec).parameters())
-        assert count == 3 * SHAPES[settings.path][2] ** 2 * len(settings.layers)
+        d = SHAPES[settings.path][2]
+        assert count == (3 * d**2 + d * config.verbalizer.norm) * len(settings.layers)
         if settings.path == "Qwen/Qwen2-VL-7B-Instruct" and len(settings.layers) == 7:
             assert round(count / 1e6, 1) == 269.7  # table 4f
 

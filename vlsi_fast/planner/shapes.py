@@ -63,6 +63,10 @@ class ModelShape:
     """Image patches that become one token of the language model."""
     masked: bool
     """Whether rows have an attention mask even where one of them is alone."""
+    norm_behind: bool
+    """Whether a norm follows a decoder layer's last product (Gemma 3)."""
+    kinds: int
+    """Kinds of decoder layers by what they attend to: 2 where some have a sliding window."""
     fixed_image: int | None
     """Tokens of any image, where its size makes no difference."""
     image_size: int
@@ -218,6 +222,8 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         patch_values=getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * side**2,
         merge=merge,
         masked=family.images_look_ahead,
+        norm_behind=any(hasattr(layer, "post_feedforward_layernorm") for layer in layers),
+        kinds=len(set(getattr(text, "layer_types", None) or ["full_attention"])),
         fixed_image=fixed,
         image_size=side,
         vision_flops=_vision_flops(tower, depth, merge),

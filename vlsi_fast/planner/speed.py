@@ -48,8 +48,9 @@ def operations(step: Step) -> dict[str, float]:
             parts[f"{role} forward"] += lora
             parts[f"{role} backward"] += forward + _attention(spoken, batch.positions, batch.tokens) + lora + weights
             if step.setup.checkpointing:
-                # a layer's last product is not made again: nothing behind it is kept (of LoRA's, its input is)
-                last = 2.0 * batch.positions * shape.inner * shape.width * shape.depth * (spoken.mode == "full")
+                # a layer's last product is not made again where nothing behind it is kept (of LoRA's, its input is)
+                spared = spoken.mode == "full" and not shape.norm_behind
+                last = 2.0 * batch.positions * shape.inner * shape.width * shape.depth * spared
                 parts[f"{role} recomputation"] += forward + lora - last
         if spoken.verbalizer:
             tokens = batch.positions if spoken.verbalizer.startswith("decoder") else batch.answers
@@ -57,7 +58,8 @@ def operations(step: Step) -> dict[str, float]:
             backward += 2 if spoken.verbalizers_trained and spoken.grad else 0
             size = sum(n for layer in spoken.verbalizers for n in layer)
             if spoken.verbalizers_trained and not spoken.grad:
-                backward += 2 * _behind(spoken.verbalizer)
+                normed = shape.width in spoken.verbalizers[0]  # a trained norm in front of all weights
+                backward += 2 * (1.0 if normed else _behind(spoken.verbalizer))
             parts[f"{role} verbalizers"] += (2.0 + backward) * tokens * size
     parts["heads"] = _heads(step)
     return {name: value for name, value in parts.items() if value}
