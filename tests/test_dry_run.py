@@ -305,6 +305,18 @@ def test_every_stage_goes_through(folder, family, stage):
     assert not own
 
 
+def test_full_training_and_normed_verbalizers_of_gemma3(folder):
+    """A norm behind a layer's last product has it computed again; one in front of a verbalizer is trained, too."""
+    options = {"data.padding_free": "auto", "dtype": "bfloat16", "training.gradient_checkpointing": True}
+    for stage, more, part in (
+        ("sft", {"sft.method": "full"}, "student recomputation"),
+        ("verbalize", {"verbalizer.norm": True}, "teacher verbalizers"),
+    ):
+        found = found_of(folder, "gemma3", stage, options | more)
+        assert not found.problem, found.notes[-1]
+        assert found.flops[part] == pytest.approx(found.planned_flops[part], rel=0.02)
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_interact_from_a_cache(folder, divergence):
     """No teacher: what it said comes with the rows (targets, or hidden states for Jensen-Shannon)."""

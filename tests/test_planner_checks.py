@@ -100,7 +100,10 @@ def test_a_video_token_beyond_the_head():
     processor.tokenizer.add_tokens(["<video>"])
     text = SimpleNamespace(vocab_size=rows)
     model = SimpleNamespace(get_text_config=lambda: text)
-    subject = SimpleNamespace(roles=["student"], processor=lambda role: processor, model_config=lambda role: model)
+    config = SimpleNamespace(verbalizer=SimpleNamespace(translates=False))
+    subject = SimpleNamespace(
+        roles=["student"], processor=lambda role: processor, model_config=lambda role: model, config=config
+    )
     with pytest.raises(Failed, match=f"only {rows} rows"):
         check_heads(subject)
     processor.video_token = "<video>"

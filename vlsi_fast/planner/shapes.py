@@ -82,6 +82,10 @@ class ModelShape:
     processors know no patches, those of a token."""
     masked: bool
     """Whether rows have an attention mask even where one of them is alone."""
+    norm_behind: bool
+    """Whether a norm follows a decoder layer's last product (Gemma 3)."""
+    kinds: int
+    """Kinds of decoder layers by what they attend to: 2 where some have a sliding window."""
     image_size: int
     """Side of a patch, pixels."""
     fixed_image: int | None
@@ -263,6 +267,8 @@ def model_shape(config, name: str, lora: LoraSettings) -> ModelShape:
         merge=merge,
         told=1 if hasattr(vision, "spatial_merge_size") else merge,
         masked=family.images_look_ahead,
+        norm_behind=any(hasattr(layer, "post_feedforward_layernorm") for layer in layers),
+        kinds=1 + ("sliding_attention" in (getattr(text, "layer_types", None) or ())),
         image_size=side,
         fixed_image=family.tiles * (side_of(vision.image_size) // side) ** 2 // merge if family.tiles else None,
         vision_flops=_vision_flops(tower, depth, merge, seen),

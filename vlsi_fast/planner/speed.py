@@ -52,8 +52,9 @@ def operations(step: Step) -> dict[str, float]:
             parts[f"{role} forward"] += lora
             parts[f"{role} backward"] += forward + _attention(spoken, batch.positions, batch.tokens) + lora + weights
             if step.setup.checkpointing:
-                # a layer's last product is not made again: nothing behind it is kept (of LoRA's, its input is)
-                last = 2.0 * batch.positions * shape.inner * shape.width * shape.depth * (spoken.mode == "full")
+                # a layer's last product is not made again where nothing behind it is kept (of LoRA's, its input is)
+                spared = spoken.mode == "full" and not shape.norm_behind
+                last = 2.0 * batch.positions * shape.inner * shape.width * shape.depth * spared
                 parts[f"{role} recomputation"] += forward + lora - last
         if spoken.verbalizer:
             tokens = batch.positions if spoken.verbalizer.startswith("decoder") else batch.answers
@@ -84,6 +85,8 @@ def _behind(spoken: Spoken, sizes: list[int]) -> int:
     kind, d, out = spoken.verbalizer.removesuffix("_x2"), spoken.shape.width, spoken.output
     if kind == "decoder":
         return sum(sizes)
+    if d in sizes:  # a trained norm in front of all of them; a translation's own map has none
+        return sum(sizes) - d - d * out * (spoken.language is not None)
     down, maps = (spoken.inner, 2 * d * spoken.inner) if kind in ("verb_ffn", "ffn") else (0, d * out)
     if not spoken.verbalizer.endswith("_x2"):
         return down * out

@@ -201,9 +201,10 @@ def _pixels(spoken: Spoken, batch: Batch, setup: Setup) -> int:
 
 
 def _mask_and_positions(spoken: Spoken, batch: Batch, setup: Setup) -> int:
-    """One byte for each pair of positions, and cos and sin of the rotary embedding."""
+    """One byte for each pair of positions, and cos and sin of the rotary embedding; both for each kind of layers."""
     head_dim = spoken.shape.queries // spoken.shape.heads
-    return (batch.rows * batch.tokens**2 if batch.masked else 0) + 2 * setup.compute_bytes * batch.positions * head_dim
+    mask = batch.rows * batch.tokens**2 if batch.masked else 0
+    return spoken.shape.kinds * (mask + 2 * setup.compute_bytes * batch.positions * head_dim)
 
 
 def _model_inputs(spoken: Spoken, batch: Batch, setup: Setup) -> int:
