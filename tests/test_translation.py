@@ -109,7 +109,7 @@ def test_a_model_in_its_own_language_says_what_it_says(folder):
     ).requires_grad_(False)
     verbalizers.start_at(start_between(here, here, tokens))
     language = Language(final_norm_of(*here, torch.float32), read_head(*here))
-    speaking = VerbalizedBackbone(model, [2, 4], verbalizers, False, True, language)
+    speaking = VerbalizedBackbone(model, [2, 4], verbalizers, False, True, language, last_translated=True)
     inputs = {"input_ids": torch.randint(0, 250, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     index = torch.tensor([3, 4, 12])
     wanted = model(**inputs).logits.flatten(0, 1)[index]
@@ -136,7 +136,7 @@ def start(folder, output, stages="verbalize interact", /, **sections):
 
 def test_stages(folder, tmp_path):
     output = start(folder, tmp_path / "run", "verbalize interact sft")
-    names = [f"loss/teacher_layer_{k}" for k in (1, 2, 3, 4, 5)] + ["loss/teacher_last"]
+    names = [f"loss/teacher_layer_{k}" for k in (1, 2, 3, 4, 5, 6)]
     assert [n for n in runs.metrics(output, "verbalize")[-1] if n.startswith("loss/teacher")] == names
     spec = Verbalizers.from_pretrained(output / "verbalize" / "teacher").spec
     assert (spec.layers, spec.output_size, spec.translates) == ((1, 2, 3, 4, 5, 6), 32, True)
@@ -145,3 +145,25 @@ def test_stages(folder, tmp_path):
     assert len(first["kl"]) == 3 and len(first["kl"][0]) == 5 and "loss/last" in first
     assert last["loss"] > 0
     assert read_record(output / "interact")["facts"]["teacher"]["student"] == spec.made_for["student"]
+
+
+@pytest.mark.parametrize("objective", ["own_output", "both"])
+def test_layers_learn_what_the_teacher_itself_says(folder, tmp_path, objective):
+    """Against plain log-softmaxes over the tokens that both have."""
+    output = start(folder, tmp_path / "run", "verbalize", verbalize={"objective": objective}, training={"max_steps": 1})
+    assert runs.losses(output, "verbalize")[0] > 0
+    from vlsi_fast.losses import OperatorOptions, OwnHead, OwnOutputLoss
+
+    weight, own = torch.randn(60, 8), torch.randn(70, 12)
+    tokens = torch.stack([torch.randperm(60)[:40], torch.randperm(70)[:40]])
+    hidden, last, labels = torch.randn(3, 5, 8, requires_grad=True), torch.randn(5, 12), torch.randint(60, (5,))
+    loss = OwnOutputLoss(weight, OperatorOptions(60), objective == "both", OwnHead(own, tokens))(hidden, last, labels)
+    p = (last @ own[tokens[1]].T).double().log_softmax(-1)
+    q = (hidden @ weight[tokens[0]].T).double().log_softmax(-1)
+    wanted = (p.exp() * (p - q)).sum(-1).mean(-1)
+    if objective == "both":
+        wanted = wanted - (hidden @ weight.T).double().log_softmax(-1)[:, torch.arange(5), labels].mean(-1)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-4, atol=1e-4)
+    (found,) = torch.autograd.grad(loss.sum(), hidden, retain_graph=True)
+    (true,) = torch.autograd.grad(wanted.sum(), hidden)
+    torch.testing.assert_close(found, true, rtol=1e-3, atol=1e-4)

@@ -108,8 +108,8 @@ class VerbalizerConfig(Section):
     """Add each block's input to its output. A decoder layer has its own residuals and takes no further one."""
     language: Literal["own", "student"] = "own"
     """Whose words a teacher's layers speak: own, through the teacher's norm and head, which takes one tokenizer for
-    both models; student, through the student's, whatever the tokenizers are (`vlsi_fast.translation`). Such verbalizers
-    belong to one student. Its last layer then speaks through a verbalizer, too, and the teacher's head is not needed."""
+    both models; student, through the student's, whatever the tokenizers are (`vlsi_fast.translation`). Such
+    verbalizers belong to one student. The teacher's last layer then has one, too, and its head is not read."""
 
     @model_validator(mode="after")
     def _decoder_has_residuals(self):
@@ -235,11 +235,6 @@ class RunConfig(Section):
             raise ValueError("interact.headless needs verbalizer.architecture verb_ffn without verbalizer.residual")
         if self.verbalizer.translates and self.interact.headless:
             raise ValueError("interact.headless compares verbalizers without a head: set verbalizer.language to own")
-        if self.verbalizer.translates and "teacher" in self.verbalize.models and self.verbalize.needs_last:
-            raise ValueError(
-                f"verbalize.objective {self.verbalize.objective}: the teacher has no last layer of its own in the "
-                "student's language; set it to answers, or verbalizer.language to own"
-            )
         if self.matching.strategy == "bottom" and t and self.matching.k > len(t):
             raise ValueError(f"matching.k is {self.matching.k}, but the teacher has {len(t)} target layers; lower it")
         for name in ("min_pixels", "max_pixels"):

@@ -71,7 +71,8 @@ class VerbalizedBackbone(nn.Module):
         verbalizers: None where only the last layer is needed.
         train_backbone: whether gradients flow into the backbone (else its forward runs without autograd).
         needs_last: whether the last layer's own output is wanted; False where the model was cut below it.
-        language: what translating verbalizers speak through. The last layer then speaks through its verbalizer, too.
+        language: what translating verbalizers speak through.
+        last_translated: the last layer's output is wanted in that language, through its verbalizer.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class VerbalizedBackbone(nn.Module):
         train_backbone: bool,
         needs_last: bool = True,
         language: Language | None = None,
+        last_translated: bool = False,
     ):
         super().__init__()
         object.__setattr__(self, "language", language)  # past nn.Module's registration
@@ -93,12 +95,10 @@ class VerbalizedBackbone(nn.Module):
             self.model = model
         self.family = family_of(model.config)
         spare_waits(model, self.family)
-        self.needs_last = needs_last
+        self.needs_last, self.last_translated = needs_last, last_translated
         self.target_layers = list(layers) if verbalizers is not None else []
-        self.heard_layers = self.target_layers
-        if language is not None:
-            wanted = {*self.target_layers, *([len(self.family.decoder_layers(model))] if needs_last else [])}
-            self.heard_layers = [k for k in verbalizers.spec.layers if k in wanted]
+        deepest = [len(self.family.decoder_layers(model))] if last_translated else []
+        self.heard_layers = sorted({*self.target_layers, *deepest})
         self.verbalizers = verbalizers
         self.train_backbone = train_backbone
         if verbalizers is not None and verbalizers.spec.is_decoder:
@@ -108,8 +108,11 @@ class VerbalizedBackbone(nn.Module):
     def head_weight(self) -> nn.Parameter:
         """[V, d] weight of the language head that is spoken through; a shard under ZeRO-3 (see
         `ranks.sharding.gathered`)."""
-        if self.language is not None:
-            return self.language.head_weight
+        return self.own_head_weight if self.language is None else self.language.head_weight
+
+    @property
+    def own_head_weight(self) -> Tensor:
+        """[V, d] weight of the model's own language head, whatever it speaks through; or a shard."""
         return self.held.head_weight if self.held is not None else self.family.head(self.model).weight
 
     def train(self, mode: bool = True) -> VerbalizedBackbone:
@@ -131,13 +134,13 @@ class VerbalizedBackbone(nn.Module):
 
         Returns:
             verbalized [L, N, d] (None without verbalizers) and last [N, d], the backbone's own final hidden state (None
-            unless `needs_last`). With a `language` both are of its width, and last is the last layer's translation.
+            unless `needs_last`). With a `language` verbalized has its width; so has last where it is translated.
         """
         decoder = self.verbalizers is not None and self.verbalizers.spec.is_decoder
         with contextlib.nullcontext() if self.train_backbone else torch.no_grad():
             with self._record(None if decoder else index) as (hidden, attention):
                 last = self._run(inputs)
-            last = _take(last, index) if self.needs_last and self.language is None else None
+            last = _take(last, index) if self.needs_last and not self.last_translated else None
         if self.verbalizers is None:
             return None, last
         spoken = self.verbalizers(hidden, attention if decoder else None, self.heard_layers)
@@ -145,10 +148,10 @@ class VerbalizedBackbone(nn.Module):
             spoken = spoken.flatten(1, 2).index_select(1, index)
         if normed:
             spoken = self._final_norm(spoken)
-        if self.language is None:
+        if not self.last_translated:
             return spoken, last
         layers = [spoken[i] for i, k in enumerate(self.heard_layers) if k in self.target_layers]
-        return torch.stack(layers) if layers else None, spoken[-1] if self.needs_last else None
+        return torch.stack(layers) if layers else None, spoken[-1]
 
     @property
     def _final_norm(self) -> nn.Module:

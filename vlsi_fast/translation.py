@@ -5,8 +5,8 @@
 
 The paper asks for one tokenizer (its section on limitations). A verbalizer makes a layer speak through a frozen head; a
 translating one makes it speak through the *student's* (`verbalizer.Verbalizer`). Both models then have the student's
-vocabulary whatever their tokenizers are, and everything behind is as it was: KL, matching, cache. Answers are aligned by
-their characters (`data.alignment`).
+vocabulary whatever their tokenizers are, and everything behind is as it was: KL, matching, cache. Answers are aligned
+by their characters (`data.alignment`).
 
 Where it starts: the linear map A under which the student's head says, on the tokens that both vocabularies have, what
 the teacher's says, but for a number that is the same for all tokens, which a softmax does not see:

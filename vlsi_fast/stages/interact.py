@@ -347,12 +347,14 @@ class InteractStage(Stage):
         return InteractModule(student, teacher, *settings, self.head_options, window=window, teach_by=teach_by)
 
     def load_speaking_teacher(self, student_head: Tensor | None = None) -> VerbalizedBackbone:
-        """The frozen teacher with what its layers speak through; `student_head` as in `student_language`. Collective."""
+        """The frozen teacher with what its layers speak through; `student_head`: see `student_language`. Collective."""
         role, needs_last = self.roles["teacher"], self.settings.needs_teacher_last
         model = self.load_model("teacher", depth=None if needs_last else role.depth)
         layers = role.layers if self.settings.matches_layers else []
-        language = self.student_language(student_head) if self.config.verbalizer.translates else None
-        return VerbalizedBackbone(model, layers, self._verbalizers("teacher"), False, needs_last, language)
+        translates = self.config.verbalizer.translates
+        language = self.student_language(student_head) if translates else None
+        speaking = (self._verbalizers("teacher"), False, needs_last, language, translates and needs_last)
+        return VerbalizedBackbone(model, layers, *speaking)
 
     def _absent(self, cached: CachedTeacher) -> Absent:
         rows = cached.identity["vocab_size"]

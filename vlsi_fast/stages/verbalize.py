@@ -3,20 +3,23 @@
 Trained: the verbalizers. Loss: the sum over models and target layers of the autoregressive loss on the answer tokens,
 or of the KL from the model's own last layer, or of both (`verbalize.objective`); no gradient crosses from one layer's
 verbalizer to another's.
+
+A teacher that is to speak the student's language (`verbalizer.language`) learns the student's answer tokens, through
+the student's norm and head, at its own positions that are aligned to them; its last layer does so, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 
 import torch
-
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import ConfigError
 from ..data.alignment import common_tokens
 from ..hidden_states import VerbalizedBackbone
-from ..losses import AnswerLoss, OperatorOptions, OwnOutputLoss
+from ..losses import AnswerLoss, OperatorOptions, OwnHead, OwnOutputLoss
 from ..ranks.sharding import rank
 from ..translation import start_between
 from ..verbalizer import Verbalizers
@@ -27,17 +30,26 @@ from .stage import Stage
 class VerbalizeModule(StageModule):
     """Verbalizers of one or both models with their frozen backbones."""
 
-    def __init__(self, backbones: dict[str, VerbalizedBackbone], options: OperatorOptions, objective: str = "answers"):
+    def __init__(
+        self,
+        backbones: dict[str, VerbalizedBackbone],
+        options: OperatorOptions,
+        objective: str = "answers",
+        common_tokens: torch.Tensor | None = None,
+    ):
         super().__init__(options.heads)
-        self.roles, self.objective = tuple(backbones), objective
+        self.roles, self.objective, self.common_tokens = tuple(backbones), objective, common_tokens
         self.backbones = torch.nn.ModuleDict(backbones)
-        self.heads = torch.nn.ModuleDict({n: self._loss(b.head_weight, options) for n, b in backbones.items()})
-        self.part_names = [part for name, b in backbones.items() for part in _parts(name, b)]
+        self.heads = torch.nn.ModuleDict({name: self._loss(b, options) for name, b in backbones.items()})
+        self.part_names = [f"{name}_layer_{k}" for name, b in backbones.items() for k in b.target_layers]
 
-    def _loss(self, weight: torch.nn.Parameter, options: OperatorOptions) -> torch.nn.Module:
+    def _loss(self, backbone: VerbalizedBackbone, options: OperatorOptions) -> torch.nn.Module:
         if self.objective == "answers":
-            return AnswerLoss(weight, options)
-        return OwnOutputLoss(weight, options, with_answers=self.objective == "both")
+            return AnswerLoss(backbone.head_weight, options)
+        own = None
+        if backbone.language is not None:
+            own = OwnHead(backbone.own_head_weight, self.common_tokens)
+        return OwnOutputLoss(backbone.head_weight, options, with_answers=self.objective == "both", own=own)
 
     def forward(self, **roles) -> dict[str, torch.Tensor]:
         """See `StageModule`."""
@@ -45,18 +57,10 @@ class VerbalizeModule(StageModule):
         for name in self.roles:
             batch = roles[name]
             spoken, last = self.backbones[name](batch["inputs"], batch["index"])
-            if self.backbones[name].language is not None:
-                spoken, last = torch.cat([spoken, last[None]]), None
             own = () if self.objective == "answers" else (last,)
             parts.append(self.heads[name](spoken, *own, batch["labels"]))
         parts = torch.cat(parts)
         return {"loss": parts.sum(), "parts": parts.detach()}
-
-
-def _parts(name: str, backbone: VerbalizedBackbone) -> list[str]:
-    """Names of a model's parts of the loss; a last layer has one where it speaks through a verbalizer."""
-    found = [f"{name}_layer_{k}" for k in backbone.target_layers]
-    return found if backbone.language is None else [*found, f"{name}_last"]
 
 
 class VerbalizeStage(Stage):
@@ -87,30 +91,35 @@ class VerbalizeStage(Stage):
         backbones = {}
         for name in self.settings.models:
             role, translates = self.roles[name], name == "teacher" and self._translates
-            needs_last = self.settings.needs_last or translates
+            needs_last = self.settings.needs_last
             spec = role.spec()  # the objective is told, not compared: any verbalizers that fit may be used
             spec = dataclasses.replace(spec, made_for=spec.made_for | {"objective": self.settings.objective})
             verbalizers = Verbalizers(spec, self.config.impl)
             if translates:
                 verbalizers.start_at(self._translation())
             # where the last layer is not read, what lies above the deepest target layer has no say
-            model = self.load_model(name, depth=None if needs_last else role.depth)
+            model = self.load_model(name, depth=None if needs_last or translates else role.depth)
             language = None
             if translates:
                 language = self.student_language(backbones["student"].head_weight if "student" in backbones else None)
             backbones[name] = VerbalizedBackbone(
-                model, role.layers, verbalizers, train_backbone=False, needs_last=needs_last, language=language
+                model, list(spec.layers), verbalizers, train_backbone=False, needs_last=needs_last, language=language
             )
-        return VerbalizeModule(backbones, self.head_options, self.settings.objective)
+        return VerbalizeModule(backbones, self.head_options, self.settings.objective, self._common_tokens)
+
+    @cached_property
+    def _common_tokens(self) -> torch.Tensor | None:
+        """[2, K] ids of the tokens that both vocabularies have, where the teacher translates."""
+        if not self._translates:
+            return None
+        return common_tokens(*(self.roles[name].processor.tokenizer for name in ("student", "teacher")))
 
     def _translation(self) -> torch.Tensor | None:
         """Where the translation starts, on rank 0 (None on others under ZeRO-3)."""
         if rank() > 0 and is_deepspeed_zero3_enabled():
             return None
-        student, teacher = (self.roles[name] for name in ("student", "teacher"))
-        tokens = common_tokens(student.processor.tokenizer, teacher.processor.tokenizer)
-        sides = ((role.folder, role.config) for role in (teacher, student))
-        return start_between(*sides, tokens, self.args.device)
+        sides = ((self.roles[name].folder, self.roles[name].config) for name in ("teacher", "student"))
+        return start_between(*sides, self._common_tokens, self.args.device)
 
     def save(self, module: VerbalizeModule) -> None:
         for name, backbone in module.backbones.items():

@@ -24,6 +24,7 @@ MEANINGS = {
     "teacher.tokenizer": "the teacher's tokenizer",
     "teacher.verbalizers": "the teacher's verbalizers",
     "student_head": "the student's language head",
+    "student": "the student's weights",
     "vocab_size": "rows of both heads that are compared",
     "temperature": "interact.temperature",
     "dtype": "dtype",

@@ -159,6 +159,8 @@ class CachedTeacher:
     def _require_this_run(self) -> None:
         there: dict[str, Any] = {"encoding": self.identity["encoding"], "dtype": self.identity["dtype"]}
         here: dict[str, Any] = {"encoding": encoding_of(self.run), "dtype": self.run.dtype}
+        there["verbalizer"] = {"language": (self.identity["teacher"]["verbalizer"] or {}).get("language", "own")}
+        here["verbalizer"] = {"language": self.run.verbalizer.language}
         if self.form == "targets":
             there["temperature"], here["temperature"] = self.identity["temperature"], self.run.interact.temperature
         digests: dict[str, Any] = {}
@@ -189,6 +191,9 @@ class CachedTeacher:
         if self.form == "targets" or self.run.verbalizer.translates:
             there["student_head"] = self.identity["student_head"]
             here["student_head"] = tensor_digest(read_head(folder, config, self.run.dtype))
+        if self.run.verbalizer.translates:  # its norm is spoken through as well
+            there["student"] = self.identity["teacher"].get("student", {}).get("checkpoint")
+            here["student"] = checkpoint_digest(folder)
         require_same(self.folder, there, here, "this run")
 
 
