@@ -46,8 +46,8 @@ class Held:
     """Processor tensors -> last hidden state after the final norm, [B, T, d]."""
     final_norm: nn.Module
     """The final norm, plain and on the device."""
-    head_weight: Tensor
-    """[V, d], on the device or a shard (see `ranks.sharding.gathered`)."""
+    head_weight: Tensor | None
+    """[V, d], on the device or a shard (see `ranks.sharding.gathered`); None where another model's is read."""
     release: Callable[[], None] = lambda: None
     """Gives back what the placement holds besides the weights."""
 
@@ -150,8 +150,8 @@ class VerbalizedBackbone(nn.Module):
             spoken = self._final_norm(spoken)
         if not self.last_translated:
             return spoken, last
-        layers = [spoken[i] for i, k in enumerate(self.heard_layers) if k in self.target_layers]
-        return torch.stack(layers) if layers else None, spoken[-1]
+        count = len(self.target_layers)  # they rise, and the last layer is none of them or their last
+        return spoken[:count] if count else None, spoken[-1]
 
     @property
     def _final_norm(self) -> nn.Module:

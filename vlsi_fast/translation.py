@@ -13,24 +13,36 @@ the teacher's says, but for a number that is the same for all tokens, which a so
 
     A = argmin  sum_v w_v || (W_s[v] - mean W_s) diag(g_s) A - (W[v] - mean W) diag(g) ||^2
 
-the pseudo-inverse between the centred heads (DSKD starts so, arXiv 2406.17328). RMSNorm takes a state's size away on
-both sides, so A needs no norm in front. Two models of one head and norm get the identity.
+the pseudo-inverse between the centred heads. RMSNorm takes a state's size away on both sides, so A needs no norm in
+front. Two models of one head and norm get the identity. A narrower head cannot say everything: w_v, how often answers
+have a token, decides what it keeps (`benchmarks/translation_start.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .backbones import family_of
+from .data.skipped import UnusableRow
 from .loading import read_head
 from .ranks.shard_loading import empty_model, read_parameter
 
+if TYPE_CHECKING:
+    from .data.sources import ConcatSource
+
 CHUNK = 16384
 """Tokens of both heads that are multiplied at once."""
+COUNTED_ROWS = 2000
+"""Rows of training data whose answers are counted."""
+UNSEEN = 0.1
+"""What is shared out among all tokens, beside 1 by how often answers have them."""
 RIDGE = 1e-6
 """Added to the normal equations' diagonal, as a share of its mean: tokens fewer than d_s, or a gain of 0, leave
 directions that nothing decides."""
@@ -103,6 +115,7 @@ def start_between(
     teacher: tuple[str | Path, object],
     student: tuple[str | Path, object],
     tokens: Tensor,
+    weight: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """`start_map` of two checkpoints, each given as its folder and transformers config."""
@@ -110,4 +123,36 @@ def start_between(
     for folder, config in (teacher, student):
         norm = final_norm_of(folder, config, torch.float32, device)
         sides.append((read_head(folder, config).to(device), gain_of(norm, config.get_text_config().hidden_size)))
-    return start_map(*sides, tokens)
+    return start_map(*sides, tokens, weight)
+
+
+def token_weights(counts: Tensor, ids: Tensor) -> Tensor:
+    """What tokens weigh: their share of the answers, and `UNSEEN` shared out among all.
+
+    Args:
+        counts: [V_s] how often answers have each token.
+        ids: [K] the tokens that are asked about.
+
+    Returns:
+        [K] float32.
+    """
+    counts = counts[ids].float()
+    return counts / counts.sum().clamp_min(1) + UNSEEN / len(ids)
+
+
+def answer_counts(answers: Iterable[str], tokenizer, rows: int) -> Tensor:
+    """[rows] how often texts have each token, the one that ends a turn once each."""
+    counts = torch.zeros(rows)
+    for answer in answers:
+        found = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        counts += torch.bincount(torch.tensor(found), minlength=rows)[:rows]
+    return counts
+
+
+def some_answers(sources: ConcatSource, count: int = COUNTED_ROWS) -> Iterator[str]:
+    """Texts of assistant turns of about `count` rows, spread evenly; rows that cannot be read are left out."""
+    for i in range(0, len(sources), max(1, len(sources) // count)):
+        with contextlib.suppress(UnusableRow):
+            for message in sources[i].messages:
+                if message["role"] == "assistant":
+                    yield "".join(part.get("text", "") for part in message["content"])

@@ -43,7 +43,8 @@ class Collator:
 
         Returns:
             `ids`: B row names. `skipped`: the rows' records of unusable rows, in order. `answered`: how many rows, and
-            tokens to predict, have answers that a model wrote. `tokens`: role -> the rows' tokens. `blank`: roles that
+            tokens to predict, have answers that a model wrote. `unaligned`: how many of the student's answer tokens are
+            left out, since the teacher has no state for them. `tokens`: role -> the rows' tokens. `blank`: roles that
             got a blank image, and have no other. Each role:
             `input_ids` [B, T] padded with the padding id, `labels` [B, T] with -100, `attention_mask` and every
             other per-token tensor [B, T] with 0; vision tensors joined along their first axis, absent where no row has
@@ -59,6 +60,7 @@ class Collator:
         roles = [role for role in ROLES if role in self._pad_ids]
         answered = [row[roles[0]]["labels"] for row in rows if row.get("answered")]
         batch["answered"] = (len(answered), sum(int((labels[:, 1:] != IGNORED).sum()) for labels in answered))
+        batch["unaligned"] = sum(row.get("unaligned", 0) for row in rows)
         joined: dict[tuple[int, ...], torch.Tensor] = {}  # vision tensors by the identities of their rows' tensors
         parts = {role: [row[role] for row in rows] for role in roles}
         batch["tokens"] = {role: sum(row["input_ids"].shape[1] for row in parts[role]) for role in roles}

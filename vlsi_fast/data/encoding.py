@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from vlsi_fast.config_data import DataConfig
+from vlsi_fast.data.alignment import answers_of
 from vlsi_fast.data.images import ImageRef
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.plaintext import Rendered, apply_template, plainly, render
@@ -34,7 +35,11 @@ USUAL_CHARACTERS = 16
 
 @row_boundary()
 def encode(
-    sample: Sample, processor, data_config: DataConfig, image_loader: Callable[[ImageRef], Image.Image]
+    sample: Sample,
+    processor,
+    data_config: DataConfig,
+    image_loader: Callable[[ImageRef], Image.Image],
+    with_answers: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Model inputs of one sample.
 
@@ -43,11 +48,13 @@ def encode(
         processor: a Hugging Face processor with a chat template and a fast tokenizer.
         data_config: `max_length` and `special_tokens` are read.
         image_loader: opens one image; asked once for an image that the row shows several times.
+        with_answers: say of every answer where its tokens stand in its words, for `alignment.pair_tokens`.
 
     Returns:
         Everything that `processor(text=.., images=..)` returns, unchanged (`input_ids` [1, T] int64, `attention_mask`
         [1, T], vision tensors whose first axis runs over patches or images, ..), and `labels` [1, T] int64: the token
-        inside assistant answers, end of turn included, and -100 elsewhere.
+        inside assistant answers, end of turn included, and -100 elsewhere. `with_answers`: also `answers`, a list of
+        one `alignment.Answer` for each assistant turn, whose tokens are the labels that are not -100, in order.
 
     Raises:
         UnusableRow: the row cannot be trained on.
@@ -63,8 +70,9 @@ def encode(
     length = row["input_ids"].shape[1]
     if length > data_config.max_length:
         raise UnusableRow("too_long", f"{length} tokens, data.max_length is {data_config.max_length}")
-    row["labels"] = _labels(row["input_ids"], rendered, spans, processor)
-    return row
+    plain = Plain(rendered, spans, processor)
+    row["labels"] = _labels(row["input_ids"], plain, processor)
+    return row | ({"answers": answers_of(plain, processor)} if with_answers else {})
 
 
 def encode_question(question: str, images: list[Image.Image], processor) -> dict[str, torch.Tensor]:
@@ -330,25 +338,35 @@ def tokenizer_options(processor, text: str) -> dict:
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 
 
-def _labels(input_ids: torch.Tensor, rendered: Rendered, spans: list[tuple[int, int]], processor) -> torch.Tensor:
-    """Labels [1, T] of `input_ids` [1, T]: a token is learnt when all of its characters lie in an answer."""
-    tokenizer, options = plainly(processor, [rendered]).tokenizer, tokenizer_options(processor, rendered.text)
-    plain = tokenizer(rendered.text, return_offsets_mapping=True, return_tensors="pt", **options)
-    starts, ends = plain["offset_mapping"][0].T.contiguous()
-    first, last = torch.tensor(spans, dtype=starts.dtype).T.contiguous()
-    at = torch.searchsorted(first, starts, right=True) - 1  # the answer that starts before a token, -1: none
-    learnt = (at >= 0) & (ends <= last[at.clamp(min=0)]) & (ends > starts)
+class Plain:
+    """The rendered conversation as the tokenizer alone reads it: of each token, which answer it is of, if any."""
+
+    def __init__(self, rendered: Rendered, spans: list[tuple[int, int]], processor):
+        tokenizer, options = plainly(processor, [rendered]).tokenizer, tokenizer_options(processor, rendered.text)
+        read = tokenizer(rendered.text, return_offsets_mapping=True, return_tensors="pt", **options)
+        self.rendered, self.spans = rendered, spans
+        self.ids, self.offsets = read["input_ids"][0], read["offset_mapping"][0]
+        starts, ends = self.offsets.T.contiguous()
+        first, last = torch.tensor(spans, dtype=starts.dtype).T.contiguous()
+        self.answer = torch.searchsorted(first, starts, right=True) - 1
+        """The answer that starts before a token, -1: none."""
+        self.learnt = (self.answer >= 0) & (ends <= last[self.answer.clamp(min=0)]) & (ends > starts)
+        """A token is learnt when all of its characters lie in an answer."""
+
+
+def _labels(input_ids: torch.Tensor, plain: Plain, processor) -> torch.Tensor:
+    """Labels [1, T] of `input_ids` [1, T]."""
     image_ids = _image_token_ids(processor)
     kept = _run_starts(input_ids[0], image_ids)
-    kept_plain = _run_starts(plain["input_ids"][0], image_ids)
+    kept_plain = _run_starts(plain.ids, image_ids)
     ids = input_ids[0][kept]
-    if not torch.equal(ids, plain["input_ids"][0][kept_plain]):
+    if not torch.equal(ids, plain.ids[kept_plain]):
         raise UnusableRow(
             "template",
             f"{type(processor).__name__} changes more of the text than runs of its image token; answers are lost",
         )
     labels = torch.full_like(input_ids, IGNORED)
-    labels[0, kept] = torch.where(learnt[kept_plain], ids, IGNORED)
+    labels[0, kept] = torch.where(plain.learnt[kept_plain], ids, IGNORED)
     return labels
 
 

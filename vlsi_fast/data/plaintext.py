@@ -104,6 +104,14 @@ def plainly(processor, rendered: list[Rendered]):
     return made
 
 
+def ends_in_special(text: str, processor) -> int:
+    """Where the special tokens begin that a text ends in, white space between them; its length where there are none."""
+    at, behind = len(text), list(_pattern(tuple(special_tokens(processor))).finditer(text))
+    while behind and not text[behind[-1].end() : at].strip():
+        at = behind.pop().start()
+    return at
+
+
 def apply_template(processor, messages: list[dict], prompt: bool) -> str:
     """The stock rendering. Raises UnusableRow (cause template) where the template fails."""
     try:

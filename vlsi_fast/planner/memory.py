@@ -109,7 +109,8 @@ class Spoken:
     mode: str  # frozen, lora, full
     layers: int = 0  # target layers that are read
     verbalizer: str | None = None  # architecture, None: none takes part
-    verbalizers: list[list[int]] = field(default_factory=list)
+    verbalizers: list[list[int]] = field(default_factory=list)  # those that run: of the target layers
+    silent: list[list[int]] = field(default_factory=list)  # loaded with them, and not asked
     verbalizers_trained: bool = False
     norm: bool = False
     inner: int = 0  # inner width of the verbalizer's FFN
@@ -118,6 +119,7 @@ class Spoken:
     train_vision: bool = False
     needs_last: bool = True  # the last layer's own output is wanted
     placement: str | None = None  # teacher.mode, where it holds the backbone outside the module tree (all but zero3)
+    language: ModelShape | None = None  # the student, where the verbalizers translate; one of them is the last layer's
 
     def is_gathered(self, setup: Setup) -> bool:
         """Whether ZeRO-3 gathers the backbone's tensors."""
@@ -132,9 +134,24 @@ class Spoken:
         """Whether verbalizers read the target layers' states at all positions, not at answers alone."""
         return (self.verbalizer or "").startswith("decoder")
 
+    @property
+    def takes_last(self) -> bool:
+        """Whether the last layer's own output is read; a translating teacher's speaks through a verbalizer."""
+        return self.needs_last and self.language is None
+
+    @property
+    def learning(self) -> int:
+        """Layers with a loss in stage verbalize."""
+        return self.layers + (self.language is not None)
+
+    @property
+    def voice(self) -> ModelShape:
+        """The model through whose final norm and head the layers speak: the losses read states of its width."""
+        return self.language or self.shape
+
     def recorded(self, batch: Batch) -> int:
-        """Hidden states, d numbers each, that the forward takes from its target layers."""
-        return self.layers * (batch.positions if self.reads_all else batch.answers)
+        """Hidden states, d numbers each, that the forward takes for its verbalizers."""
+        return len(self.verbalizers) * (batch.positions if self.reads_all else batch.answers)
 
     def split(self) -> tuple[list[int], list[int]]:
         """Sizes of trained and of frozen tensors in the module tree, verbalizers included."""
@@ -148,7 +165,8 @@ class Spoken:
                 kept = len(shape.lora) if self.trained_layers is None else self.trained_layers
                 trained += [n for layer in shape.lora[:kept] for n in layer]
                 frozen += [n for layer in shape.lora[kept:] for n in layer]
-        (trained if self.verbalizers_trained else frozen).extend(n for layer in self.verbalizers for n in layer)
+        verbalizers = (n for layer in (*self.verbalizers, *self.silent) for n in layer)
+        (trained if self.verbalizers_trained else frozen).extend(verbalizers)
         return trained, frozen
 
 
@@ -198,6 +216,9 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
             if spoken.is_gathered(setup):  # small tensors of the offloaded teacher's own engine
                 limit = setup.number("stage3_param_persistence_threshold", 1e5)
                 columns["gathered"] += e * sum(n for n in spoken.shape.parameters if n <= limit)
+        if spoken.language is not None:  # a plain copy of the student's norm, and its head where the student is absent
+            lone = "student" not in student_and_teacher
+            columns["teacher"] += e * (spoken.language.width + lone * spoken.language.head)
         if setup.zero is None:
             columns["parameters"] += 4 * sum(trained)
             columns["optimizer"] += 8 * sum(trained)
@@ -324,15 +345,17 @@ def divergence_scratch(rows: int, student: int, teacher: int, vocab: int, setup:
 
 
 def verbalizer_saved(spoken: Spoken, batch: Batch, setup: Setup) -> int:
-    """Bytes that the verbalizers of one role keep for backward, all target layers together."""
+    """Bytes that the verbalizers of one role keep for backward, all together."""
     e, d, h = setup.compute_bytes, spoken.shape.width, spoken.inner
     kind, times = (spoken.verbalizer or "").removesuffix("_x2"), 2 if (spoken.verbalizer or "").endswith("_x2") else 1
     if kind == "decoder":
         plain = Spoken(spoken.shape, "frozen")
         return spoken.layers * times * layer_saved(plain, batch, setup)
+    if spoken.language is not None and spoken.verbalizer == "mlp":  # the translation alone, which keeps its input
+        return 0
     norm = (e + 4) * d if spoken.norm else 0
     block = e * d + 2 * e * h if kind in ("verb_ffn", "ffn") else e * d
-    return spoken.layers * times * batch.answers * (block + norm)
+    return len(spoken.verbalizers) * times * batch.answers * (block + norm)
 
 
 def gathered_for(spoken: Spoken, setup: Setup, backward: bool, ahead: int) -> int:

@@ -68,6 +68,8 @@ class ModelShape:
     vision_attention: list[tuple[float, float]]
     """FLOPs of its attention for one patch and one that it looks at, with the most patches that it looks at: windows
     (Qwen2.5-VL), tiles (LLaVA-OneVision), or inf: the whole image."""
+    has_head: bool = True
+    """Whether the head is there; a teacher whose layers speak through the student's has none (`without_head`)."""
 
     @property
     def depth(self) -> int:
@@ -77,6 +79,13 @@ class ModelShape:
         """The model with only its first `depth` decoder layers, as it is loaded where nothing deeper is read."""
         kept = {name: getattr(self, name)[:depth] for name in ("layers", "lora", "linears")}
         return dataclasses.replace(self, **kept)
+
+    def without_head(self) -> ModelShape:
+        """The model as a teacher is loaded that speaks through another's head. A tied head stays as the embedding."""
+        ends = list(self.ends)
+        if not self.tied:
+            ends.remove(self.head)
+        return dataclasses.replace(self, ends=ends, has_head=False)
 
     @property
     def head(self) -> int:
@@ -240,9 +249,11 @@ def _vision_flops(tower: nn.Module, depth: int, merge: int) -> float:
     return per_patch
 
 
-def verbalizer_sizes(config, layers: list[int], settings: VerbalizerConfig, output: int | None) -> list[list[int]]:
-    """Parameters of the verbalizer of each target layer."""
-    spec = VerbalizerSpec.of(config, layers, settings, output)
+def verbalizer_sizes(
+    config, layers: list[int], settings: VerbalizerConfig, output: int | None, translates: bool = False
+) -> list[list[int]]:
+    """Parameters of the verbalizer of each of these layers."""
+    spec = VerbalizerSpec.of(config, layers, settings, output, translates=translates)
     with unsharded(), torch.device("meta"):
         module = Verbalizers(spec)
     return [[p.numel() for p in module.layers[str(k)].parameters()] for k in layers]

@@ -54,7 +54,7 @@ class Absent:
 
     target_layers: list[int]
     head_weight: Tensor | None
-    """[V, d_l], for hidden states; None where the rows bring targets."""
+    """[V, d_l], for hidden states, or the student's [V, d_s] for translated ones; None where the rows bring targets."""
     has_last: bool
     """Whether the last layer's are behind the target layers'."""
     vocab_size: int
@@ -336,7 +336,7 @@ class InteractStage(Stage):
             lessons = []
             for cached in self.caches:
                 options = replace(self.head_options, vocab_size=cached.identity["vocab_size"])
-                lessons.append(InteractModule(student, self._absent(cached), *settings, options))
+                lessons.append(InteractModule(student, self._absent(cached, student), *settings, options))
             names = [cached.name for cached in self.caches]
             if len(set(names)) < len(names):  # folders of one name in different places
                 names = [str(cached.folder) for cached in self.caches]
@@ -356,9 +356,12 @@ class InteractStage(Stage):
         speaking = (self._verbalizers("teacher"), False, needs_last, language, translates and needs_last)
         return VerbalizedBackbone(model, layers, *speaking)
 
-    def _absent(self, cached: CachedTeacher) -> Absent:
-        rows = cached.identity["vocab_size"]
-        return Absent(cached.layers, cached.head(self.args.device), self.settings.needs_teacher_last, rows)
+    def _absent(self, cached: CachedTeacher, student: VerbalizedBackbone) -> Absent:
+        rows, head = cached.identity["vocab_size"], None
+        if cached.form == "hidden":
+            translates = self.config.verbalizer.translates
+            head = student.head_weight if translates else cached.head(self.args.device)
+        return Absent(cached.layers, head, self.settings.needs_teacher_last, rows)
 
     def _window(self) -> int:
         """Micro-batches of `teacher.window`, auto resolved, at most those of a step."""

@@ -21,7 +21,7 @@ from ..config import ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
 from ..data.packing import Packer
-from ..data.sources import build_source
+from ..data.sources import ConcatSource, build_source
 from ..data.tokens import SharedTokens
 from ..disk import checkpoint_size, explained_full_disk, result_size
 from ..errors import StoppedEarly
@@ -93,6 +93,8 @@ class Stage:
         self.releases: list[Callable[[], None]] = []
         self.eval_dataset: VlsiDataset | None = None
         """Rows of `data.eval`, where the stage evaluates."""
+        self.sources: ConcatSource | None = None
+        """Rows of `data.train`."""
 
     # ---- what a subclass says ----
 
@@ -193,6 +195,7 @@ class Stage:
             "answer_tokens": trainer.totals["answer_tokens"],
             "answered_rows": trainer.totals["answered_rows"],
             "answered_tokens": trainer.totals["answered_tokens"],
+            "unaligned_tokens": trainer.totals["unaligned_tokens"],
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
             "attention": self.attention,
@@ -246,7 +249,8 @@ class Stage:
         processors = {name: role.processor for name, role in self.roles.items()}
         translates = self.config.verbalizer.translates
         taught = rows_of(self.caches, self.config.data.train, follow=True)
-        dataset = dataset_of(build_source(self.config.data.train), processors, self.config.data, taught, translates)
+        self.sources = build_source(self.config.data.train)
+        dataset = dataset_of(self.sources, processors, self.config.data, taught, translates)
         if self.config.stage_training(self.name).eval_steps is not None:
             rows, taught = build_source(self.config.data.eval, "data.eval"), rows_of(self.caches, self.config.data.eval)
             self.eval_dataset = VlsiDataset(rows, processors, self.config.data, taught, translates)
@@ -394,7 +398,9 @@ class Stage:
         if name == "student":
             model = load_backbone(folder or role.folder, *options)
         else:
-            model = load_teacher(role.folder, self.teacher_mode, *options, self.args)
+            own_output = self.name == "verbalize" and self.settings.needs_last
+            has_head = own_output or not self.config.verbalizer.translates
+            model = load_teacher(role.folder, self.teacher_mode, *options, self.args, has_head)
         if isinstance(model, Held):
             self.releases.append(model.release)
         if self._runs_as_it_is(name) and use_liger(self.config.liger, self.args.device):

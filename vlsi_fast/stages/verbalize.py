@@ -11,7 +11,6 @@ the student's norm and head, at its own positions that are aligned to them; its 
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
 
 import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -21,7 +20,7 @@ from ..data.alignment import common_tokens
 from ..hidden_states import VerbalizedBackbone
 from ..losses import AnswerLoss, OperatorOptions, OwnHead, OwnOutputLoss
 from ..ranks.sharding import rank
-from ..translation import start_between
+from ..translation import answer_counts, some_answers, start_between, token_weights
 from ..verbalizer import Verbalizers
 from .module import StageModule
 from .stage import Stage
@@ -88,10 +87,9 @@ class VerbalizeStage(Stage):
                 )
 
     def build(self) -> VerbalizeModule:
-        backbones = {}
+        backbones, needs_last = {}, self.settings.needs_last
         for name in self.settings.models:
             role, translates = self.roles[name], name == "teacher" and self._translates
-            needs_last = self.settings.needs_last
             spec = role.spec()  # the objective is told, not compared: any verbalizers that fit may be used
             spec = dataclasses.replace(spec, made_for=spec.made_for | {"objective": self.settings.objective})
             verbalizers = Verbalizers(spec, self.config.impl)
@@ -105,13 +103,11 @@ class VerbalizeStage(Stage):
             backbones[name] = VerbalizedBackbone(
                 model, list(spec.layers), verbalizers, train_backbone=False, needs_last=needs_last, language=language
             )
-        return VerbalizeModule(backbones, self.head_options, self.settings.objective, self._common_tokens)
+        tokens = self._common_tokens() if self._translates and needs_last else None
+        return VerbalizeModule(backbones, self.head_options, self.settings.objective, tokens)
 
-    @cached_property
-    def _common_tokens(self) -> torch.Tensor | None:
-        """[2, K] ids of the tokens that both vocabularies have, where the teacher translates."""
-        if not self._translates:
-            return None
+    def _common_tokens(self) -> torch.Tensor:
+        """[2, K] ids of the tokens that both vocabularies have: the student's, the teacher's."""
         return common_tokens(*(self.roles[name].processor.tokenizer for name in ("student", "teacher")))
 
     def _translation(self) -> torch.Tensor | None:
@@ -119,7 +115,10 @@ class VerbalizeStage(Stage):
         if rank() > 0 and is_deepspeed_zero3_enabled():
             return None
         sides = ((self.roles[name].folder, self.roles[name].config) for name in ("teacher", "student"))
-        return start_between(*sides, self._common_tokens, self.args.device)
+        tokens = self._common_tokens()
+        tokenizer, rows = self.roles["student"].processor.tokenizer, self.shared_rows
+        weight = token_weights(answer_counts(some_answers(self.sources), tokenizer, rows), tokens[0])
+        return start_between(*sides, tokens, weight, self.args.device)
 
     def save(self, module: VerbalizeModule) -> None:
         for name, backbone in module.backbones.items():

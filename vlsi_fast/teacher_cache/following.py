@@ -257,13 +257,9 @@ def wait_for_cache(folder: Path, timeout: float) -> None:
 
 
 def dataset_of(
-    sources: ConcatSource,
-    processors: dict,
-    data_config: DataConfig,
-    taught: Routed | None,
-    translated: bool = False,
+    sources: ConcatSource, processors: dict, data_config: DataConfig, taught: Routed | None, translated: bool = False
 ) -> VlsiDataset:
-    """A stage's rows, which follow a teacher where one of their caches does."""
+    """A stage's rows, which follow a teacher where one of their caches does; `translated`: see `VlsiDataset`."""
     rows = [each for each in taught.caches if isinstance(each, FollowedRows)] if taught is not None else []
     if not rows:
         return VlsiDataset(sources, processors, data_config, taught, translated)

@@ -89,7 +89,7 @@ class Teacher:
         if chosen.form == "targets":
             self.pairwise = PairwiseKL(head, teacher.head_weight, stage.head_options)
             self.student_head = head
-        else:
+        elif not stage.config.verbalizer.translates:  # the student has the head of translated states
             _write_head(stage, folder / HEAD)
 
     @torch.no_grad()
@@ -125,11 +125,11 @@ class Teacher:
 
 
 def _write_head(stage: TeacherStage, path: Path) -> None:
-    """The head that hidden states are read by, beside them: the teacher's, or the student's where they translate."""
+    """The teacher's head, beside hidden states."""
     if rank() == 0 and not path.is_file():
         from safetensors.torch import save_file
 
-        role = stage.roles["student" if stage.config.verbalizer.translates else "teacher"]
+        role = stage.roles["teacher"]
         partial = path.with_suffix(".partial")
         save_file({"head": read_head(role.folder, role.config, stage.config.dtype).contiguous()}, partial)
         partial.replace(path)
