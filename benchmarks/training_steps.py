@@ -23,7 +23,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from vlsi_fast.config import RunConfig, load_config
-from vlsi_fast.hidden_states import Held
 from vlsi_fast.loading import cut_config
 from vlsi_fast.planner.build import Models
 from vlsi_fast.planner.dry_run.rows import row_of
@@ -281,7 +280,7 @@ def build(name: str, config: RunConfig, models: Models, setting: Setting) -> tup
     def student(folder: Path, dtype: str, attention: str, depth: int | None = None) -> nn.Module:
         return stock_model(models.configs["student"], dtype, attention, depth)
 
-    def teacher(folder, mode: str, dtype: str, attention: str, depth: int | None, args, has_head: bool) -> Held:
+    def teacher(folder, mode: str, dtype: str, attention: str, depth: int | None, args, has_head: bool) -> nn.Module:
         model = stock_model(models.configs["teacher"], dtype, attention, depth)
         if not has_head:
             drop_head(model)

@@ -302,7 +302,7 @@ def test_pairs_are_those_of_brute_force(one, other):
 UNICODE = st.text(
     st.one_of(
         st.sampled_from("aeno th.,1 \n\r\t▁<>|\u0301\u0323\u0308\u1100\u1161\u11a8éÅ🙂👩\u200d日本한"),
-        st.characters(exclude_categories=["Cs", "Co", "Cc"]),
+        st.characters(exclude_categories=["Cs", "Co", "Cc", "Cn"]),  # SmolLM2 drops bytes that begin unassigned ones
     ),
     min_size=1,
     max_size=24,
@@ -331,13 +331,37 @@ def test_starts_in_what_a_normaliser_changed():
     assert starts_of("qwen", "A\u030ae\u0301x") == [0, 3, 6]
     # the dot goes below before the accent: what lies between the two marks has no place in the text
     assert starts_of("qwen", "a\u0301\u0323b") == [0, None, 5]
-    assert starts_of("lower", "AB c") == [0, 1, 2, 3]
+    assert starts_of("lower", "AB c") == [0, 1, 2]
     assert starts_of("lower", "\ufb01x") == [0, None, 3]  # one character becomes two tokens
 
 
 def test_starts_where_tokens_are_no_stretches_of_the_text():
-    assert starts_of("unknown", "th é∑a") == [0, 2, 3, 8]
+    assert starts_of("unknown", "th é∑a") == [0, 2, 3, 5, 8]
     assert starts_of("words", "Seeing the thing") == [0, 1, 2, 3, 7, 11, 12, 13]
+
+
+def test_marks_of_spaces():
+    """One that the tokenizer puts in front is no character of the text; one that the text has is."""
+    opening = template("'<s>'", "'</s>'", "'<s>'")
+    other = processor("older_llama", opening)
+    for text, tokens, starts in (
+        ("xq", ["▁", "x", "q", "</s>"], (0, 0, 1, 2)),
+        ("▁ x", ["▁", "▁", "▁", "x", "</s>"], (0, 0, 3, 4, 5)),
+    ):
+        row = encode(sample(text), other, CONFIG, None, with_answers=True)
+        assert tokens_of(other, answer_ids(row)) == tokens and row["answers"][0].starts == starts
+
+
+def test_text_that_a_tokenizer_drops():
+    """Behind it nothing is known until the end of the turn."""
+    letters = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "Ġ": 2}, []))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    image, fields = processor("bytes300").image_processor, {"vision_feature_select_strategy": "full"}
+    words = dressed(letters)
+    few = tiny_families.build_processor("LlavaOnevisionProcessor", words, image, GEMMA, num_image_tokens=16, **fields)
+    ((ids, pairs),) = aligned(processor("bytes300"), few, "ab zab")
+    assert tokens_of(few, ids[1]) == ["a", "b", "Ġ", "a", "b", "</s>"]
+    assert pairs == [(0, 0), (1, 1), (2, 2), (3, 3), (6, 5)]
 
 
 def test_a_character_that_begins_in_front_of_the_answer_has_no_start():
@@ -354,20 +378,26 @@ def tokens_of(processor, ids) -> list[str]:
     return processor.tokenizer.convert_ids_to_tokens(ids)
 
 
-@pytest.mark.parametrize("chat_template", [COLON, SPACED, PLAIN_END], ids=["colon", "spaced", "plain_end"])
-def test_templates_may_differ_around_the_words(chat_template):
+@pytest.mark.parametrize(
+    ("chat_template", "tokens", "wanted"),
+    [
+        (COLON, ["Ġ", "y", "es", "</s>"], [(0, 1), (1, 3)]),
+        (SPACED, ["Ġ", "Ġ", "y", "es", "Ġ", "Ċ", "</s>"], [(0, 2), (1, 6)]),
+        (PLAIN_END, ["y", "es", "Ġ", "#", "#", "#"], [(0, 0), (1, 3)]),
+    ],
+    ids=["colon", "spaced", "plain_end"],
+)
+def test_templates_may_differ_around_the_words(chat_template, tokens, wanted):
     one, other = processor("bytes600"), processor("bytes300", chat_template)
-    for text in ["yes", "a red circle and no blue triangle, 日本語", "  indented"]:
+    ((ids, pairs),) = aligned(one, other, "yes")
+    assert [tokens_of(each, own) for each, own in zip((one, other), ids)] == [["yes", "</s>"], tokens]
+    assert pairs == wanted
+    for text in ["a red circle and no blue triangle, 日本語", "  indented"]:
         ((ids, pairs),) = aligned(one, other, text)
-        matched = [(tokens_of(one, ids[0])[i], tokens_of(other, ids[1])[j]) for i, j in pairs]
         words = [said(each.tokenizer, own) for each, own in zip((one, other), ids)]
+        assert len(pairs) > 6
         for i, j in pairs[:-1]:
             assert words[0][i].lstrip() == words[1][j].lstrip()
-        # the first token that is no space alone, and the end, whatever they are called
-        assert matched[-1] == ("</s>", "Ġ###" if chat_template == PLAIN_END else "</s>") or (
-            chat_template == PLAIN_END and matched[-1][1].lstrip("Ġ").startswith("#")
-        )
-        assert words[0][pairs[0][0] + 1].strip() and words[1][pairs[0][1] + 1].strip()
 
 
 def test_a_space_that_one_tokenizer_puts_in_front_counts_for_nothing():
@@ -438,7 +468,9 @@ def test_rows_of_two_families_with_images(tmp_path):
         whole = row["whole"]
         ids = {role: answer_ids(row[role]) for role in roles}
         assert ids["student"] == ids["teacher"] and len(ids["student"]) > 1
-        assert row["unaligned"] == int((whole != -100).sum()) - len(ids["student"]) > 0
+        assert row["unaligned"] == int((whole != -100).sum()) - len(ids["student"]) and (row["unaligned"] > 0) == (
+            i < 2
+        )
         assert torch.equal(
             row["student"]["labels"][row["student"]["labels"] != -100], whole[row["student"]["labels"] != -100]
         )
@@ -485,11 +517,13 @@ def test_where_tokens_can_be_compared_rows_are_as_without_translation(tmp_path):
             assert all(torch.equal(one[role][name], value) for name, value in other[role].items())
 
 
-@pytest.mark.parametrize("text", [text for text in TEXTS if "\u0301" not in text])
-def test_aligning_one_vocabulary_leaves_nothing_out(text):
+def test_aligning_one_vocabulary_leaves_nothing_out():
     one, other = (tiny_families.make_processor(name, "qwen") for name in ("llava_onevision", "qwen2_vl"))
-    ((ids, pairs),) = aligned(one, other, text)
-    assert ids[0] == ids[1] and pairs == [(i, i) for i in range(len(ids[0]))]
+    for text in TEXTS:
+        if "\u0301" in text or text.startswith(" "):  # what NFC changes; the templates take other first tokens
+            continue
+        ((ids, pairs),) = aligned(one, other, text)
+        assert ids[0] == ids[1] and pairs == [(i, i) for i in range(len(ids[0]))]
 
 
 def test_one_role_alone_is_as_ever(tmp_path):
@@ -504,10 +538,10 @@ def test_one_role_alone_is_as_ever(tmp_path):
 def test_words_that_a_template_rewrites_are_a_mismatch(tmp_path):
     rewriting = GEMMA.replace("part['text']", "part['text'].replace('red', 'blue')")
     roles = {"student": processor("bytes600"), "teacher": processor("bytes300", rewriting)}
-    config = written(tmp_path, ["a red circle"], ["no"])
     with pytest.raises(AnswerMismatchError, match="write answer 1 of 1 differently") as told:
         dataset_of(written(tmp_path, ["a red circle"]), **roles)[0]
     assert "'a red circle'" in str(told.value) and "'a blue circle'" in str(told.value)
+    config = written(tmp_path, ["a red circle"], ["no"])
     row = dataset_of(config, **roles)[0]  # one that can be used is there, and takes its place
     assert row["id"].endswith("#1") and [each["cause"] for each in row["skipped"]] == ["answer_mismatch"]
     # both rewrite: the words are the same again, and the end is what special tokens stand last
@@ -517,10 +551,10 @@ def test_words_that_a_template_rewrites_are_a_mismatch(tmp_path):
 
 
 def test_a_row_without_any_pair_is_unusable(tmp_path):
-    """The template of neither ends a turn, and one tokenizer takes all of the answer with what stands in front."""
-    ends = template("'<s>' + message['role'] + '\\n'", "''", "'<s>assistant\\n'")
+    """One tokenizer takes all of the answer with what stands in front and behind."""
+    ends = template("'<s>' + message['role'] + '\\n'", "'###'", "'<s>assistant\\n'")
     words = dressed(byte_level(300).backend_tokenizer)
-    words.add_tokens(["\nno"])
+    words.add_tokens(["\nno###"])
     image = processor("bytes300").image_processor
     fields = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
     greedy = tiny_families.build_processor("LlavaOnevisionProcessor", words, image, ends, **fields)
@@ -557,10 +591,10 @@ def test_common_tokens_stand_for_the_same_bytes(one, other):
 
 def test_what_two_tokens_of_a_vocabulary_say_is_not_common():
     twice = byte_level(300)
-    twice.add_tokens(["\n\n", " is"])  # the last is also a token of the model's own
-    assert "Ġis" in twice.get_vocab()
+    twice.add_tokens(["\n\n", " t"])  # the last is also a token of the model's own
+    assert "Ġt" in twice.get_vocab()
     names = [twice.convert_ids_to_tokens(i) for i in common_tokens(twice, tokenizer("bytes600"))[0].tolist()]
-    assert "Ġis" not in names and " is" not in names and "Ġt" in names
+    assert "Ġt" not in names and " t" not in names and "Ġ" in names
     twice.eos_token = None
     with pytest.raises(ValueError, match="the teacher's tokenizer has no eos_token"):
         common_tokens(tokenizer("bytes600"), twice)
@@ -605,10 +639,10 @@ def test_a_cached_run_learns_what_the_aligned_rows_have(tmp_path):
     dataset = VlsiDataset(build_source(config.train), alone, config, Routed([recall], [0]))
     found = [dataset[i] for i in range(3)]
     for row, wanted in zip(found, rows):
-        assert row["unaligned"] == wanted["unaligned"] > 0 and torch.equal(row["whole"], wanted["whole"])
+        assert row["unaligned"] == wanted["unaligned"] and torch.equal(row["whole"], wanted["whole"])
         assert torch.equal(row["student"]["labels"], wanted["student"]["labels"])
     made = StageCollator(Collator(alone), ("student",))(found)
-    assert made["facts"]["unaligned"] == sum(row["unaligned"] for row in rows)
+    assert made["facts"]["unaligned"] == sum(row["unaligned"] for row in rows) > 0
     assert set(made["batch"]["taught"]) == set(stored)
     assert all(torch.equal(made["batch"]["taught"][name], value) for name, value in stored.items())
 

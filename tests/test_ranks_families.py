@@ -22,8 +22,10 @@ from vlsi_fast.loading import load_backbone
 
 STAGES = ("verbalize", "interact", "sft")
 ROWS, STEPS = 24, 2
-# teacher, student; the last crosses families
-PAIRS = {name: (name, name) for name in ("llava_onevision", "qwen2_5_vl", "qwen3_vl")}
+# teacher, student; the last two cross families. The teacher with experts routes other tokens on each rank
+ALONE = ("gemma3", "glm4v", "internvl", "llava_onevision", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "smolvlm")
+PAIRS = {name: (name, name) for name in ALONE}
+PAIRS["experts"] = ("qwen3_vl_moe", "qwen3_vl")
 PAIRS["across"] = ("qwen2_vl", "llava_onevision")
 LOSSES = {
     "ce": {"intermediate": "ce", "last": "none"},

@@ -1,15 +1,20 @@
 """Translating verbalizers: where they start, what they speak through, and runs with them."""
 
+import json
+
 import pytest
 import tiny
 import tiny_runs as runs
 import torch
+import transformers
 
 from vlsi_fast import load_config, run
-from vlsi_fast.config import VerbalizerConfig
+from vlsi_fast.config import ConfigError, VerbalizerConfig
+from vlsi_fast.data import load_processor
 from vlsi_fast.hidden_states import Language, VerbalizedBackbone
 from vlsi_fast.lineage import read_record
 from vlsi_fast.loading import read_head
+from vlsi_fast.teacher_cache.build import Chosen, build
 from vlsi_fast.translation import final_norm_of, gain_of, start_between, start_map
 from vlsi_fast.verbalizer import Verbalizer, Verbalizers, VerbalizerSpec
 
@@ -167,3 +172,93 @@ def test_layers_learn_what_the_teacher_itself_says(folder, tmp_path, objective):
     (found,) = torch.autograd.grad(loss.sum(), hidden, retain_graph=True)
     (true,) = torch.autograd.grad(wanted.sum(), hidden)
     torch.testing.assert_close(found, true, rtol=1e-3, atol=1e-4)
+
+
+# ---- another tokenizer ----
+
+
+@pytest.fixture(scope="module")
+def foreign(folder, tmp_path_factory):
+    """The same teacher and rows, and a student whose BPE has fewer merges, and other ids of special tokens."""
+    foreign = tmp_path_factory.mktemp("foreign")
+    (foreign / "teacher").symlink_to(folder / "teacher")
+    runs.make_rows(foreign, 12)
+    processor = tiny.make_processor("tiny", patch_size=8, min_pixels=1024, max_pixels=1024)
+    processor.tokenizer = other_tokenizer()
+    model = tiny.make_model(tokenizer=processor.tokenizer, patch_size=8, hidden=32, layers=4, seed=1)
+    model.save_pretrained(foreign / "student")
+    processor.save_pretrained(foreign / "student")
+    return foreign
+
+
+def other_tokenizer():
+    """Bytes and the merges of a few words only: the answers' words are several tokens, most of them other ones."""
+    import tokenizers
+
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tiny.make_tokenizer("tiny").backend_tokenizer.pre_tokenizer
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(["circle circle yellow black, a a"] * 9, trainer)
+    vocab = json.loads(trained.to_str())["model"]
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab["vocab"], merges=[tuple(m) for m in vocab["merges"]])
+    tokenizer.add_special_tokens({"additional_special_tokens": tiny.SPECIAL_TOKENS[1:]})
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE
+    return tokenizer
+
+
+def test_own_language_takes_one_tokenizer(foreign, tmp_path):
+    with pytest.raises(ConfigError, match="verbalizer.language"):
+        start(foreign, tmp_path / "run", verbalizer={"language": "own"})
+
+
+def test_a_teacher_of_another_tokenizer(foreign, tmp_path):
+    """All stages; and from a cache to the last bit what the teacher in the job teaches."""
+    output = start(foreign, tmp_path / "live", "verbalize interact sft")
+    for stage in ("verbalize", "interact"):
+        record = read_record(output / stage)
+        assert record["summary"]["unaligned_tokens"] > 0, "else this shows nothing"
+        assert record["summary"]["answer_tokens"] > record["summary"]["unaligned_tokens"]
+    live = load_config(tmp_path / "live.json")
+    build(live, Chosen(tmp_path / "cache", numbers="float32", rows=12, progress=False))
+    speakers = {r: str(output / "verbalize" / r) for r in ("student", "teacher")}
+    cached = {"mode": "cached", "cache": str(tmp_path / "cache"), "verbalizers": speakers["teacher"]}
+    here = {"student": {"verbalizers": speakers["student"]}}
+    start(foreign, tmp_path / "run", "interact", teacher=cached, **here)
+    start(foreign, tmp_path / "again", "interact", teacher={"verbalizers": speakers["teacher"]}, **here)
+    for name in ("loss", "kl", "answer_tokens", "unaligned_tokens"):
+        values = [[r[name] for r in runs.metrics(tmp_path / f, "interact")] for f in ("run", "again")]
+        assert values[0] == values[1], name
+
+
+def shuffled(order):
+    """The tiny tokenizer with other ids for its first tokens."""
+    vocab, merges = tiny._vocab_and_merges("tiny")
+    vocab = {token: int(order[i]) if i < len(order) else i for token, i in vocab.items()}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=list(merges))
+    tokenizer.add_special_tokens({"additional_special_tokens": tiny.SPECIAL_TOKENS[1:]})
+    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", tiny.CHAT_TEMPLATE
+    return tokenizer
+
+
+def test_the_start_is_heard_across_tokenizers(folder, tmp_path):
+    """A teacher whose tokens are the student's in another order, and whose head's rows follow: what stage verbalize
+    starts from is the student's own loss, before any training."""
+    student = transformers.AutoModelForImageTextToText.from_pretrained(folder / "student")
+    processor = load_processor(folder / "student")
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    processor.tokenizer = shuffled(order)
+    weight = student.lm_head.weight.data
+    weight[:256] = weight[:256][order.argsort()]
+    (tmp_path / "student").symlink_to(folder / "student")
+    runs.make_rows(tmp_path, 12)
+    student.save_pretrained(tmp_path / "teacher")
+    processor.save_pretrained(tmp_path / "teacher")
+    layers = {"teacher": {"layers": [1, 2, 3]}}
+    own = start(folder, tmp_path / "own", "verbalize", verbalizer={"language": "own", "residual": True})
+    other = start(tmp_path, tmp_path / "other", "verbalize", **layers)
+    wanted, found = (runs.metrics(output, "verbalize")[0] for output in (own, other))
+    assert read_record(other / "verbalize")["summary"]["unaligned_tokens"] == 0
+    for k in (1, 2, 3):
+        assert found[f"loss/teacher_layer_{k}"] == pytest.approx(wanted[f"loss/student_layer_{k}"], rel=1e-3)

@@ -267,6 +267,12 @@ class RunConfig(Section):
             )
 
     @property
+    def read_by_verbalize(self) -> list[str]:
+        """The models whose rows stage verbalize reads: a teacher that translates learns the student's tokens."""
+        names = list(self.verbalize.models)
+        return ["student", "teacher"] if self.verbalizer.translates and "teacher" in names else names
+
+    @property
     def speakers(self) -> list[str]:
         """The models that speak through trained verbalizers in stage interact."""
         last = self.verbalizer.translates and self.interact.needs_teacher_last

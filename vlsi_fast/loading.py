@@ -11,7 +11,7 @@ from torch import nn
 
 from . import hub
 from .attention import VARLEN, set_varlen
-from .backbones import default_layers, family_of
+from .backbones import default_layers, family_of, require_plain_logits
 from .config import BackboneConfig, ConfigError, RunConfig
 from .data.tokens import SharedTokens, shared_tokens
 from .ranks.shard_loading import load_sharded, read_parameter
@@ -44,10 +44,11 @@ def resolve_folder(path: str, field: str) -> Path:
 
 
 def load_model_config(settings: BackboneConfig, role: str):
-    """transformers config of a role's checkpoint; ValueError for an unknown family."""
+    """transformers config of a role's checkpoint; ValueError for an unknown family, or one whose logits are capped."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(resolve_folder(settings.path, f"{role}.path"))
+    require_plain_logits(config)
     family_of(config)
     return config
 
@@ -194,7 +195,8 @@ def require_same_tokens(student, teacher, student_name: str, teacher_name: str) 
         raise ConfigError(
             f"student ({student_name}) and teacher ({teacher_name}) give {len(found.differing)} tokens different ids "
             f"(student and teacher: {shown}). Special tokens may differ, but {found.problem}. "
-            "VLsI needs one tokenizer: choose models of one family, or of families that share it"
+            "Layers that speak their own model's language need one tokenizer: set verbalizer.language to student, or "
+            "choose models of one family, or of families that share it"
         )
     return found
 

@@ -39,7 +39,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vlsi_fast.data.plaintext import ends_in_special
 
 if TYPE_CHECKING:
-    from vlsi_fast.data.encoding import Plain
+    from vlsi_fast.data.encoding import Tokens
 
 END = 1 << 62
 """Place of what ends a turn: behind all words."""
@@ -133,30 +133,33 @@ def _space_mark(step: dict) -> str | None:
     return step["pattern"].get("String") if step["type"] == "Replace" and step["content"] == " " else None
 
 
-def answers_of(plain: Plain, processor) -> list[Answer]:
+def answers_of(row: Tokens, processor) -> list[Answer]:
     """Every answer of a row, and where its learnt tokens start.
 
     Args:
-        plain: the conversation as the tokenizer alone reads it.
+        row: the conversation as tokens.
         processor: whose it is.
     """
-    pieces, text = Pieces.of(processor.tokenizer), plain.rendered.plain
-    ids, offsets, found = plain.ids.tolist(), plain.offsets.tolist(), []
+    pieces, text = Pieces.of(processor.tokenizer), row.rendered.plain
+    ids, offsets, found = row.ids.tolist(), row.offsets.tolist(), []
     covered = list(accumulate((end for _, end in offsets), max, initial=0))
-    for number, (start, stop) in enumerate(plain.spans):
-        learnt = (plain.learnt & (plain.answer == number)).nonzero()[:, 0].tolist()
+    for number, (start, stop) in enumerate(row.spans):
+        learnt = (row.learnt & (row.answer == number)).nonzero()[:, 0].tolist()
         own = range(learnt[0], learnt[-1] + 1) if learnt else range(0)
         places = [(max(offsets[i][0] - start, 0), offsets[i][1] - start) for i in own]
         reached = max(covered[own.start] - start, 0)
         said = [pieces(ids[i]) for i in own]
         starts = dict(zip(own, token_starts(text[start:stop], places, said, pieces.normalise, reached)))
-        found.append(_answer(plain, start, stop, [(starts[i], offsets[i][1]) for i in learnt], processor))
+        tokens = [(starts[i], offsets[i], pieces(ids[i])) for i in learnt]
+        found.append(_answer(row, start, stop, tokens, processor))
     return found
 
 
-def _answer(plain: Plain, start: int, stop: int, tokens: list[tuple[int | None, int]], processor) -> Answer:
-    """The answer at these characters; `tokens`: the byte of it at which each starts, the character where it ends."""
-    text, words = plain.rendered.plain, plain.rendered.words or []
+def _answer(
+    row: Tokens, start: int, stop: int, tokens: list[tuple[int | None, list[int], bytes | None]], processor
+) -> Answer:
+    """The answer at these characters; `tokens`: of each the byte of it at which it starts, offsets, and bytes."""
+    text, words = row.rendered.plain, row.rendered.words or []
     if own := words[bisect_left(words, (start,)) : bisect_left(words, (stop,))]:
         first, last = own[0][0], own[-1][1]
     else:  # the template rewrites texts: what ends the turn is then what special tokens stand last
@@ -167,8 +170,13 @@ def _answer(plain: Plain, start: int, stop: int, tokens: list[tuple[int | None, 
     before, words, after, ending = (text[a:b].encode() for a, b in bounds)
     behind = len(before) + len(words)
     ends = behind + len(after)
-    # a token that takes in the white space in front of the end ends the turn
-    starts = [ends if at is not None and behind <= at < ends and upto > end else at for at, upto in tokens]
+    starts = []
+    for at, (char, upto), piece in tokens:
+        if at is None and char == end and piece and ending.startswith(piece):  # the end is known, whatever is in front
+            at = ends
+        elif at is not None and behind <= at < ends and upto > end:  # it takes in the white space in front of the end
+            at = ends
+        starts.append(at)
     return Answer(before, words, after, ending, tuple(starts))
 
 
@@ -205,9 +213,12 @@ def token_starts(
         reached = max(reached, end)
         if at is None:
             continue
+        in_front = piece is not None and piece[:1] == b" " and data.startswith(piece[1:], at)
+        if in_front and piece == b" ":  # alone, it shares a character with the next token
+            in_front = any(following <= start for following, _ in offsets[i + 1 : i + 2])
         if piece is not None and data.startswith(piece, at):
             at += len(piece)
-        elif piece is not None and piece[:1] == b" " and data.startswith(piece[1:], at):  # a space put in front
+        elif in_front:  # a space that the tokenizer puts in front of the text
             at += len(piece) - 1
         elif start < end:  # else it stands for nothing of the text
             at = None

@@ -113,9 +113,14 @@ def ends_in_special(text: str, processor) -> int:
 
 
 def apply_template(processor, messages: list[dict], prompt: bool) -> str:
-    """The stock rendering. Raises UnusableRow (cause template) where the template fails."""
+    """The stock rendering. Raises UnusableRow (cause template) where the template fails.
+
+    A template that knows thoughts is asked for none: a row's answers have none, and its generation prompt must be what
+    stands in front of them.
+    """
+    options = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
     try:
-        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options)
     except (TemplateError, TypeError, KeyError, IndexError) as error:
         raise UnusableRow("template", f"the chat template fails on this conversation: {error}") from error
 

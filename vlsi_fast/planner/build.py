@@ -45,7 +45,7 @@ class Models:
     def image_tokens(self, pixels: int) -> int:
         """Tokens of the student's language model for an image of so many pixels."""
         shape: ModelShape = self.shapes.get("student") or next(iter(self.shapes.values()))
-        return pixels // (shape.image_size**2 * shape.merge)
+        return shape.fixed_image or pixels // (shape.image_size**2 * shape.merge)
 
 
 def _student_beside(config: RunConfig, path: str | None) -> RunConfig:

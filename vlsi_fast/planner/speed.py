@@ -2,7 +2,9 @@
 
 Nothing here is measured. Operations count a multiply and an add as two; letters as in memory.py, T tokens of a row.
 
-    decoder layer forward      2 x parameters a token + 4 q T a token (all of T: a mask hides, it saves nothing)
+    decoder layer forward      2 x parameters a token + 4 q T a token (all of T: a mask hides, it saves nothing); of
+                               experts those parameters that a token meets; linear attention in place of 4 q T its
+                               products within a chunk and with its state
     backward, frozen weights   as much as forward (gradients of activations), of attention twice that, since both sides
                                of its products are activations; trained weights: twice all that has weights
     gradient checkpointing     the decoder layers' forward once more, up to the last number that backward needs
@@ -66,13 +68,15 @@ def operations(step: Step) -> dict[str, float]:
 
 
 def _decoder_forward(spoken: Spoken, positions: int, tokens: int) -> float:
-    products = 2.0 * sum(n for layer in spoken.shape.layers for n in layer)
+    products = 2.0 * sum(spoken.shape.active)
     return positions * products + _attention(spoken, positions, tokens)
 
 
 def _attention(spoken: Spoken, positions: int, tokens: int) -> float:
-    """Of a forward: scores, and their product with the values."""
-    return positions * 4.0 * spoken.shape.queries * tokens * spoken.shape.depth
+    """Of a forward: scores, and their product with the values; of linear attention its products without weights."""
+    shape = spoken.shape
+    attending = sum(not each for each in shape.recurrence)
+    return positions * (4.0 * shape.queries * tokens * attending + sum(shape.recurrence))
 
 
 def _behind(spoken: Spoken, sizes: list[int]) -> int:

@@ -251,8 +251,9 @@ def _student_backward(curve: Curve, step: Step, each: int, between: int) -> None
     # layer's turn; else index_select makes a layer's [R, d] when its turn comes
     waiting = spoken.layers if spoken.reads_all else 0
     recomputed = layer_saved(spoken, batch, setup) if setup.checkpointing else 0
-    inside = recomputed + e * batch.positions * (shape.width + 2 * shape.inner)
-    if spoken.mode == "lora" and e < 4:  # the float32 gradient of the adapted input beside the frozen layer's
+    inside = recomputed + e * batch.positions * (shape.width + 2 * shape.ffn + 2 * shape.routed * shape.width)
+    if spoken.mode == "lora" and e < 4 and not shape.routed:
+        # the float32 gradient of the adapted input beside the frozen layer's
         inside = recomputed + batch.positions * ((e + 4) * shape.width + (e + 4) * shape.inner)
     trained = shape.layers[0] if spoken.mode == "full" else shape.lora[0]
     scratch = gradient_scratch(spoken, setup, max(trained, default=0))

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..backbones import family_of, require_dense
 from ..config import QUANTIZED, RunConfig
 from ..data.encoding import configure_image_bounds
 from ..data.processors import load_processor
@@ -21,6 +22,11 @@ class Role:
         self.name, self.run, self.settings = name, config, getattr(config, name)
         self.folder: Path = resolve_folder(self.settings.path, f"{name}.path")
         self.config = load_model_config(self.settings, name)
+        family = family_of(self.config)
+        if name == "student" and config.sft.method == "full" and "sft" in config.stages:  # not only when sft begins
+            require_dense(family, "sft.method")
+        if family.sparse_block is not None and config.verbalizer.architecture.startswith("decoder"):
+            family.new_decoder_layer(self.config, 0)  # says why there is none
         self.layers = target_layers(self.settings, self.config, name, config, self.folder)
         self.processor = load_processor(self.folder)
         configure_image_bounds(self.processor, self.settings.min_pixels, self.settings.max_pixels, name)

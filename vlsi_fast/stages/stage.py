@@ -325,8 +325,8 @@ class Stage:
 
     def packed(self, name: str) -> bool:
         """Whether a role's rows are packed; says what a user would not expect of it."""
-        attention = self._attention(name)
-        packed = self.padding_free[name] = use_packing(self.config.data.padding_free, attention)
+        attention, asked = self._attention(name), self.config.data.padding_free
+        packed = self.padding_free[name] = use_packing(asked, attention, self.roles[name].config)
         notices = []
         if packed and not attention.startswith("flash"):
             notices.append(

@@ -69,9 +69,7 @@ class VerbalizeStage(Stage):
     sections = ("verbalizer",)
 
     def role_names(self) -> list[str]:
-        # a teacher learns the student's tokens, so the student's rows are read as well
-        names = list(self.settings.models)
-        return ["student", "teacher"] if self._translates else names
+        return self.config.read_by_verbalize
 
     @property
     def _translates(self) -> bool:

@@ -69,14 +69,13 @@ class Reading:
     Args:
         stage: of the teacher.
         split: train or eval.
-        roles: models whose side of a row must be usable.
-        translated: the teacher speaks the student's tokens (`VlsiDataset`), so `roles` must be both.
+        roles: models whose side of a row must be usable; both where the teacher speaks the student's tokens.
     """
 
-    def __init__(
-        self, stage: TeacherStage, split: str, roles: tuple[str, ...] = ("teacher",), translated: bool = False
-    ):
+    def __init__(self, stage: TeacherStage, split: str, roles: tuple[str, ...] = ("teacher",)):
         config = stage.config
+        translated = config.verbalizer.translates
+        roles = ("student", "teacher") if translated else roles
         self.sources = build_source(getattr(config.data, split), f"data.{split}")
         self.data = data_digest(config, split, self.sources)
         """Digest of what row numbers count in."""

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from vlsi_kernels import TeacherTargets, head_statistics
 
-from ..backbones import family_of
 from ..config import ConfigError
 from ..loading import read_head
 from ..losses import PairwiseKL
 from ..matching import draw_generator
-from ..ranks.shard_loading import read_parameter
 from ..ranks.sharding import barrier, gathered_objects, rank
 from ..stages.arguments import training_arguments
 from ..stages.batches import to_device
 from ..stages.interact import InteractStage
+from ..translation import final_norm_of, gain_of
 from .forms import pack_targets, unpack_targets
 from .manifest import HEAD
 
@@ -151,8 +150,8 @@ def measured_errors(
     rounded = unpack_targets({n: v[:count] for n, v in stored.items()}, targets.vocab_size, targets.temperature)
     exact = targets._replace(neg_entropy=targets.neg_entropy[:, :count], expectation=targets.expectation[:, :count])
     student = stage.roles["student"]
-    norm = read_parameter(student.folder, student.config, lambda m: family_of(m.config).final_norm(m).weight)
-    probe = (torch.randn(count, weight.shape[1], generator=draw_generator(0, 0, 0)) * norm.float()).to(weight)
+    gain = gain_of(final_norm_of(student.folder, student.config, torch.float32), weight.shape[1])
+    probe = (torch.randn(count, weight.shape[1], generator=draw_generator(0, 0, 0)) * gain).to(weight)
     options = {"vocab_size": targets.vocab_size, "temperature": targets.temperature, "impl": stage.config.impl}
     found = head_statistics(probe, weight, weight, **options)
     difference = rounded.expectation - exact.expectation

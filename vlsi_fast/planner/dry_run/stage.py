@@ -51,13 +51,10 @@ from ..report import Rows
 from ..shapes import ModelShape
 from .device import DEVICE
 from .optimizers import Masters, Plain, tensors_of
-from .rows import row_of, shorter
+from .rows import row_of, shorter, vision_inputs
 from .tape import Tape
 
 LOSSES = (AnswerLoss, LogitL2, MatchedDivergence, OwnOutputLoss, PairwiseKL)
-
-
-VISION_INPUTS = ["pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"]
 
 
 class UnloadedRole(stages.Role):
@@ -70,7 +67,8 @@ class UnloadedRole(stages.Role):
         self.folder = Path(self.settings.path)
         self.config, self.layers = models.configs[name], models.layers[name]
         self.processor = SimpleNamespace(
-            tokenizer=SimpleNamespace(pad_token_id=0), image_processor=SimpleNamespace(model_input_names=VISION_INPUTS)
+            tokenizer=SimpleNamespace(pad_token_id=0),
+            image_processor=SimpleNamespace(model_input_names=vision_inputs(self.config)),
         )
 
         self._models = models
@@ -159,7 +157,10 @@ class DryStage:
         if setup.teacher_mode == "cached" and "teacher" in self.config.interact.roles:
             self.cache = _Cache(models)
             stage.caches = [self.cache]
-        self.packed = {role: use_packing(self.config.data.padding_free, self._attention(role)) for role in stage.roles}
+        self.packed = {
+            name: use_packing(self.config.data.padding_free, self._attention(name), role.config)
+            for name, role in stage.roles.items()
+        }
 
     def _attention(self, name: str) -> str:
         """As the stage chooses it on a machine without flash-attn, whose operators take no tensors without storage."""
@@ -311,9 +312,9 @@ class DryStage:
         """The same micro-batch for the planner."""
         tokens, answers = row["input_ids"].shape[1], int((row["labels"][:, 1:] != -100).sum())
         patches = row["pixel_values"].shape[0]
-        if "image_sizes" in row:
-            patches = row["pixel_values"].shape[1] * (row["pixel_values"].shape[-1] // shape.image_size) ** 2
-        return Batch(rows, tokens, rows * answers, rows * patches, masked=rows > 1 and not packed)
+        if row["pixel_values"].dim() > 2:  # whole pictures or tiles, one row's
+            patches = row["pixel_values"].shape[:-3].numel() * (row["pixel_values"].shape[-1] // shape.image_size) ** 2
+        return Batch(rows, tokens, rows * answers, rows * patches, masked=rows > 1 and not packed or shape.masked)
 
     # ---- the step ----
 
