@@ -323,18 +323,25 @@ def table_layers() -> list[Row]:
 
 def table_tokenizers() -> list[Row]:
     """A teacher with another tokenizer than the student, against one with the same; translating verbalizers against
-    a layer's own words where both are possible."""
+    its own words where both are possible; other losses across tokenizers."""
     tuning = {"budget": SHORT[-1], "rates": COARSE}
-    pairs = (("the student's parent", "teacher"), ("same tokenizer", "teacher_same"))
-    pairs += (("other tokenizer", "teacher_other"),)
+    own, translated = ("own words", {}), ("student's words", {"verbalizer.language": "student"})
+    pairs = (
+        ("the student's parent", "teacher", (own, translated)),
+        ("same tokenizer", "teacher_same", (own, translated)),
+        ("other tokenizer", "teacher_other", (translated,)),
+    )
     rows = []
-    for label, teacher in pairs:
-        own = () if teacher == "teacher_other" else (("own words", {}),)
-        for words, verbalizer in (*own, ("student's words", {"verbalizer.language": "student"})):
+    for label, teacher, languages in pairs:
+        for words, verbalizer in languages:
             for name, arm in (("VLsI", "vlsi"), ("last-layer KL", "last")):
+                default = " (default)" if (teacher, verbalizer, arm) == ("teacher_same", {}, "last") else ""
                 common = {"teacher": teacher, "verbalizer": verbalizer} | tuning
-                rows.append(Row(f"{label}, {words}: {name}", arm, **common))
-    for name, kind in (("ULD", "uld"), ("GOLD hybrid", "gold last"), ("GOLD hybrid and sft", "gold last ce")):
+                rows.append(Row(f"{label}, {words}: {name}{default}", arm, **common))
+    longer = {"verbalize.training.max_steps": tuning["budget"]}  # in place of a quarter of it
+    for row in rows[-2:]:
+        rows.append(replace(row, name=row.name.replace(":", ", longer verbalize:"), verbalize=longer))
+    for name, kind in (("ULD and sft", "uld"), ("GOLD's hybrid and sft", "gold last ce")):
         rows.append(Row(f"other tokenizer: {name}", "last", teacher="teacher_other", baseline=kind, **tuning))
     rows.append(Row("sft alone", "sft", **tuning))
     return [*rows, *(Row(each, "", scored=each) for each in ("teacher", "teacher_same", "teacher_other", "student"))]

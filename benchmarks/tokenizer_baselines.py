@@ -176,7 +176,7 @@ class BaselineModule(StageModule):
     Args:
         student, teacher: of which only the last layers are heard.
         vocabularies: of both.
-        kind: words: uld; or gold, with first or last, and with ce where that loss is added.
+        kind: uld; or gold, its merging (last, first) and, where that loss is added, ce: "gold last ce".
     """
 
     def __init__(self, student: VerbalizedBackbone, teacher: VerbalizedBackbone, vocabularies: Vocabularies, kind: str):

@@ -231,12 +231,12 @@ def test_a_teacher_with_another_tokenizer(work):
     study_, setting = study_jobs.Study(work, {"training.per_device_train_batch_size": 4}), {"rate": 1e-2, "steps": 4}
     rows = {row.name: row for row in study_rows.table_tokenizers() if row.teacher == "teacher_other"}
     chains, told = {}, []
-    for name in ("GOLD hybrid", "ULD", "student's words: VLsI", "student's words: last-layer KL"):
+    for name in ("GOLD's hybrid and sft", "ULD and sft", "student's words: VLsI", "student's words: last-layer KL"):
         (row,) = (rows[each] for each in rows if each.endswith(name))
         chains[name] = study_.job(row, setting, 0, "test").chain()[:-1]
     assert study_jobs.run_jobs(study_, [job for chain in chains.values() for job in chain], 2, told.append) == [], told
     steps = {name: {job.stage: study_.result(job)["steps"] for job in chain} for name, chain in chains.items()}
-    assert steps["ULD"] == steps["GOLD hybrid"] == {"interact": 4}
+    assert steps["ULD and sft"] == steps["GOLD's hybrid and sft"] == {"interact": 4}
     assert steps["student's words: VLsI"] == steps["student's words: last-layer KL"] == {"verbalize": 1, "interact": 3}
     made = {name: [work / "jobs" / job.key / job.stage for job in chain] for name, chain in chains.items()}
     assert [each.name for each in made["student's words: last-layer KL"][0].glob("*/")] == ["teacher"]
@@ -245,7 +245,7 @@ def test_a_teacher_with_another_tokenizer(work):
         first = json.loads((folders[-1] / "metrics.jsonl").read_text().splitlines()[0])
         losses[name] = (first["loss"], first["answer_tokens"])
     assert len({loss for loss, _ in losses.values()}) == len(losses)
-    assert losses["ULD"][1] == losses["GOLD hybrid"][1]  # whole answers of the student
+    assert losses["ULD and sft"][1] == losses["GOLD's hybrid and sft"][1]  # whole answers of the student
 
 
 def test_curves(tmp_path):
