@@ -417,6 +417,12 @@ def test_white_space_behind_the_words_counts_as_far_as_both_have_it():
     assert pair_tokens(one, Answer(b"", b"Paris", b" \n", b"</s>", (0, 5, 6, 7))) == [(0, 0), (1, 1), (3, 3)]
 
 
+def test_an_end_of_several_tokens_pairs_them_all_where_both_end_alike():
+    one = Answer(b"", b"yes", b"", b"###", (0, 3, 4, 5))
+    assert pair_tokens(one, Answer(b"", b"yes", b"", b"###", (0, 3, 5))) == [(0, 0), (1, 1), (3, 2)]
+    assert pair_tokens(one, Answer(b"", b"yes", b"", b"#-#", (0, 3, 5))) == [(0, 0), (1, 1)]
+
+
 def test_an_end_that_takes_in_the_white_space_in_front_of_it():
     """Some tokenizers strip what stands left of a special token, which then covers it."""
     stripping = byte_level(300)
