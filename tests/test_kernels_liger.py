@@ -22,7 +22,6 @@ from vlsi_fast.acceleration import apply_liger  # noqa: E402
 from vlsi_fast.backbones import FAMILIES  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LIGERS = [name for name in FAMILIES if name != "gemma3"]
 HIDDEN, LENGTHS = 48, (5, 3)
 """Width, which is no power of two as kernels' blocks are; tokens of the batch's rows."""
 
@@ -111,7 +110,7 @@ def test_hidden_states_and_gradients_are_the_stock_modules(family, trained, ran)
     if FAMILIES[family].sparse_block is not None:
         del twice["swiglu"]
     assert ran == twice  # in the layers again for the backward
-    assert grads.keys() == truths.keys() and len(grads) > (20 if trained == "all" else 25)
+    assert grads.keys() == truths.keys() and len(grads) >= (20 if trained == "all" else 25)
     assert relative_error(hidden, truth) < 2e-6
     for name, grad in grads.items():
         assert relative_error(grad, truths[name]) < 1e-5, name
