@@ -300,7 +300,7 @@ def test_every_stage_goes_through(folder, family, stage):
     recurrent = family in families.RECURRENT  # tiny ones are all but linear attention, whose backward is not 2 forwards
     for part, flops in found.planned_flops.items():
         if part != "heads":  # impl torch multiplies more often
-            assert found.flops[part] == pytest.approx(flops, rel=0.15 if recurrent else 0.02), part
+            assert found.flops[part] == pytest.approx(flops, rel=0.2 if recurrent else 0.02), part
     own = [place for place in found.waits if place.startswith(("vlsi_fast/", "vlsi_kernels/"))]
     assert not own
 

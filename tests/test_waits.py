@@ -24,8 +24,12 @@ STOCK = {"llava_onevision": {"pack_image_features": 1}}
 """Waits of the stock forward that remain, by function: each a micro-batch and model."""
 
 
-# rows with linear attention are padded, and the stock model reads their mask
-@pytest.fixture(scope="module", params=[name for name in sorted(FAMILIES) if name not in tiny_families.RECURRENT])
+# Rows with linear attention are padded, and the stock model reads their mask. Experts' products have no kernel for a
+# device that is a CPU and says that it is none.
+SKIPPED = {*tiny_families.RECURRENT, *(name for name in FAMILIES if FAMILIES[name].sparse_block)}
+
+
+@pytest.fixture(scope="module", params=sorted(set(FAMILIES) - SKIPPED))
 def family(request):
     return request.param
 

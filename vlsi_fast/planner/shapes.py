@@ -336,7 +336,9 @@ def _linears(layer: nn.Module) -> list[tuple[int, int]]:
 def _vision_attention(vision, width: int, depth: int, side: int, seen: float) -> list[tuple[float, float]]:
     """Scores and their product with the values, 4 x width a block; `seen` positions a patch."""
     windows = depth - len(vision.fullatt_block_indexes) if hasattr(vision, "window_size") else 0
-    whole = (side_of(vision.image_size) // side) ** 2 if hasattr(vision, "image_size") else math.inf
+    # GLM's image_size is that of its learned positions alone: its tower takes images of any size
+    tiled = hasattr(vision, "image_size") and not hasattr(vision, "spatial_merge_size")
+    whole = (side_of(vision.image_size) // side) ** 2 if tiled else math.inf
     found = [(4.0 * width * (depth - windows) * seen**2, whole)]
     return [*found, (4.0 * width * windows, (vision.window_size // side) ** 2)] if windows else found
 
