@@ -35,7 +35,9 @@ def spare_waits(model: nn.Module, family: Family) -> None:
 def _sizes_to_device(module, arguments):
     """Images' sizes are on the host where rows are packed; GLM's embedding of positions takes them on the device."""
     patches, lengths, sizes, *coordinates = arguments
-    return patches, lengths, sizes.to(patches.device, non_blocking=True), *coordinates
+    if sizes.device != patches.device:
+        sizes = sizes.pin_memory().to(patches.device, non_blocking=True)
+    return patches, lengths, sizes, *coordinates
 
 
 def _unchecked(stock, image_token: int):
