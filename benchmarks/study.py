@@ -43,6 +43,7 @@ from study_rows import (  # noqa: E402
     Setting,
     models_of,
 )
+from tokenizer_baselines import WholeAnswers  # noqa: E402
 
 from vlsi_fast.config_files import parse_overrides  # noqa: E402
 from vlsi_fast.data.dataset import VlsiDataset  # noqa: E402
@@ -103,12 +104,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def warm(study: Study, rows: list[Row]) -> None:
     """Encode the training rows in this process, from which the jobs are forked."""
-    kind = type(study.config.data.train[0])
-    for name in sorted({name for row in rows if row.arm for name in row.data}):
+    kind, models = type(study.config.data.train[0]), study.work / "models"
+    wanted = {(name, row.teacher, bool(row.baseline), row.translates) for row in rows if row.arm for name in row.data}
+    for name, teacher, whole, translated in sorted(wanted):
         source = kind(**study_models.rows_of(study.work / "data" / name))
         data = study.config.data.model_copy(update={"train": [source]})
-        processors = {"student": load_processor(study.work / "models" / "teacher")}
-        dataset = VlsiDataset(build_source(data.train), processors, data)
+        processors = {
+            role: load_processor(models / folder) for role, folder in (("student", "teacher"), ("teacher", teacher))
+        }
+        options = (build_source(data.train), processors, data)
+        dataset = WholeAnswers(*options) if whole else VlsiDataset(*options, translated=translated)
         for i in range(len(dataset)):
             dataset[i]
 

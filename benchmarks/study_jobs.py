@@ -26,14 +26,18 @@ from typing import Any
 from seeds import machine
 from study_models import CONFIG, rows_of, targets
 from study_rows import FULL, Row, Setting, training
+from tokenizer_baselines import BaselineStage
 
 from vlsi_fast import load_config, run
+from vlsi_fast.data.dataset import ROLES
 from vlsi_fast.demo.pictures import exact_facts, facts_f1
 from vlsi_fast.evaluation.answers import answer_rows
 from vlsi_fast.lineage import weights_digest
 
 MAX_ANSWER = 96
 """Tokens after which an answer is cut; the longest right one has fewer."""
+MAX_ANSWERS = {"teacher_other": 128}
+"""The same, of a base model whose tokens are shorter."""
 KEPT = ("stage", "steps", "flops", "exact", "f1", "rows", "cpu_seconds", "processor")
 """Of a job's result, in the file of records."""
 
@@ -125,6 +129,7 @@ class Study:
         shared |= {"layers": {"teacher": targets(row.teacher), "student": targets(row.student)}}
         shared |= {"config": hashlib.sha256(CONFIG.read_bytes()).hexdigest(), "overrides": self.overrides}
         shared |= {"weights": self._digest(row.teacher) + self._digest(row.student)}
+        shared |= {"baseline": row.baseline} if row.baseline else {}  # keys of older jobs stay what they are
 
         def stage(name: str, changes: dict[str, Any], last: tuple[Job, ...] = ()) -> tuple[Job, ...]:
             return (Job(name, json.dumps(shared | {"changes": changes}, sort_keys=True), last),)
@@ -134,12 +139,17 @@ class Study:
             before = self._stages(row.after, after, seed, None) if row.after else ()
             start = {} if row.after else {"sft.start_from": "base"}
             return stage("sft", training("sft", rate, steps) | start | row.changes, before)
+        few = {"verbalize.training.max_steps": max(1, steps // 4)}
         if row.arm == "last":
-            alone = {"interact.intermediate": "none"}
-            return stage("interact", training("interact", rate, steps) | alone | row.changes)
-        verbalized: tuple[Job, ...] = ()
+            alone, verbalized, rest = {"interact.intermediate": "none"}, (), training("interact", rate, steps)
+            if row.translates:  # the last layer's verbalizer, and for the stage's sake one target layer's
+                alone |= row.verbalizer
+                alone |= {f"{role}.layers": targets(getattr(row, role))[-1:] for role in ROLES}
+                verbalized = stage("verbalize", few | alone | {"verbalize.models": ["teacher"]} | row.verbalize)
+                rest = training("interact", rate, steps - steps // 4)
+            return stage("interact", rest | alone | row.changes, verbalized)
+        verbalized = ()
         if row.speaks:
-            few = {"verbalize.training.max_steps": max(1, steps // 4)}
             verbalized = stage("verbalize", few | row.verbalizer | row.verbalize)
         rest = training("interact", rate, steps - steps // 4)
         return stage("interact", rest | row.verbalizer | row.changes, verbalized)
@@ -181,12 +191,17 @@ class Study:
         for parent in job.parents:
             made = (self.work / "jobs" / parent.key).resolve()
             if job.stage == "interact":
-                changes |= {f"{role}.verbalizers": str(made / "verbalize" / role) for role in ("teacher", "student")}
+                speakers = json.loads(parent.settings)["changes"].get("verbalize.models", ROLES)
+                changes |= {f"{role}.verbalizers": str(made / "verbalize" / role) for role in speakers}
             elif job.stage == "sft":
                 (folder / "interact").symlink_to(made / "interact")
         operations: list[int] = []
         with _counting(operations):
-            record = run(load_config(CONFIG, changes), job.stage)[job.stage]
+            config = load_config(CONFIG, changes)
+            if settings.get("baseline"):
+                record = BaselineStage(config, settings["baseline"]).run()
+            else:
+                record = run(config, job.stage)[job.stage]
         steps = record["summary"]["optimizer_steps"]
         return {"steps": steps, "flops": operations[0] * steps}
 
@@ -198,7 +213,10 @@ class Study:
             checkpoint = self.work / "jobs" / parent.key / parent.stage / "student"
         source = rows_of(self.work / "data" / f"{settings['split']}.jsonl")
         data, skipped = load_config(CONFIG, {"data.eval": [source]}).data, Counter()
-        options = {"num_beams": settings["beams"], "max_new_tokens": MAX_ANSWER}
+        options = {
+            "num_beams": settings["beams"],
+            "max_new_tokens": MAX_ANSWERS.get(settings["checkpoint"], MAX_ANSWER),
+        }
         exact, f1 = 0.0, []
         for each in answer_rows(checkpoint, data, skipped=skipped, **options):
             exact += exact_facts(each.prediction, each.answer)

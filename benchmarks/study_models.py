@@ -12,6 +12,8 @@ import random
 import shutil
 from pathlib import Path
 
+from tokenizer_baselines import WholeAnswers
+
 from vlsi_fast.data.answering import answer
 from vlsi_fast.data.dataset import VlsiDataset
 from vlsi_fast.demo import models, pictures
@@ -25,7 +27,13 @@ TEACHERS = {
     "teacher_small": SMALL,
     "teacher_12": models.TEACHER | {"layers": 12},
     "teacher_16": models.TEACHER | {"layers": 16},
+    "teacher_same": models.TEACHER,
+    "teacher_other": models.TEACHER,
 }
+SEEDS = {"teacher": 0, "teacher_12": 1, "teacher_16": 2, "teacher_small": 3, "teacher_same": 4, "teacher_other": 4}
+"""Of a teacher's random weights."""
+MERGES = {"teacher_other": 80}
+"""Merges of a teacher's tokenizer, where they are not the demo's 160: an answer is 61 tokens long instead of 34."""
 STUDENTS = {
     "student": ("teacher", [1, 3, 6, 8]),
     "student_3": ("teacher", [1, 5, 8]),
@@ -55,19 +63,33 @@ def rows_of(path: Path) -> dict:
 def keep_rows() -> None:
     """Encoded rows stay in memory, for this process and those forked from it: encoding takes longer than learning.
 
-    All models of a study have the same processor. The rows of one picture share one tensor.
+    Models of one tokenizer have one processor, and share their rows. The rows of one picture share one tensor.
     """
-    encode, rows, seen = VlsiDataset._encode, {}, {}
+    rows, seen = {}, {}
 
-    def kept(self, sample):
-        key = (json.dumps(sample.messages, sort_keys=True), *map(str, sample.images))
-        if key not in rows:
-            row = next(iter(encode(self, sample).values()))
-            row["pixel_values"] = seen.setdefault(key[1:], row["pixel_values"])
-            rows[key] = row
-        return {role: dict(rows[key]) for role in self.processors}
+    def keep(dataset: type[VlsiDataset]) -> None:
+        encode = dataset._encode
 
-    VlsiDataset._encode = kept
+        def kept(self, sample):
+            alike = len(self.processors) == 1 or self.shared
+            sizes = [len(each.tokenizer) for each in self.processors.values()][: 1 if alike else 2]
+            images = tuple(map(str, sample.images))
+            key = (json.dumps(sample.messages, sort_keys=True), images, *sizes, None if alike else dataset)
+            if key not in rows:
+                rows[key] = dict(encode(self, sample))
+                for role in self.processors:
+                    row = rows[key][role]
+                    row["pixel_values"] = seen.setdefault(images, row["pixel_values"])
+                if alike:
+                    rows[key] = row
+            if alike:
+                return {role: dict(rows[key]) for role in self.processors}
+            return rows[key] | {role: dict(rows[key][role]) for role in self.processors}
+
+        dataset._encode = kept
+
+    for dataset in (VlsiDataset, WholeAnswers):
+        keep(dataset)
 
 
 def prepare(work: Path, roles: list[str], splits: dict = pictures.SPLITS, changes: dict | None = None) -> None:
@@ -101,8 +123,8 @@ def _make(work: Path, role: str, folder: Path, changes: dict) -> None:
         return
     source = models.MODELS / "teacher"
     if role != "teacher":
-        seed = sorted(TEACHERS).index(role)
-        source = models.train_teacher(work / "making" / role, work / "data", TEACHERS[role], seed, overrides=changes)
+        options = {"overrides": changes, "merges": MERGES.get(role, models.MERGES)}
+        source = models.train_teacher(work / "making" / role, work / "data", TEACHERS[role], SEEDS[role], **options)
     partial = folder.with_name(f"{role}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)

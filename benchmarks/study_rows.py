@@ -5,7 +5,8 @@ A row trains the student in one of three ways (`arm`), with some overrides of `c
 | arm  | stages                                                                                        |
 |------|-----------------------------------------------------------------------------------------------|
 | vlsi | verbalize for a quarter of the steps, then interact                                           |
-| last | interact with the KL of the last layer alone: ordinary distillation, no verbalizers           |
+| last | interact with the KL of the last layer alone: ordinary distillation, no verbalizers. Where    |
+|      | the teacher speaks the student's language, its last layer has one: verbalize as in vlsi       |
 | sft  | sft on the same rows                                                                          |
 
 Every row has the same tuning: each learning rate of its `rates` with each number of steps that its `budget` allows is
@@ -65,6 +66,8 @@ class Row:
     teacher: str = "teacher"
     student: str = "student"
     beams: int = 1
+    baseline: str = ""
+    """Of arm last: another loss in place of the KL, `tokenizer_baselines.BaselineModule`'s `kind`."""
     scored: str | None = None
     """A base model to score instead of what the stages made."""
     rates: tuple[float, ...] = RATES
@@ -75,6 +78,11 @@ class Row:
     def speaks(self) -> bool:
         """Whether interact uses trained verbalizers."""
         return self.arm == "vlsi" and not self.changes.get("interact.headless")
+
+    @property
+    def translates(self) -> bool:
+        """Whether the teacher's layers speak the student's language."""
+        return self.verbalizer.get("verbalizer.language") == "student"
 
     def candidates(self, operations_steps: int | None = None) -> Iterator[Setting]:
         """What tuning tries.
@@ -313,6 +321,32 @@ def table_layers() -> list[Row]:
     return [replace(row, rates=FINE) for row in rows]
 
 
+def table_tokenizers() -> list[Row]:
+    """A teacher with another tokenizer than the student, against one with the same; translating verbalizers against
+    its own words where both are possible; other losses across tokenizers."""
+    tuning = {"budget": SHORT[-1], "rates": COARSE}
+    own, translated = ("own words", {}), ("student's words", {"verbalizer.language": "student"})
+    pairs = (
+        ("the student's parent", "teacher", (own, translated)),
+        ("same tokenizer", "teacher_same", (own, translated)),
+        ("other tokenizer", "teacher_other", (translated,)),
+    )
+    rows = []
+    for label, teacher, languages in pairs:
+        for words, verbalizer in languages:
+            for name, arm in (("VLsI", "vlsi"), ("last-layer KL", "last")):
+                default = " (default)" if (teacher, verbalizer, arm) == ("teacher_same", {}, "last") else ""
+                common = {"teacher": teacher, "verbalizer": verbalizer} | tuning
+                rows.append(Row(f"{label}, {words}: {name}{default}", arm, **common))
+    longer = {"verbalize.training.max_steps": tuning["budget"]}  # in place of a quarter of it
+    for row in rows[-2:]:
+        rows.append(replace(row, name=row.name.replace(":", ", longer verbalize:"), verbalize=longer))
+    for name, kind in (("ULD and sft", "uld"), ("GOLD's hybrid and sft", "gold last ce")):
+        rows.append(Row(f"other tokenizer: {name}", "last", teacher="teacher_other", baseline=kind, **tuning))
+    rows.append(Row("sft alone", "sft", **tuning))
+    return [*rows, *(Row(each, "", scored=each) for each in ("teacher", "teacher_same", "teacher_other", "student"))]
+
+
 TABLES = {
     "main": table_main,
     "labels": table_labels,
@@ -327,6 +361,7 @@ TABLES = {
     "fig4": figure_4,
     "depth": table_depth,
     "layers": table_layers,
+    "tokenizers": table_tokenizers,
 }
 TITLES = {
     "main": "300 labels, every arm at its own best rate",
@@ -342,6 +377,7 @@ TITLES = {
     "fig4": "teacher -> student",
     "depth": "how many layers the student keeps",
     "layers": "what may make intermediate layers pay",
+    "tokenizers": "a teacher with another tokenizer",
 }
 PAPER = {
     "4b": ["table_4b"],

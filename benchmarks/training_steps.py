@@ -33,7 +33,7 @@ from vlsi_fast.stages import STAGE_CLASSES
 from vlsi_fast.stages import stage as stages
 from vlsi_fast.stages.stage import Stage
 from vlsi_fast.stages.trainer import StageTrainer
-from vlsi_fast.teacher import held, resolve_mode
+from vlsi_fast.teacher import drop_head, held, resolve_mode
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 2
@@ -280,8 +280,11 @@ def build(name: str, config: RunConfig, models: Models, setting: Setting) -> tup
     def student(folder: Path, dtype: str, attention: str, depth: int | None = None) -> nn.Module:
         return stock_model(models.configs["student"], dtype, attention, depth)
 
-    def teacher(folder: Path, mode: str, dtype: str, attention: str, depth: int | None, args) -> nn.Module:
-        return held(stock_model(models.configs["teacher"], dtype, attention, depth))
+    def teacher(folder, mode: str, dtype: str, attention: str, depth: int | None, args, has_head: bool) -> nn.Module:
+        model = stock_model(models.configs["teacher"], dtype, attention, depth)
+        if not has_head:
+            drop_head(model)
+        return held(model)
 
     def build_there() -> nn.Module:
         with (

@@ -21,6 +21,13 @@ READS |= {"is_nonzero", "allclose", "bincount"}
 """Functions that need a value, or a size that depends on one, on the host."""
 
 
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    with torch._C.DisableTorchFunction():
+        while torch._C._functorch.is_batchedtensor(tensor):  # inside vmap, by which Gemma 3's masks are made
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        return tensor.untyped_storage()
+
+
 class FakeDevice(TorchFunctionMode):
     """Inside, `cuda` is a device to which tensors can be sent. `waits` counts where the host waited for it.
 
@@ -35,12 +42,10 @@ class FakeDevice(TorchFunctionMode):
 
     def on_device(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is on the device."""
-        with torch._C.DisableTorchFunction():
-            return tensor.untyped_storage()._cdata in self._on
+        return _storage(tensor)._cdata in self._on
 
     def _mark(self, tensor: torch.Tensor) -> None:
-        with torch._C.DisableTorchFunction():
-            storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         self._on[storage._cdata] = storage
 
     def _wait(self, what: str) -> None:

@@ -14,7 +14,12 @@ def liger_kernels():
     scalar there, which has a `.to`; and `libdevice.rsqrt`, which stands for a function of CUDA's library.
     """
     with contextlib.ExitStack() as undo:
-        for name in ("qwen2", "qwen3"):  # liger-kernel replaces names in these modules, for the whole process
+        for name in (
+            "llama",
+            "qwen2",
+            "qwen3",
+            "qwen3_moe",
+        ):  # liger-kernel replaces names in these modules, for the whole process
             names = vars(importlib.import_module(f"transformers.models.{name}.modeling_{name}"))
             undo.callback(names.update, dict(names))
         if not torch.cuda.is_available():

@@ -20,6 +20,10 @@ from vlsi_fast.stages.batches import StageCollator
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 NAMES = sorted(FAMILIES)
+ATTENDING = {name: "decoder" if name in families.DECODERS else "verb_ffn" for name in NAMES}
+"""Verbalizers that attend too, where the family has them."""
+PACKED = [name for name in NAMES if not FAMILIES[name].images_look_ahead and name not in families.RECURRENT]
+"""Families whose rows can be packed."""
 CONFIG = DataConfig(train=[{"reader": "easy_vqa"}])
 ROWS = [  # question, images, answer: of different lengths, several images, none
     ("What shape is in the image?", [(64, 20)], "a red circle"),

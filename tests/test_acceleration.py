@@ -69,6 +69,18 @@ def test_auto_attention(monkeypatch, installed, capability, padding_free, expect
         assert attention_name(name, "float32", CPU, padding_free, MODEL) == name
 
 
+def test_images_that_look_ahead_need_a_mask(monkeypatch):
+    """Gemma 3's image tokens attend to each other in both directions: no flash-attention, whatever is installed."""
+    gpu(monkeypatch, (9, 0), (2, 3))
+    model = tiny_families.make_model("gemma3").config
+    for padding_free in ("auto", False):
+        assert attention_name("auto", "bfloat16", CUDA, padding_free, model) == "sdpa"
+    assert attention_name("eager", "bfloat16", CUDA, "auto", model) == "eager"
+    for name in ("flash_attention_2", "flash_attention_3", VARLEN):
+        with pytest.raises(ConfigError, match=f"is {name}, but in gemma3 .* Set attn_implementation to sdpa or auto"):
+            attention_name(name, "bfloat16", CUDA, "auto", model)
+
+
 def changed(**fields):
     config = copy.deepcopy(MODEL)
     vars(config.text_config).update(fields)
@@ -170,7 +182,10 @@ def test_the_choice_reaches_the_model_and_the_record_and_is_no_part_of_the_run(w
 @pytest.fixture
 def stock_classes():
     """liger-kernel replaces names in transformers' modules; they are put back behind the test."""
-    modules = [importlib.import_module(f"transformers.models.{n}.modeling_{n}") for n in ("qwen2", "qwen3")]
+    modules = [
+        importlib.import_module(f"transformers.models.{n}.modeling_{n}")
+        for n in ("llama", "qwen2", "qwen3", "qwen3_moe")
+    ]
     before = [dict(vars(module)) for module in modules]
     yield
     for module, names in zip(modules, before):
@@ -210,7 +225,7 @@ def test_the_config_takes_auto_true_and_false_alone(workspace, tmp_path):
         config_of(workspace, tmp_path / "run", liger="yes please")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny_families.LIGER)
 def test_liger_patches_norms_and_mlp_but_no_loss(stock_classes, family):
     """On the stock model itself: what is bound to its modules, and that its forward and the losses are untouched."""
     pytest.importorskip("liger_kernel")
@@ -219,19 +234,33 @@ def test_liger_patches_norms_and_mlp_but_no_loss(stock_classes, family):
 
     model, cross_entropy = tiny_families.make_model(family), torch.nn.functional.cross_entropy
     names = set(model.state_dict())
-    assert apply_liger(model, required=True) == ("qwen3" if family == "qwen3_vl" else "qwen2")
+    name = {"qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3_moe", "smolvlm": "llama"}.get(family, "qwen2")
+    assert apply_liger(model, required=True) == name
     adapter = FAMILIES[family]
     norms = [adapter.final_norm(model)]
     for layer in adapter.decoder_layers(model):
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
-        norms += [layer.self_attn.q_norm, layer.self_attn.k_norm] if family == "qwen3_vl" else []
-        assert layer.mlp.forward.__func__ is LigerSwiGLUMLP.forward
+        norms += [layer.self_attn.q_norm, layer.self_attn.k_norm] if family in tiny_families.QUERY_NORMS else []
+        if adapter.sparse_block is None:
+            assert layer.mlp.forward.__func__ is LigerSwiGLUMLP.forward
+        else:
+            parts = [layer.mlp, layer.mlp.experts, layer.mlp.gate]
+            assert not any("liger" in part.forward.__func__.__module__ for part in parts)
     assert all(norm.forward.__func__ is LigerRMSNorm.forward for norm in norms)
     assert all(norm.variance_epsilon == model.config.get_text_config().rms_norm_eps for norm in norms)
     for module in (model, model.model, model.get_decoder()):
         assert "forward" not in vars(module) and "liger" not in type(module).forward.__module__
     assert torch.nn.functional.cross_entropy is cross_entropy
     assert set(model.state_dict()) == names
+
+
+def test_gemma3_has_no_liger():
+    pytest.importorskip("liger_kernel")
+    model = tiny_families.make_model("gemma3")
+    stock = [module.forward for module in model.modules()]
+    assert apply_liger(model) is None and stock == [module.forward for module in model.modules()]
+    with pytest.raises(ConfigError, match="no part of liger-kernel is used for gemma3_text; set it to auto or false"):
+        apply_liger(model, required=True)
 
 
 @pytest.mark.parametrize("family, rope", [("qwen2_vl", False), ("llava_onevision", True)])
@@ -250,7 +279,16 @@ def test_a_model_that_liger_does_not_know(monkeypatch):
     monkeypatch.setattr(patch, "MODEL_TYPE_TO_APPLY_LIGER_FN", {})
     model = tiny_families.make_model("qwen3_vl")
     assert apply_liger(model) is None
-    with pytest.raises(ConfigError, match="nothing in liger-kernel for qwen3_vl_text; set it to auto or false"):
+    with pytest.raises(ConfigError, match="no part of liger-kernel is used for qwen3_vl_text; set it to auto or false"):
+        apply_liger(model, required=True)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(tiny_families.LIGER)))
+def test_families_without_liger(family):
+    pytest.importorskip("liger_kernel")
+    model = tiny_families.make_model(family)
+    assert apply_liger(model) is None
+    with pytest.raises(ConfigError, match="no part of liger-kernel is used for .*; set it to auto or false"):
         apply_liger(model, required=True)
 
 

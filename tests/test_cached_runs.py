@@ -357,8 +357,8 @@ def test_an_interrupted_build_goes_on(folder, cached, tmp_path, monkeypatch):
     config = cached(teacher={"cache": str(tmp_path / "cache")})
     call, made = building.TeacherStage.load_speaking_teacher, []
 
-    def dying(stage):
-        teacher = call(stage)
+    def dying(stage, head):
+        teacher = call(stage, head)
         forward = teacher.forward
 
         def count(*args):

@@ -64,7 +64,7 @@ def test_rows_are_replaced_by_the_next_usable_one_and_recorded(rows):
         [],
         [("rows.json#5", "bad_row")],
     ]
-    assert set(got[0]) == {"id", "student", "skipped", "answered"} and got[0]["answered"] is False
+    assert set(got[0]) == {"id", "student", "skipped", "answered", "unaligned"} and got[0]["answered"] is False
     assert dataset[-1]["id"] == "rows.json#0"
     with pytest.raises(IndexError):
         dataset[6]

@@ -6,12 +6,13 @@ import zlib
 from functools import lru_cache, partial
 
 import pytest
+import tiny_families
 import torch
 from PIL import Image
 from tiny import CHAT_TEMPLATE, make_processor, make_tokenizer
 
 from vlsi_fast.config_data import DataConfig, SourceConfig
-from vlsi_fast.data.encoding import answer_spans, configure_image_bounds, encode
+from vlsi_fast.data.encoding import answer_spans, configure_image_bounds, encode, end_of_turn
 from vlsi_fast.data.images import ImageRef, load_image
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.data.processors import load_processor
@@ -365,3 +366,13 @@ def test_processor_saved_without_torchvision_is_a_stock_checkpoint(tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps(saved))
     load_processor(tmp_path).save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "processor_config.json").read_text())["video_processor"]["max_frames"] == 5
+
+
+ENDS = {"gemma3": "<end_of_turn>", "glm4v": "<|endoftext|>", "qwen2_vl": "<|im_end|>", "smolvlm": "<end_of_utterance>"}
+
+
+@pytest.mark.parametrize("name, end", ENDS.items())
+def test_what_ends_a_turn(name, end):
+    """By the template: Gemma's own eos_token ends a text, GLM writes nothing."""
+    processor = tiny_families.make_processor(name)
+    assert processor.tokenizer.convert_ids_to_tokens(end_of_turn(processor)) == end

@@ -292,13 +292,29 @@ def found_of(folder, family, stage, overrides=(), **changes):
     "stage", ["interact", *(pytest.param(name, marks=pytest.mark.slow) for name in ("verbalize", "sft"))]
 )
 def test_every_stage_goes_through(folder, family, stage):
-    found = found_of(folder, family, stage, {"data.padding_free": "auto", "dtype": "bfloat16"})
+    options = {"data.padding_free": "auto", "dtype": "bfloat16"}
+    if families.FAMILIES[family].sparse_block is not None:
+        options["sft.method"] = "lora"
+    found = found_of(folder, family, stage, options)
     assert not found.problem, found.notes[-1]
+    recurrent = family in families.RECURRENT  # tiny ones are all but linear attention, whose backward is not 2 forwards
     for part, flops in found.planned_flops.items():
         if part != "heads":  # impl torch multiplies more often
-            assert found.flops[part] == pytest.approx(flops, rel=0.02), part
+            assert found.flops[part] == pytest.approx(flops, rel=0.2 if recurrent else 0.02), part
     own = [place for place in found.waits if place.startswith(("vlsi_fast/", "vlsi_kernels/"))]
     assert not own
+
+
+def test_full_training_and_normed_verbalizers_of_gemma3(folder):
+    """A norm behind a layer's last product has it computed again; one in front of a verbalizer is trained, too."""
+    options = {"data.padding_free": "auto", "dtype": "bfloat16", "training.gradient_checkpointing": True}
+    for stage, more, part in (
+        ("sft", {"sft.method": "full"}, "student recomputation"),
+        ("verbalize", {"verbalizer.norm": True}, "teacher verbalizers"),
+    ):
+        found = found_of(folder, "gemma3", stage, options | more)
+        assert not found.problem, found.notes[-1]
+        assert found.flops[part] == pytest.approx(found.planned_flops[part], rel=0.02)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
@@ -375,12 +391,18 @@ def test_the_command(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padding_free", ["false", "auto"])
-@pytest.mark.parametrize("name", ["qwen2vl_72b_to_7b", "qwen2vl_7b_to_2b"])
-def test_the_paper_at_its_real_sizes(name, padding_free):
+@pytest.mark.parametrize(
+    "name, padding_free, language",
+    [
+        *((name, packed, "own") for name in ("qwen2vl_72b_to_7b", "qwen2vl_7b_to_2b") for packed in ("false", "auto")),
+        ("qwen2vl_72b_to_7b", "auto", "student"),
+    ],
+)
+def test_the_paper_at_its_real_sizes(name, padding_free, language):
     pytest.importorskip("triton")
     config = ROOT / "configs" / f"{name}.yaml"
-    done = check("--config", config, "--json", "--data.padding_free", padding_free)
+    options = ("--data.padding_free", padding_free, "--verbalizer.language", language)
+    done = check("--config", config, "--json", *options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(done.stdout)
     agree(report)

@@ -119,8 +119,15 @@ def test_the_loss_is_that_of_the_stock_model_row_by_row(learnt):
 
 
 def test_the_last_answer_of_a_row_is_found():
-    rows = [torch.tensor([[-100, -100, 5, 6, -100, -100, 7, 8, -100]]), torch.tensor([[9, -100, 3]])]
+    labels = [torch.tensor([[-100, -100, 5, 6, -100, -100, 7, 8, -100]]), torch.tensor([[9, -100, 3]])]
+    rows = [{"student": {"labels": each}} for each in labels]
     assert last_answers(rows).tolist() == [-1, -1, 0, 0, 1]  # no position predicts a row's first token
+
+
+def test_the_last_answer_of_an_aligned_row_is_not_the_last_run_of_its_labels():
+    whole = torch.tensor([[-100, 5, 6, -100, 7, 8, 9, -100]])
+    labels = torch.tensor([[-100, 5, -100, -100, 7, -100, 9, -100]])
+    assert last_answers([{"student": {"labels": labels}, "whole": whole}]).tolist() == [-1, 0, 0]
 
 
 def test_the_likeliest_token_is_the_first_of_equal_ones(monkeypatch):

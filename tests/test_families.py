@@ -1,7 +1,9 @@
 """Small models of every family, and of pairs across families, through all three stages; their data on the way."""
 
+import contextlib
 import json
 import pickle
+import re
 from functools import cache
 
 import pytest
@@ -14,20 +16,27 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlsi_fast import load_config, run
 from vlsi_fast.backbones import FAMILIES, family_of
-from vlsi_fast.config import ConfigError
+from vlsi_fast.config import ConfigError, VerbalizerConfig
 from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data import Collator, VlsiDataset, build_source, load_processor
-from vlsi_fast.data.encoding import encode
+from vlsi_fast.data.encoding import configure_image_bounds, encode
 from vlsi_fast.data.messages import Sample
 from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions
 from vlsi_fast.lineage import LineageError, read_record
-from vlsi_fast.loading import load_backbone
+from vlsi_fast.loading import cut_config, load_backbone
+from vlsi_fast.planner.checks.command import look
+from vlsi_fast.planner.checks.subject import Subject
+from vlsi_fast.ranks import shard_loading
 from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec
 
 NAMES = sorted(FAMILIES)
 CONFIG = DataConfig(train=[{"reader": "easy_vqa"}])
 # teacher, student; the last two are pairs across families, in both directions
-PAIRS = [(name, name) for name in NAMES if name != "qwen2_vl"]  # test_stages.py has Qwen2-VL itself
+BARE = {"glm4v": "<|endoftext|>"}
+"""Families whose template writes nothing behind an answer -> what is learnt behind the last one."""
+STUDENTS = {"qwen3_vl_moe": "qwen3_vl"}
+"""Whom a family's teacher teaches, where not its own: what has experts is not trained whole."""
+PAIRS = [(name, STUDENTS.get(name, name)) for name in NAMES if name != "qwen2_vl"]  # test_stages.py has Qwen2-VL
 PAIRS += [("llava_onevision", "qwen2_vl"), ("qwen2_vl", "llava_onevision")]
 
 
@@ -101,9 +110,9 @@ def test_three_stages(folder, tmp_path, teacher, student):
         if not torch.equal(before, base[name]):
             changed["interact"].add(name)
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    assert changed["interact"] == {
-        n for n in base if "language_model.layers" in n and n.split(".")[-2] in linears and n.endswith("weight")
-    }
+    linears += ("in_proj_qkv", "in_proj_z", "out_proj", "gate_up_proj")  # of linear attention; GLM's FFN
+    inside = re.compile(r"\.(language|text)_model\.layers\..*\.(" + "|".join(linears) + r")\.weight")
+    assert changed["interact"] == {n for n in base if inside.search(n)}
 
     stock = load_processor(output / "sft" / "student")
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
@@ -122,6 +131,51 @@ def test_what_differs_between_the_tokenizers_is_recorded(folder, tmp_path):
     first, differing = processor("llava_onevision").image_token_id, found["differing"]
     assert found["first_differing_id"] == first
     assert differing["<image>"] == [None, first] and differing["<|object_ref_start|>"] == [first, None]
+
+
+def test_a_student_with_experts_learns_by_its_attention(folder, tmp_path):
+    """Of its language model, stage interact and sft by LoRA change the projections of attention alone."""
+    start(folder, tmp_path / "run", "qwen3_vl_moe", "qwen3_vl_moe", sft={"method": "lora"})
+    before = dict(load_backbone(folder / "student_qwen3_vl_moe", "float32").named_parameters())
+    for stage in ("interact", "sft"):
+        after = load_backbone(tmp_path / "run" / stage / "student", "float32")
+        changed = {name for name, value in after.named_parameters() if not torch.equal(value, before[name])}
+        assert changed == {n for n in before if "language_model" in n and n.split(".")[-2][1:] == "_proj"}
+        before = dict(after.named_parameters())
+
+
+def test_a_student_with_experts_is_not_trained_whole(folder, tmp_path):
+    """Said by the first stage, not when sft begins, and by `check`; a config without that stage goes on."""
+    options = {"match": "sft.method is full, but qwen3_vl_moe routes tokens to experts.* set sft.method to lora"}
+    with pytest.raises(ConfigError, **options):
+        start(folder, tmp_path / "run", "qwen3_vl_moe", "qwen3_vl_moe", "verbalize")
+    with pytest.raises(ConfigError, **options):
+        sections = {"stages": ["verbalize"], "sft": {"start_from": "base"}}
+        start(folder, tmp_path / "run", "qwen3_vl_moe", "qwen3_vl_moe", "sft", **sections)
+    (line,) = look(Subject(load_config(tmp_path / "run.yaml"), ("sft",)), ("models",))
+    assert (line.status, line.fix) == ("FAILURE", "set sft.method to lora")
+
+
+def test_a_sharded_loads_experts_are_gathered_with_their_router(folder, monkeypatch):
+    """Of every layer that is loaded, DeepSpeed is told so; the loader's partitioning is left out here."""
+    from deepspeed.utils import get_z3_leaf_modules
+
+    monkeypatch.setattr(shard_loading, "_partitioning", lambda zero: contextlib.nullcontext())
+    for name, count in ("qwen3_vl_moe", 3), ("qwen3_vl", 0):
+        path = folder / f"teacher_{name}"
+        full, config = (AutoConfig.from_pretrained(path) for _ in range(2))
+        cut_config(config, 3)
+        model = shard_loading.load_sharded(path, config, full, torch.float32, "sdpa", {})
+        assert get_z3_leaf_modules(model) == [layer.mlp for layer in model.get_decoder().layers][:count]
+        stock = load_backbone(path, "float32", depth=3).state_dict()
+        assert all(torch.equal(value, stock[key]) for key, value in model.state_dict().items())
+
+
+def test_a_layer_of_experts_is_no_verbalizer(folder, tmp_path):
+    with pytest.raises(ConfigError, match="qwen3_vl_moe has experts .* use verbalizer.architecture verb_ffn"):
+        verbalizer = {"architecture": "decoder"}
+        start(folder, tmp_path / "run", "qwen3_vl_moe", "qwen3_vl", "verbalize", verbalizer=verbalizer)
+    assert not (tmp_path / "run" / "verbalize").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -143,7 +197,8 @@ def test_decoder_verbalizers_across_families(folder, tmp_path, dtype):
 def test_first_sft_loss_is_the_stock_models(folder, tmp_path, name):
     """A batch of several images, none, and images of several shapes, against the stock model row by row."""
     training = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "max_steps": 1}
-    start(folder, tmp_path / "run", name, name, "sft", training=training, sft={"start_from": "base"})
+    sft = {"start_from": "base", "method": "full" if FAMILIES[name].sparse_block is None else "lora"}
+    start(folder, tmp_path / "run", name, name, "sft", training=training, sft=sft)
     record = runs.metrics(tmp_path / "run", "sft")[0]
     config = load_config(tmp_path / "run.yaml")
     dataset = VlsiDataset(build_source(config.data.train), {"student": processor(name)}, config.data)
@@ -189,12 +244,13 @@ def record_states(name, architecture):
     return seen, row, index, model
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("architecture", ["mlp", "decoder"])
+@pytest.mark.parametrize(
+    "name, architecture", [(n, a) for a in ("mlp", "decoder") for n in (families.DECODERS if a == "decoder" else NAMES)]
+)
 def test_a_target_layers_state_is_what_the_next_layer_reads(name, architecture):
     """Also where vision features are added between two layers (Qwen3-VL's deepstack)."""
     seen, row, index, model = record_states(name, architecture)
-    layers = model.model.language_model.layers
+    layers = FAMILIES[name].decoder_layers(model)
     reads, leaves = {}, {}
     for k, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda _, arguments, k=k: reads.__setitem__(k, arguments[0]))
@@ -206,7 +262,58 @@ def test_a_target_layers_state_is_what_the_next_layer_reads(name, architecture):
         torch.testing.assert_close(state, whole if architecture == "decoder" else whole[0, index], rtol=0, atol=0)
     added = (reads[1] != leaves[1]).any(-1)
     image = row["input_ids"] == model.config.image_token_id
-    assert torch.equal(added, image if name == "qwen3_vl" else torch.zeros_like(image))
+    assert torch.equal(added, image if name in families.DEEPSTACK else torch.zeros_like(image))
+
+
+def test_smolvlm_sees_the_tiles_that_the_stock_model_sees():
+    """Joined rows against the stock model's own padding, row by row."""
+    made, wanted = processor("smolvlm"), []
+    model = families.make_model("smolvlm", tokenizer=made.tokenizer)
+    samples = [sample("What?", (64, 60)), sample("a?"), sample("b?", (40, 30), (20, 64))]
+    rows = [encode(each, made, CONFIG, picture) for each in samples]
+    for row in rows:
+        inputs = {name: value for name, value in row.items() if name != "labels"}
+        with torch.no_grad():
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        wanted.append(hidden[0, answer_positions(row["labels"])[0]])
+    batch = Collator({"student": made})([{"id": str(i), "skipped": [], "student": r} for i, r in enumerate(rows)])
+    batch = batch["student"]
+    index, _ = answer_positions(batch.pop("labels"))
+    assert batch["pixel_values"].shape[:2] == (1, 5 + 5 + 3) and "pixel_attention_mask" not in batch
+    backbone = VerbalizedBackbone(model, [], None, train_backbone=False)
+    torch.testing.assert_close(backbone(batch, index)[1], torch.cat(wanted), rtol=1e-5, atol=2e-5)
+    # the language model alone in float32, as it is trained without DeepSpeed in a bfloat16 run
+    for part in family_of(model.config).vision(model):
+        part.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = backbone(batch, index)[1]
+    torch.testing.assert_close(mixed.float(), torch.cat(wanted), rtol=0.1, atol=0.1)
+
+
+def test_internvl_with_qwen3():
+    """InternVL3.5: norms of queries and keys, a head width of its own; a copy of the next layer says what that says."""
+    config = families._config("internvl", 32, 3, True, processor("internvl").tokenizer)
+    fields = config.to_dict()
+    fields["text_config"] |= {"model_type": "qwen3", "head_dim": 24}
+    config = type(config)(**fields)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    assert type(model.get_decoder()).__name__ == "Qwen3Model"
+    for name, parameter in model.get_decoder().named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    verbalizers = Verbalizers(VerbalizerSpec.of(config, [1], VerbalizerConfig(architecture="decoder", norm=True)))
+    following = family_of(config).decoder_layers(model)[1]
+    verbalizers.layers["1"].blocks[0].load_state_dict(following.state_dict())
+    row = encode(sample("What?", (48, 40), (20, 20)), processor("internvl"), CONFIG, picture)
+    index, _ = answer_positions(row.pop("labels"))
+    with torch.no_grad():
+        spoken, _ = VerbalizedBackbone(model, [1], verbalizers, train_backbone=False)(row, index)
+        states = model(**row, output_hidden_states=True).hidden_states
+        expected = model.get_decoder().norm(states[2])[0, index]
+    torch.testing.assert_close(spoken[0], expected, rtol=1e-4, atol=1e-5)
+    targets = family_of(config).lora_targets
+    assert sum(bool(re.fullmatch(targets, name)) for name, _ in model.named_modules()) == 7 * 3
 
 
 # ---- data ----
@@ -217,12 +324,16 @@ def test_processor_saves_a_stock_checkpoint(name, tmp_path):
     made = processor(name)
     made.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())
-    video = {"llava_onevision": "LlavaOnevision", "qwen3_vl": "Qwen3VL"}.get(name, "Qwen2VL") + "VideoProcessor"
+    kind = FAMILIES[name].processor.removesuffix("Processor").replace("2_5_", "2")  # Qwen2.5-VL has Qwen2-VL's
+    video = f"{kind}VideoProcessor"
     assert saved["processor_class"] == FAMILIES[name].processor
-    assert saved["video_processor"]["video_processor_type"] == video
     again = load_processor(tmp_path)
     assert type(again) is type(made) and _as_json(again) == _as_json(made)
     assert type(pickle.loads(pickle.dumps(again))) is type(made), "data workers may be spawned"
+    if name == "gemma3":  # no videos
+        assert "video_processor" not in saved
+        return
+    assert saved["video_processor"]["video_processor_type"] == video
     # checkpoints from the Hub may keep the video part in a file of its own
     del saved["video_processor"]
     (tmp_path / "processor_config.json").write_text(json.dumps(saved))
@@ -238,13 +349,69 @@ def test_answers_are_the_same_tokens_in_every_family():
     """Other templates, other numbers of image tokens, the same answer."""
     row = sample("What?", (64, 20), answer="yes, a red circle.\n It is")
     answers, lengths = {}, {}
-    for name in NAMES:
+    for name in families.QWEN_TOKENS:
         encoded = encode(row, processor(name), CONFIG, picture)
         answers[name] = encoded["labels"][encoded["labels"] != -100].tolist()
         lengths[name] = encoded["input_ids"].shape[1]
     assert len({tuple(ids) for ids in answers.values()}) == 1 and len(answers["qwen2_vl"]) > 5
     assert processor("qwen2_vl").tokenizer.decode(answers["llava_onevision"]) == "yes, a red circle.\n It is<|im_end|>"
     assert lengths["llava_onevision"] != lengths["qwen2_vl"]
+
+
+def test_smolvlm_answers_begin_with_a_space():
+    """What follows the generation prompt: the template has the space behind the colon in front of an answer alone. The
+    rows of tiles in front of it, and their line breaks, are no answer."""
+    made, turns = processor("smolvlm"), sample("What 12?", (64, 60), (64, 20), answer="yes, a red circle.\n It is 27")
+    turns.messages += [{"role": "user", "content": [{"type": "text", "text": "Sure?"}]}]
+    turns.messages += [{"role": "assistant", "content": [{"type": "text", "text": "no"}]}]
+    encoded = encode(turns, made, CONFIG, picture)
+    ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+    learnt = made.tokenizer.decode(labels[labels != -100])
+    assert learnt == " yes, a red circle.\n It is 27<end_of_utterance> no<end_of_utterance>"
+    assert torch.equal(ids[labels != -100], labels[labels != -100])
+    assert made.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())[-5:-1] != ["27"], "digits are alone"
+    prompt = made.apply_chat_template(turns.messages[:1], add_generation_prompt=True)
+    images = [[picture((64, 60)), picture((64, 20))]]
+    asked = made(text=[prompt], images=images, return_tensors="pt")["input_ids"][0]
+    first = int((labels != -100).nonzero()[0])
+    assert torch.equal(ids[:first], asked), "an answer goes on where a prompt ends"
+    stock = made(text=[made.apply_chat_template(turns.messages)], images=images, return_tensors="pt")
+    assert torch.equal(stock["input_ids"][0], ids) and int((ids == made.tokenizer.bos_token_id).sum()) == 1
+
+
+def test_tokenizers_of_other_families_are_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="give [0-9]+ tokens different ids.*choose models of one family"):
+        start(folder, tmp_path / "run", "qwen2_vl", "smolvlm", "verbalize")
+
+
+def test_answers_of_a_tokenizer_with_pieces_bytes_and_a_beginning():
+    """Gemma 3: one <bos>, line breaks around images that merge with the text's, spaces in front of words, bytes."""
+    made, answer = processor("gemma3"), "yes, a  red\n\ncircle é犬"
+    row = encode(sample("\nWhat?", (64, 20), (20, 20), answer=f" {answer}\n"), made, CONFIG, picture)
+    ids, labels = row["input_ids"][0], row["labels"][0]
+    assert int((ids == made.tokenizer.bos_token_id).sum()) == 1 and ids[0] == made.tokenizer.bos_token_id
+    assert made.tokenizer.decode(labels[labels != -100]) == answer + "<end_of_turn>"
+    assert int((ids == made.tokenizer.image_token_id).sum()) == 2 * families.GEMMA_TOKENS
+    assert torch.equal(row["token_type_ids"][0], (ids == made.tokenizer.image_token_id).long())
+    plain = made.tokenizer.convert_ids_to_tokens(ids.tolist())
+    assert "\n\n\n" in plain, "the template's line break and the processor's are one token"
+    words = made.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())
+    assert "▁red" in words and "<0xE7>" in words
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_answer_of_a_conversation_is_found(name, turns):
+    """Also where the template writes the last one otherwise (an empty thought in front), and so in no other's place."""
+    messages = []
+    for i in range(turns):
+        messages += sample(f"what is {i}?", answer=f"yes, {i} is red").messages
+    row = encode(Sample("row", messages, []), processor(name), CONFIG, picture)
+    learnt = row["labels"][0][row["labels"][0] != -100]
+    end = {"glm4v": "", "smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>"}.get(name, "<|im_end|>")
+    before = " " if name == "smolvlm" else ""
+    wanted = "".join(f"{before}yes, {i} is red{end}" for i in range(turns)) + BARE.get(name, "")
+    assert processor(name).tokenizer.decode(learnt) == wanted
 
 
 def test_true_vocabulary_gives_the_same_answers():
@@ -333,6 +500,17 @@ def test_llava_has_no_pixel_bounds(folder, tmp_path):
     tree = {"min_pixels": 1024, "train": [{"reader": "messages", "path": str(folder / "rows.jsonl")}]}
     with pytest.raises(ConfigError, match="remove data.min_pixels .*; to bound the other model's images alone"):
         start(folder, tmp_path / "run", "llava_onevision", "qwen2_vl", "verbalize", data=tree)
+
+
+@pytest.mark.parametrize("name", families.GRIDS)
+def test_pixel_bounds_are_of_one_image(name):
+    """Whatever the processor counts them over (GLM's: two frames that it makes of an image)."""
+    made = families.make_processor(name)
+    side = families.PATCH * 2
+    for bound in (16, 36):
+        configure_image_bounds(made, bound * side**2, bound * side**2)
+        row = encode(sample("What?", (200, 200)), made, CONFIG, picture)
+        assert int((row["input_ids"] == made.image_token_id).sum()) == bound
 
 
 def test_processors_of_one_tokenizer_kind_only():

@@ -97,6 +97,8 @@ def test_every_family(model_type, tmp_path):
     assert (found["decoder_layers"], found["dtype"]) == (3, "BF16")
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert found["parts"]["head"] == model.lm_head.weight.numel()
+    language = [*model.get_decoder().parameters(), model.lm_head.weight]
+    assert found["parts"]["vision"] == found["parameters"] - sum(p.numel() for p in language)
 
 
 def test_what_is_resumable(copy, capsys):

@@ -97,25 +97,31 @@ def ran(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "family, trained", [*((family, "all") for family in FAMILIES), ("llava_onevision", "lora"), ("qwen3_vl", "lora")]
+    "family, trained",
+    [*((family, "all") for family in tiny_families.LIGER), ("llava_onevision", "lora"), ("qwen3_vl", "lora")],
 )
 def test_hidden_states_and_gradients_are_the_stock_modules(family, trained, ran):
     truth, truths = run(trainable(family, trained), torch.float32)
     assert not ran
     hidden, grads = run(trainable(family, trained, with_liger=True), torch.float32)
-    norms = 5 + 4 * (family == "qwen3_vl")  # two a layer and the last; and those of queries and keys
-    twice = {"rms_norm": 2 * norms - 1, "swiglu": 4} | ({"rope": 4} if family == "llava_onevision" else {})
+    norms = 5 + 4 * (family in tiny_families.QUERY_NORMS)  # two a layer and the last; and those of queries and keys
+    plain = family in ("internvl", "llava_onevision", "smolvlm")
+    twice = {"rms_norm": 2 * norms - 1, "swiglu": 4} | ({"rope": 4} if plain else {})
+    if FAMILIES[family].sparse_block is not None:
+        del twice["swiglu"]
     assert ran == twice  # in the layers again for the backward
-    assert grads.keys() == truths.keys() and len(grads) > (20 if trained == "all" else 25)
+    assert grads.keys() == truths.keys() and len(grads) >= (20 if trained == "all" else 25)
     assert relative_error(hidden, truth) < 2e-6
     for name, grad in grads.items():
         assert relative_error(grad, truths[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny_families.LIGER)
 def test_in_half_precision_it_errs_no_more_than_the_stock_modules(family):
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
     stock = trainable(family, "all").to(dtype)
+    if FAMILIES[family].sparse_block is not None:
+        stock.set_experts_implementation("eager")  # torch has no grouped products in float64
     truth, truths = run(copy.deepcopy(stock).double(), torch.float64)  # of the weights as they were rounded
     plain, plains = run(stock, dtype)
     hidden, grads = run(trainable(family, "all", with_liger=True), dtype)

@@ -151,6 +151,7 @@ CASES = {
         "training.gradient_accumulation_steps": 4,
         "training.per_device_train_batch_size": 8,
     },
+    "translated": {"verbalizer.language": "student"},
     "own output, Jensen-Shannon": {"verbalize.objective": "both", "interact.divergence": "jsd"},
 }
 
@@ -642,7 +643,7 @@ def test_every_shipped_system_has_its_facts_in_the_package():
     for path in (runs.ROOT / "configs").glob("*.yaml"):
         config = load_config(path)
         for name in (config.teacher.path, config.student.path):
-            if name.split("/")[0] in ("Qwen", "llava-hf"):
+            if name.split("/")[0] in ("Qwen", "llava-hf", "HuggingFaceTB", "OpenGVLab"):
                 fields = json.loads(shipped_config(name).read_text())
                 assert fields["model_type"] in FAMILIES
     assert shipped_config("Qwen/Qwen9") is None

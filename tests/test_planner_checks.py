@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import tiny_runs as runs
 import torch
 from PIL import Image
@@ -14,7 +16,8 @@ from PIL import Image
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError, load_config
 from vlsi_fast.planner.checks import command, data, machine
-from vlsi_fast.planner.checks.subject import FAILURE, NOTICE, PASS, UNCHECKED, Subject
+from vlsi_fast.planner.checks.models import check_heads
+from vlsi_fast.planner.checks.subject import FAILURE, NOTICE, PASS, UNCHECKED, Failed, Subject
 from vlsi_fast.stages import run
 
 Usage = namedtuple("Usage", "total used free")
@@ -88,6 +91,23 @@ def test_tokenizer_beyond_the_head(workspace, tmp_path, models):
     edit(tmp_path / "student" / "config.json", lambda c: c["text_config"].update(vocab_size=100))
     results = results_of(config_of(workspace, tmp_path, models))
     assert "head only 100 rows" in only_failure(results, "head rows").detail
+
+
+def test_a_video_token_beyond_the_head():
+    """No row has one: InternVL's tokenizer may name one that its head has no row for."""
+    processor = tiny.make_processor("tiny")
+    rows = len(processor.tokenizer)
+    processor.tokenizer.add_tokens(["<video>"])
+    text = SimpleNamespace(vocab_size=rows)
+    model = SimpleNamespace(get_text_config=lambda: text)
+    config = SimpleNamespace(verbalizer=SimpleNamespace(translates=False))
+    subject = SimpleNamespace(
+        roles=["student"], processor=lambda role: processor, model_config=lambda role: model, config=config
+    )
+    with pytest.raises(Failed, match=f"only {rows} rows"):
+        check_heads(subject)
+    processor.video_token = "<video>"
+    assert check_heads(subject) == f"{rows} rows"
 
 
 def test_other_chat_template(workspace, tmp_path, models):

@@ -30,9 +30,11 @@ def zero3() -> dict:
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "persist_heads"), [(False, False), (True, False), (True, True)], ids=["off", "on", "kept heads"]
+    ("checkpointing", "persist_heads", "language"),
+    [(False, False, "own"), (True, False, "own"), (True, True, "own"), (True, False, "student")],
+    ids=["off", "on", "kept heads", "translated"],
 )
-def test_memory_and_traffic_of_two_ranks(tmp_path, checkpointing, persist_heads):
+def test_memory_and_traffic_of_two_ranks(tmp_path, checkpointing, persist_heads, language):
     """Larger models than the demo's. Peak within 10%, bytes gathered within 7%, bytes reduced exact, in every stage.
 
     Compared: the second optimizer step of each stage on rank 0 (`measured_rank`), and the planner, told its true rows,
@@ -47,6 +49,7 @@ def test_memory_and_traffic_of_two_ranks(tmp_path, checkpointing, persist_heads)
         "training.warmup_steps": 0,
         "training.gradient_checkpointing": checkpointing,
         "training.persist_heads": persist_heads,
+        "verbalizer.language": language,
         "training.gradient_accumulation_steps": 2 if persist_heads else 1,
     }
     changes |= {f"{stage}.training.max_steps": 2 for stage in STAGES}

@@ -22,8 +22,10 @@ from vlsi_fast.loading import load_backbone
 
 STAGES = ("verbalize", "interact", "sft")
 ROWS, STEPS = 24, 2
-# teacher, student; the last crosses families
-PAIRS = {name: (name, name) for name in ("llava_onevision", "qwen2_5_vl", "qwen3_vl")}
+# teacher, student; the last two cross families. The teacher with experts routes other tokens on each rank
+ALONE = ("gemma3", "glm4v", "internvl", "llava_onevision", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "smolvlm")
+PAIRS = {name: (name, name) for name in ALONE}
+PAIRS["experts"] = ("qwen3_vl_moe", "qwen3_vl")
 PAIRS["across"] = ("qwen2_vl", "llava_onevision")
 LOSSES = {
     "ce": {"intermediate": "ce", "last": "none"},
@@ -31,6 +33,8 @@ LOSSES = {
     "headless": {"intermediate": "l2", "last": "kld", "headless": True},
     "bfloat16": {},
 }
+TRANSLATED = {"translated": {}, "translated_offload": {"mode": "offload"}, "translated_window": {"window": 2}}
+"""The pair across families, whose teacher speaks the student's language: how it is held."""
 SPEAKERS = "qwen3_vl"
 """Pair whose verbalizers, made in one process, the losses are tried with."""
 
@@ -46,7 +50,8 @@ def zero3(threshold: int) -> dict:
 
 def write(folder, name, output, ranks, **sections):
     """A config of pair or loss `name`; SGD without clipping, whose steps show the gradients' scale."""
-    teacher, student = PAIRS[SPEAKERS if name in LOSSES else name]
+    pair = SPEAKERS if name in LOSSES else "across" if name in TRANSLATED else name
+    teacher, student = PAIRS[pair]
     tree = runs.settings(
         folder,
         output,
@@ -63,6 +68,11 @@ def write(folder, name, output, ranks, **sections):
         tree["training"]["deepspeed"] = zero3(1000 if name == "qwen2_5_vl" else 0)
     tree["teacher"]["path"] = str(folder / f"teacher_{teacher}")
     tree["student"]["path"] = str(folder / f"student_{student}")
+    if name in TRANSLATED:
+        tree["verbalizer"], tree["teacher"] = {"language": "student"}, tree["teacher"] | TRANSLATED[name]
+        if name != "translated":
+            for role in ("teacher", "student"):
+                tree[role]["verbalizers"] = str(folder / "one" / "translated" / "verbalize" / role)
     if name in LOSSES:
         tree["interact"] = LOSSES[name]
         tree["dtype"] = "bfloat16" if name == "bfloat16" else "float32"
@@ -74,7 +84,7 @@ def write(folder, name, output, ranks, **sections):
 def jobs():
     """(stage, pair or loss); stage sft, which has no teacher, only of LLaVA-OneVision and Qwen3-VL."""
     found = [(stage, name) for name in PAIRS for stage in STAGES if stage != "sft" or name in ("across", "qwen3_vl")]
-    return found + [("interact", name) for name in LOSSES]
+    return found + [("verbalize", "translated")] + [("interact", name) for name in (*TRANSLATED, *LOSSES)]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import tiny_runs as runs
 import torch
 
 from vlsi_fast import load_config, verbalizer
+from vlsi_fast.backbones import FAMILIES
 from vlsi_fast.cli import main
 from vlsi_fast.planner.checks import device as device_check
 from vlsi_fast.self_test import of_run, operators, start
@@ -100,10 +101,10 @@ def test_triton_that_disagrees_is_switched_off_everywhere(workspace, tmp_path, o
         stage, "OperatorOptions", lambda rows, impl, heads: used.append(("loss", impl)) or options(rows, impl, heads)
     )
 
-    def initialised(self, spec, inner, activate, impl):
+    def initialised(self, *arguments):
         if torch.get_default_device().type != "meta":  # the planner's, for sizes alone
-            used.append(("block", impl))
-        initialise(self, spec, inner, activate, impl)
+            used.append(("block", arguments[-1]))
+        initialise(self, *arguments)
 
     monkeypatch.setattr(verbalizer._Block, "__init__", initialised)
     on_cuda.append(wrong("impl", "triton"))
@@ -213,13 +214,13 @@ def test_two_ranks_take_one_decision(tmp_path):
 # ---- what a stage compares ----
 
 
-TOKENIZER = tiny_families.make_processor("qwen2_vl").tokenizer
 WIDTHS = {"student": 32, "teacher": 48}
 
 
 def names_of(config, stage_name, roles, family="qwen2_vl", impl="torch", liger=()):
     """Of all but the attention."""
-    models = {role: tiny_families._config(family, WIDTHS[role], 2, False, TOKENIZER) for role in roles}
+    tokenizer = tiny_families.make_processor(family).tokenizer
+    models = {role: tiny_families._config(family, WIDTHS[role], 2, False, tokenizer) for role in roles}
     probes = of_run.probes_of(
         config.model_copy(update={"impl": impl}),
         stage_name,
@@ -281,7 +282,7 @@ def names_of(config, stage_name, roles, family="qwen2_vl", impl="torch", liger=(
             {"interact": {"headless": True, "intermediate": "l2", "last": "none"}},
             "interact",
             ("student", "teacher"),
-            ["verb_ffn, width 32", "verb_ffn, width 48"],
+            ["verb_ffn, width 32 to 48", "verb_ffn, width 48"],
         ),
         ({}, "sft", ("student",), ["linear_cross_entropy, width 32, trained head"]),
         ({"sft": {"start_from": "base", "method": "lora"}}, "sft", ("student",), ["linear_cross_entropy, width 32"]),
@@ -299,8 +300,13 @@ def test_operators_that_a_stage_uses(workspace, tmp_path, sections, stage_name, 
     [
         ("qwen2_vl", ["Liger RMSNorm, width 32", "Liger SwiGLU, inner width 64"]),
         ("qwen3_vl", ["Liger RMSNorm, width 32", "Liger RMSNorm, width 16", "Liger SwiGLU, inner width 64"]),
+        ("qwen3_vl_moe", ["Liger RMSNorm, width 32", "Liger RMSNorm, width 16"]),
         (
             "llava_onevision",
+            ["Liger RMSNorm, width 32", "Liger SwiGLU, inner width 64", "Liger RoPE, 2 and 2 heads of width 16"],
+        ),
+        (
+            "smolvlm",
             ["Liger RMSNorm, width 32", "Liger SwiGLU, inner width 64", "Liger RoPE, 2 and 2 heads of width 16"],
         ),
     ],
@@ -314,9 +320,9 @@ def test_liger_modules_that_a_stage_uses(workspace, tmp_path, family, names):
 
 
 @pytest.mark.parametrize("name, count", [("sdpa", 2), ("flash_varlen", 2), ("eager", 0), ("flex_attention", 0)])
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_attention_that_a_stage_uses(family, name, count):
-    model = tiny_families._config(family, 32, 2, False, TOKENIZER)
+    model = tiny_families._config(family, 32, 2, False, tiny_families.make_processor(family).tokenizer)
     found = of_run._of_attention(name, "teacher", model, torch.float32) if of_run.backbone.is_known(name) else []
     assert len(found) == count and {probe.option for probe in found} <= {"teacher.attn_implementation"}
     assert all("2 heads of width 16, causal" in p.name or "heads of width 8, of images" in p.name for p in found)

@@ -1,6 +1,7 @@
 """`vlsi-fast shrink`: copies, against stock models with the same decoder layers taken out by hand; `layers: auto`."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def logits(model, processor):
 
 def without_layers(model, kept):
     """The stock model with all other decoder layers taken out of its list."""
-    language, text = model.model.language_model, model.config.get_text_config()
+    language, text = model.get_decoder(), model.config.get_text_config()
     language.layers = nn.ModuleList(language.layers[k - 1] for k in kept)
     kinds = getattr(text, "layer_types", None)
     text.num_hidden_layers = language.config.num_hidden_layers = len(kept)
@@ -150,6 +151,12 @@ LAYOUTS = {
     "qwen2_5_vl": "model.layers.3.",
     "llava_onevision": "language_model.model.layers.3.",
     "qwen3_vl": "model.language_model.layers.3.",
+    "internvl": "language_model.model.layers.3.",
+    "smolvlm": "model.text_model.layers.3.",
+    "gemma3": "language_model.model.layers.3.",
+    "qwen3_vl_moe": "model.language_model.layers.3.",
+    "qwen3_5": "model.language_model.layers.3.",
+    "glm4v": "model.language_model.layers.3.",
 }
 """What stock classes write today: the names of the families' own releases."""
 
@@ -164,7 +171,7 @@ def test_every_family(name, tied, tmp_path):
     processor.save_pretrained(source)
     assert any(key.startswith(LAYOUTS[name]) for key in tensors(source)), "save_pretrained writes other names"
     made = shrink(source, tmp_path / "short", 4)
-    kept = [1, 2, 4, 6] if name == "qwen3_vl" else [1, 3, 4, 6]
+    kept = [1, 2, 4, 6] if name in families.DEEPSTACK else [1, 3, 4, 6]
     assert made.kept_layers == kept and made.depth == 6
     expected = logits(without_layers(stock(source).float(), kept), processor)
     short = stock(tmp_path / "short", dtype="auto")
@@ -177,7 +184,7 @@ def test_every_family(name, tied, tmp_path):
     new = tmp_path / "new"
     shutil.copytree(source, new, ignore=shutil.ignore_patterns("*.safetensors*"))
     state = {key: value.clone() for key, value in model.state_dict().items() if not (tied and key == "lm_head.weight")}
-    assert any(key.startswith("model.language_model.layers.3.") for key in state)
+    assert any(re.match(r"model\.(language|text)_model\.layers\.3\.", key) for key in state)
     save_file(state, new / "model.safetensors", {"format": "pt"})
     shrink(new, tmp_path / "new_short", kept)
     assert torch.equal(logits(stock(tmp_path / "new_short", dtype="auto").float(), processor), expected)
@@ -283,7 +290,7 @@ SPOILT = {
     "cut off": (cut_off, "is damaged or cut off"),
     "lost": (lose_a_tensor, r"missing: .*layers\.1\.mlp\.up_proj\.weight \(1\)"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "config.json or \\*.safetensors is missing"),
-    "family": (lambda f: edit(f / "config.json", lambda t: t.update(model_type="llama")), "known families: llava"),
+    "family": (lambda f: edit(f / "config.json", lambda t: t.update(model_type="llama")), "known families: gemma3"),
     "odd list": (odd_list, "mlp_only_layers has 2 entries for 4 layers"),
 }
 

@@ -16,9 +16,13 @@ import study_curves  # noqa: E402
 import study_jobs  # noqa: E402
 import study_models  # noqa: E402
 import study_rows  # noqa: E402
+import tokenizer_baselines  # noqa: E402
 
 from vlsi_fast.data.dataset import VlsiDataset  # noqa: E402
+from vlsi_fast.demo import models  # noqa: E402
 from vlsi_fast.paper import load_table  # noqa: E402
+
+RESULTS = Path(study.ROOT) / "benchmarks" / "results"
 
 # ---- statistics ----
 
@@ -72,6 +76,7 @@ def test_every_row_is_one_that_the_config_takes():
                 r.beams,
                 r.after and r.after.name,
                 r.scored,
+                r.baseline,
             )
             for r in make()
         ]
@@ -84,12 +89,14 @@ def test_every_row_is_one_that_the_config_takes():
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """The demo's teacher, its students, and a few rows."""
-    folder, encode = tmp_path_factory.mktemp("study"), VlsiDataset._encode
+    folder, kinds = tmp_path_factory.mktemp("study"), (VlsiDataset, tokenizer_baselines.WholeAnswers)
+    encode = [kind._encode for kind in kinds]
     study_models.keep_rows()
     splits = {"teacher_train": 4, "train": 12, "validation": 5, "test": 6}
     study_models.prepare(folder, ["teacher", "student"], splits)
     yield folder
-    VlsiDataset._encode = encode
+    for kind, method in zip(kinds, encode):
+        kind._encode = method
 
 
 def test_conditions(work):
@@ -201,6 +208,45 @@ def test_seeds_and_changes_make_other_jobs(work):
     changed = study_jobs.Study(work, {"lora.rank": 7})
     assert changed.job(study_rows.VLSI, setting, 0, "test").key not in keys
     assert study_.job(study_rows.VLSI, setting | {"rate": 2e-2}, 0, "test").key not in keys
+
+
+@pytest.mark.parametrize("table", ["main", "labels"])
+def test_results_of_earlier_studies_are_found_again(tmp_path, table):
+    """Results are recorded by the keys of jobs, which an option that came later must not change."""
+    study_ = study_jobs.Study(tmp_path, records=RESULTS / "study_jobs.jsonl")
+    told = json.loads((RESULTS / f"study_{table}.json").read_text())
+    for row, entry in zip(study_rows.TABLES[table](), told["rows"], strict=True):
+        for at, seed in enumerate(entry["seeds"]):
+            job = study_.job(row, entry["setting"], seed, told["split"])
+            assert study_.result(job)["exact"] == entry["exact"]["values"][at], row.name
+            assert all(study_.result(each) for each in job.chain())
+
+
+def test_a_teacher_with_another_tokenizer(work):
+    """Rows of table tokenizers: what runs, for how many steps, on which answers."""
+    folder = work / "models" / "teacher_other"
+    processor = models.make_processor(models.make_tokenizer(models.texts(work / "data"), 40))
+    models.make_model(models.TEACHER, processor.tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    study_, setting = study_jobs.Study(work, {"training.per_device_train_batch_size": 4}), {"rate": 1e-2, "steps": 4}
+    rows = {row.name: row for row in study_rows.table_tokenizers() if row.teacher == "teacher_other"}
+    chains, told = {}, []
+    for name in ("GOLD's hybrid and sft", "ULD and sft", "student's words: VLsI", "student's words: last-layer KL"):
+        (row,) = (rows[each] for each in rows if each.endswith(name))
+        chains[name] = study_.job(row, setting, 0, "test").chain()[:-1]
+    assert study_jobs.run_jobs(study_, [job for chain in chains.values() for job in chain], 2, told.append) == [], told
+    steps = {name: {job.stage: study_.result(job)["steps"] for job in chain} for name, chain in chains.items()}
+    assert steps["ULD and sft"] == steps["GOLD's hybrid and sft"] == {"interact": 4}
+    assert steps["student's words: VLsI"] == steps["student's words: last-layer KL"] == {"verbalize": 1, "interact": 3}
+    made = {name: [work / "jobs" / job.key / job.stage for job in chain] for name, chain in chains.items()}
+    spoken = made["student's words: last-layer KL"][0]
+    assert (spoken / "teacher").is_dir() and not (spoken / "student").exists()
+    losses = {}
+    for name, folders in made.items():
+        first = json.loads((folders[-1] / "metrics.jsonl").read_text().splitlines()[0])
+        losses[name] = (first["loss"], first["answer_tokens"])
+    assert len({loss for loss, _ in losses.values()}) == len(losses)
+    assert losses["ULD and sft"][1] == losses["GOLD's hybrid and sft"][1]  # whole answers of the student
 
 
 def test_curves(tmp_path):

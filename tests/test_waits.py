@@ -24,7 +24,12 @@ STOCK = {"llava_onevision": {"pack_image_features": 1}}
 """Waits of the stock forward that remain, by function: each a micro-batch and model."""
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+# Rows with linear attention are padded, and the stock model reads their mask. Experts' products have no kernel for a
+# device that is a CPU and says that it is none.
+SKIPPED = {*tiny_families.RECURRENT, *(name for name in FAMILIES if FAMILIES[name].sparse_block)}
+
+
+@pytest.fixture(scope="module", params=sorted(set(FAMILIES) - SKIPPED))
 def family(request):
     return request.param
 
@@ -42,8 +47,8 @@ def folder(tmp_path_factory, family):
 
 def config_of(folder, **roles):
     settings = runs.settings(folder, folder / "out", max_steps=STEPS, max_grad_norm=0)
-    settings |= {"impl": "torch", "liger": False, "matching": {"strategy": "multinomial"}}
-    settings["data"]["padding_free"] = True
+    settings |= {"impl": "torch", "liger": False, "matching": {"strategy": "multinomial"}, "sft": {"method": "lora"}}
+    settings["data"]["padding_free"] = True if roles else "auto"
     for role in ("teacher", "student"):
         settings[role] |= roles
     return RunConfig.model_validate(settings)
@@ -76,10 +81,12 @@ def device(monkeypatch):
 
 
 def test_a_step_waits_for_what_it_logs_alone(folder, device, family, monkeypatch):
-    """Packed, with attention that has the rows' bounds: neither our code nor the stock models wait before it."""
+    """Packed, with attention that has the rows' bounds (Gemma 3: padded, with masks): neither our code nor the stock
+    models wait before it."""
     varlen_standin.install(monkeypatch)
     monkeypatch.setattr(acceleration, "varlen_problem", lambda *arguments: None)  # a CPU, and float32
-    run(config_of(folder, attn_implementation="flash_varlen"), "interact")
+    packed = {} if FAMILIES[family].images_look_ahead else {"attn_implementation": "flash_varlen"}
+    run(config_of(folder, **packed), "interact")
     micro_batches = 2 * STEPS
     logged = {"vlsi_fast/stages/trainer.py": STEPS}  # the step's record
     logged["transformers/trainer.py"] = 2 * STEPS + 2  # loss and gradient norm, and once before and after all steps

@@ -4,7 +4,7 @@ import pytest
 import tiny_runs as runs
 import torch
 from test_losses import PAIRS, interact_module
-from test_packing import NAMES, ROWS, TEXT, encoded, families, processor
+from test_packing import NAMES, PACKED, ROWS, TEXT, encoded, families, processor
 from tiny_batch import ROWS as PROMPTS
 from tiny_batch import make_batch
 from tiny_batch import processor as tiny_processor
@@ -22,9 +22,9 @@ from vlsi_fast.stages.window import join
 
 
 def collators(name):
-    """Padded and packed, with a blank image where no row has one."""
+    """Padded and, where the family can be, packed, with a blank image where no row has one."""
     config = families.make_model(name, tokenizer=processor(name).tokenizer).config
-    for packers in ({}, {"student": Packer(config)}):
+    for packers in ({}, {"student": Packer(config)})[: 2 if name in PACKED else 1]:
         yield Collator({"student": processor(name)}, True, packers)
 
 

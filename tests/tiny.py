@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import GemmaTokenizer, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vlsi_fast.data.processors import build_qwen2_vl_processor
@@ -64,6 +64,65 @@ SENTENCES = [
     "yes no circle rectangle triangle red green blue black gray teal brown yellow",
     "You are a helpful assistant. system user assistant",
 ]
+
+
+GEMMA_SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+"""In the order of their ids, as in the true vocabulary; those below are among its first and behind its last."""
+GEMMA_TURNS = ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+
+# As the true one: images where they are, texts trimmed, the system turn in front of the first user's words.
+GEMMA_CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- set prefix = '' -%}
+{%- set turns = messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set prefix = messages[0]['content'][0]['text'] + '\\n\\n' -%}
+    {%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
+    {%- endif -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{- '<start_of_turn>' + role + '\\n' + (prefix if loop.first else '') -}}
+    {%- for part in message['content'] -%}
+        {%- if part['type'] == 'image' -%}
+            {{- '<start_of_image>' -}}
+        {%- else -%}
+            {{- part['text'] | trim -}}
+        {%- endif -%}
+    {%- endfor -%}
+    {{- '<end_of_turn>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<start_of_turn>model\\n' -}}
+{%- endif -%}
+"""
+
+
+@lru_cache(maxsize=1)
+def _gemma_vocab_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Pieces of words behind the bytes and the runs of line breaks, as in the true vocabulary."""
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, min_frequency=1, show_progress=False, max_token_length=9)
+    trained.train_from_iterator([word for line in SENTENCES for word in line.split(" ")] + SENTENCES, trainer)
+    model = json.loads(trained.to_str())["model"]
+    breaks = [("\n" * n, "\n") for n in range(1, 4)]
+    names = [*GEMMA_SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), "\n", *(a + b for a, b in breaks)]
+    names += [name for name in model["vocab"] if name not in names]
+    return {name: i for i, name in enumerate(names)}, [*breaks, *(tuple(merge) for merge in model["merges"])]
+
+
+def make_gemma_tokenizer() -> GemmaTokenizer:
+    """A fast Gemma tokenizer of some 500 entries: SentencePiece's pieces, bytes for what has none, a <bos> in front of
+    texts that do not begin with one."""
+    vocab, merges = _gemma_vocab_and_merges()
+    names = dict(zip(("boi_token", "eoi_token", "image_token"), GEMMA_TURNS[2:]))
+    tokenizer = GemmaTokenizer(dict(vocab), list(merges), extra_special_tokens=names, add_bos_token=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": GEMMA_TURNS[:2]}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = GEMMA_CHAT_TEMPLATE
+    return tokenizer
 
 
 @lru_cache(maxsize=2)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
+from .backbones import is_recurrent
+
 VARLEN = "flash_varlen"
 """Its transformers name. With "flash" in it, transformers' vision towers give it all images in one call, with their
 bounds (`is_flash_attention_requested`). Other attention they call image by image; the host waits for the lengths."""
@@ -143,6 +145,10 @@ def varlen_problem(dtype: str, device: torch.device, config) -> str | None:
         device: that the model runs on.
         config: the model's transformers config.
     """
+    if config is not None and is_recurrent(config):
+        return (
+            f"{config.model_type} has linear-attention layers, whose rows are padded: set attn_implementation to auto"
+        )
     if device.type != "cuda" or torch.version.hip is not None:
         return f"it needs an NVIDIA GPU, and this runs on {device}: set attn_implementation to auto"
     if dtype not in ("bfloat16", "float16"):

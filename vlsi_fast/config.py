@@ -106,12 +106,35 @@ class VerbalizerConfig(Section):
     """RMSNorm in front of every block. The paper's parameter counts are without it; recommended for decoder."""
     residual: bool = False
     """Add each block's input to its output. A decoder layer has its own residuals and takes no further one."""
+    language: Literal["own", "student"] = "own"
+    """Whose words a teacher's layers speak: own, through the teacher's norm and head, which takes one tokenizer for
+    both models; student, through the student's, whatever the tokenizers are (`vlsi_fast.translation`). Such
+    verbalizers belong to one student. The teacher's last layer then has one, too, and its head is not read."""
 
     @model_validator(mode="after")
     def _decoder_has_residuals(self):
         if self.residual and self.architecture.startswith("decoder"):
             raise ValueError("a decoder verbalizer has residual connections of its own; remove verbalizer.residual")
         return self
+
+    @model_validator(mode="after")
+    def _decoder_cannot_translate(self):
+        if self.translates and self.architecture.startswith("decoder"):
+            raise ValueError(
+                "a decoder verbalizer has the teacher's width and cannot speak the student's language; set "
+                "verbalizer.architecture to verb_ffn, ffn or mlp"
+            )
+        return self
+
+    @property
+    def translates(self) -> bool:
+        """Whether the teacher's layers speak the student's language."""
+        return self.language == "student"
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What records keep. An option that came after the first records is there where it is not its default."""
+        return self.model_dump(exclude=None if self.translates else {"language"})
 
 
 class MatchingConfig(Section):
@@ -210,6 +233,8 @@ class RunConfig(Section):
             )
         if self.interact.headless and (self.verbalizer.architecture != "verb_ffn" or self.verbalizer.residual):
             raise ValueError("interact.headless needs verbalizer.architecture verb_ffn without verbalizer.residual")
+        if self.verbalizer.translates and self.interact.headless:
+            raise ValueError("interact.headless compares verbalizers without a head: set verbalizer.language to own")
         if self.matching.strategy == "bottom" and t and self.matching.k > len(t):
             raise ValueError(f"matching.k is {self.matching.k}, but the teacher has {len(t)} target layers; lower it")
         for name in ("min_pixels", "max_pixels"):
@@ -232,14 +257,26 @@ class RunConfig(Section):
                 "stages has sft but not interact, whose student sft starts from: add interact, or set sft.start_from "
                 "to base (to continue a finished interact stage leave stages as it is, and run --stage sft)"
             )
-        speakers = [r for r in self.interact.speakers if (r, self.teacher.mode) != ("teacher", "cached")]
+        speakers = [r for r in self.speakers if (r, self.teacher.mode) != ("teacher", "cached")]
         mute = [role for role in speakers if getattr(self, role).verbalizers is None]
         if "interact" in names and "verbalize" not in names and mute:
             raise ValueError(
                 "stages has interact but not verbalize, whose verbalizers its target layers speak through: add "
                 f"verbalize, name trained ones ({', '.join(f'{role}.verbalizers' for role in mute)}), or set "
-                "interact.intermediate to none"
+                + ("interact.intermediate to none" if self.interact.speakers else "verbalizer.language to own")
             )
+
+    @property
+    def read_by_verbalize(self) -> list[str]:
+        """The models whose rows stage verbalize reads: a teacher that translates learns the student's tokens."""
+        names = list(self.verbalize.models)
+        return ["student", "teacher"] if self.verbalizer.translates and "teacher" in names else names
+
+    @property
+    def speakers(self) -> list[str]:
+        """The models that speak through trained verbalizers in stage interact."""
+        last = self.verbalizer.translates and self.interact.needs_teacher_last
+        return list(dict.fromkeys([*self.interact.speakers, *(["teacher"] if last else [])]))
 
     def stage_training(self, stage: str) -> TrainingConfig:
         """`training` with the overrides of one stage. Raises ConfigError where an override is wrong."""

@@ -46,10 +46,20 @@ class Held:
     """Processor tensors -> last hidden state after the final norm, [B, T, d]."""
     final_norm: nn.Module
     """The final norm, plain and on the device."""
-    head_weight: Tensor
-    """[V, d], on the device or a shard (see `ranks.sharding.gathered`)."""
+    head_weight: Tensor | None
+    """[V, d], on the device or a shard (see `ranks.sharding.gathered`); None where another model's is read."""
     release: Callable[[], None] = lambda: None
     """Gives back what the placement holds besides the weights."""
+
+
+@dataclass
+class Language:
+    """What translated states are read by: another model's final norm and head. No part of the module tree."""
+
+    final_norm: nn.Module
+    """A plain copy, on the device."""
+    head_weight: Tensor
+    """[V, d_s], frozen; on the device or a shard (see `ranks.sharding.gathered`)."""
 
 
 class VerbalizedBackbone(nn.Module):
@@ -61,6 +71,8 @@ class VerbalizedBackbone(nn.Module):
         verbalizers: None where only the last layer is needed.
         train_backbone: whether gradients flow into the backbone (else its forward runs without autograd).
         needs_last: whether the last layer's own output is wanted; False where the model was cut below it.
+        language: what translating verbalizers speak through.
+        last_translated: the last layer's output is wanted in that language, through its verbalizer.
     """
 
     def __init__(
@@ -70,8 +82,11 @@ class VerbalizedBackbone(nn.Module):
         verbalizers: Verbalizers | None,
         train_backbone: bool,
         needs_last: bool = True,
+        language: Language | None = None,
+        last_translated: bool = False,
     ):
         super().__init__()
+        object.__setattr__(self, "language", language)  # past nn.Module's registration
         self.held = model if isinstance(model, Held) else None
         if self.held is not None:
             model = self.held.model
@@ -80,8 +95,10 @@ class VerbalizedBackbone(nn.Module):
             self.model = model
         self.family = family_of(model.config)
         spare_waits(model, self.family)
-        self.needs_last = needs_last
+        self.needs_last, self.last_translated = needs_last, last_translated
         self.target_layers = list(layers) if verbalizers is not None else []
+        deepest = [len(self.family.decoder_layers(model))] if last_translated else []
+        self.heard_layers = sorted({*self.target_layers, *deepest})
         self.verbalizers = verbalizers
         self.train_backbone = train_backbone
         if verbalizers is not None and verbalizers.spec.is_decoder:
@@ -89,7 +106,13 @@ class VerbalizedBackbone(nn.Module):
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """[V, d] weight of the language head; a shard under ZeRO-3 (see `ranks.sharding.gathered`)."""
+        """[V, d] weight of the language head that is spoken through; a shard under ZeRO-3 (see
+        `ranks.sharding.gathered`)."""
+        return self.own_head_weight if self.language is None else self.language.head_weight
+
+    @property
+    def own_head_weight(self) -> Tensor:
+        """[V, d] weight of the model's own language head, whatever it speaks through; or a shard."""
         return self.held.head_weight if self.held is not None else self.family.head(self.model).weight
 
     def train(self, mode: bool = True) -> VerbalizedBackbone:
@@ -111,22 +134,30 @@ class VerbalizedBackbone(nn.Module):
 
         Returns:
             verbalized [L, N, d] (None without verbalizers) and last [N, d], the backbone's own final hidden state (None
-            unless `needs_last`).
+            unless `needs_last`). With a `language` verbalized has its width; so has last where it is translated.
         """
         decoder = self.verbalizers is not None and self.verbalizers.spec.is_decoder
         with contextlib.nullcontext() if self.train_backbone else torch.no_grad():
             with self._record(None if decoder else index) as (hidden, attention):
                 last = self._run(inputs)
-            last = _take(last, index) if self.needs_last else None
+            last = _take(last, index) if self.needs_last and not self.last_translated else None
         if self.verbalizers is None:
             return None, last
-        spoken = self.verbalizers(hidden, attention if decoder else None)
+        spoken = self.verbalizers(hidden, attention if decoder else None, self.heard_layers)
         if decoder:
             spoken = spoken.flatten(1, 2).index_select(1, index)
         if normed:
-            norm = self.held.final_norm if self.held is not None else self.family.final_norm(self.model)
-            spoken = norm(spoken)
-        return spoken, last
+            spoken = self._final_norm(spoken)
+        if not self.last_translated:
+            return spoken, last
+        count = len(self.target_layers)  # they rise, and the last layer is none of them or their last
+        return spoken[:count] if count else None, spoken[-1]
+
+    @property
+    def _final_norm(self) -> nn.Module:
+        if self.language is not None:
+            return self.language.final_norm
+        return self.held.final_norm if self.held is not None else self.family.final_norm(self.model)
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         # arrays are what the stock model reads on the host; tensors have been copied to the device
@@ -182,7 +213,7 @@ class VerbalizedBackbone(nn.Module):
             layers[k].register_forward_pre_hook(keep, with_kwargs=True)
             if k <= late and k < len(layers)
             else layers[k - 1].register_forward_hook(keep, with_kwargs=True)
-            for k in self.target_layers
+            for k in self.heard_layers
         ]
         try:
             yield hidden, attention

@@ -160,6 +160,7 @@ def identity_of(
         for name, value in dump[stage].items()
         if name != "training" and not (name in ADDED and value == fields[name].default)
     }
+    dump["verbalizer"] = config.verbalizer.recorded
     identity = {name: dump[name] for name in ("seed", "dtype", *sections)} | {stage: own}
     identity |= {"data": data, "training": training, "rows_per_step": rows_per_step}
     identity |= {"inputs": inputs, "data_start": data_start}

@@ -11,10 +11,10 @@ from torch import nn
 
 from . import hub
 from .attention import VARLEN, set_varlen
-from .backbones import default_layers, family_of
+from .backbones import default_layers, family_of, require_plain_logits
 from .config import BackboneConfig, ConfigError, RunConfig
 from .data.tokens import SharedTokens, shared_tokens
-from .ranks.shard_loading import load_sharded
+from .ranks.shard_loading import load_sharded, read_parameter
 from .shrinking.record import auto_layers
 from .terminal import hush_bars
 
@@ -44,10 +44,11 @@ def resolve_folder(path: str, field: str) -> Path:
 
 
 def load_model_config(settings: BackboneConfig, role: str):
-    """transformers config of a role's checkpoint; ValueError for an unknown family."""
+    """transformers config of a role's checkpoint; ValueError for an unknown family, or one whose logits are capped."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(resolve_folder(settings.path, f"{role}.path"))
+    require_plain_logits(config)
     family_of(config)
     return config
 
@@ -150,6 +151,12 @@ def load_backbone(
     return model.requires_grad_(False).eval()
 
 
+def read_head(folder: str | Path, config, dtype: str | None = None) -> torch.Tensor:
+    """[V, d] language head of a checkpoint, in CPU memory; nothing else of it is read. `dtype` None: as stored."""
+    weight = read_parameter(folder, config, lambda model: family_of(config).head(model).weight)
+    return weight if dtype is None else weight.to(getattr(torch, dtype))
+
+
 def cut_config(config, depth: int) -> None:
     """Make a transformers config describe the model with only its first `depth` decoder layers."""
     text = config.get_text_config()
@@ -188,7 +195,8 @@ def require_same_tokens(student, teacher, student_name: str, teacher_name: str) 
         raise ConfigError(
             f"student ({student_name}) and teacher ({teacher_name}) give {len(found.differing)} tokens different ids "
             f"(student and teacher: {shown}). Special tokens may differ, but {found.problem}. "
-            "VLsI needs one tokenizer: choose models of one family, or of families that share it"
+            "Layers that speak their own model's language need one tokenizer: set verbalizer.language to student, or "
+            "choose models of one family, or of families that share it"
         )
     return found
 

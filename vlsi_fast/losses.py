@@ -83,23 +83,47 @@ class AnswerLoss(nn.Module):
         return loss.view(layers, tokens).sum(1) / max(tokens, 1)
 
 
-class OwnOutputLoss(nn.Module):
-    """KL of a frozen model's layers from its own last layer, all through its own head; with the answers' loss if asked.
+@dataclass(frozen=True)
+class OwnHead:
+    """The head of a model whose layers speak through another's."""
 
-    Both are columns of one KL matrix: an answer y is a teacher that is sure of it, neg_entropy 0 and expectation W[y].
-    So there is one pass over the vocabulary for the last layer and one a target layer, whatever is asked for.
+    weight: Tensor
+    """[V_own, d_own], frozen."""
+    common_tokens: Tensor
+    """[2, K] ids of the tokens that both vocabularies have: the other's, this one's."""
+
+
+class OwnOutputLoss(nn.Module):
+    """KL of a frozen model's layers from its own last layer; with the answers' loss if asked.
+
+    All speak through one head, of weight W. Both losses are columns of one KL matrix then: an answer y is a teacher
+    that is sure of it, neg_entropy 0 and expectation W[y]. So there is one pass over the vocabulary for the last layer
+    and one a target layer, whatever is asked for.
+
+    Layers that translate speak through another head than the last layer does (`own`). They are compared on the tokens
+    that both vocabularies have, both distributions normalised there; with the answers' loss they pass over the whole
+    vocabulary besides.
     """
 
-    def __init__(self, weight: nn.Parameter, options: OperatorOptions, with_answers: bool):
+    def __init__(self, weight: nn.Parameter, options: OperatorOptions, with_answers: bool, own: OwnHead | None = None):
         super().__init__()
         self.options, self.with_answers = options, with_answers
         self._frozen = [weight]
+        self.answers = None
+        if own is not None:
+            self._frozen.append(own.weight)
+            self._tokens = own.common_tokens
+            self.answers = AnswerLoss(weight, options) if with_answers else None
 
     def forward(self, hidden: Tensor, last: Tensor, labels: Tensor) -> Tensor:
-        """hidden [L, N, d], last [N, d] after the final norm, labels [N] -> [L] float32 means over tokens (0: N is 0).
+        """hidden [L, N, d], last [N, d_own] after the model's own final norm, labels [N] -> [L] float32 means over
+        tokens (0: N is 0).
 
         Differentiable in hidden.
         """
+        if len(self._frozen) == 2:
+            translated = self._translated(hidden, last)
+            return translated if self.answers is None else translated + self.answers(hidden, labels)
         options = {"vocab_size": self.options.vocab_size, "impl": self.options.impl}
         if torch.is_autocast_enabled(hidden.device.type):  # as in AnswerLoss
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -115,6 +139,17 @@ class OwnOutputLoss(nn.Module):
                     neg_entropy=torch.cat([neg_entropy, sure]), expectation=torch.cat([expectation, answers])
                 )
             return layer_kl_matrix(hidden, head, targets, **options).sum(1)
+
+    def _translated(self, hidden: Tensor, last: Tensor) -> Tensor:
+        """[L] KL of the layers from the last one, on the common tokens."""
+        if torch.is_autocast_enabled(hidden.device.type):  # as in AnswerLoss
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        self._tokens = tokens = self._tokens.to(hidden.device)
+        with self.options.heads.whole(self._frozen) as heads:
+            weight, own = (weight_of(head)[ids] for head, ids in zip(heads, tokens))
+            options = {"vocab_size": tokens.shape[1], "impl": self.options.impl}
+            targets = teacher_targets(last[None].to(own.dtype), own, weight, **options)
+            return layer_kl_matrix(hidden, weight, targets, **options)[:, 0]
 
 
 class PairwiseKL(nn.Module):

@@ -83,9 +83,11 @@ class Run:
         names = [name for name in STAGES if name in self.records and STAGES.index(name) <= STAGES.index(stage)]
         if stage == "sft" and self.records["sft"]["config"]["sft"]["start_from"] == "base":
             return ["sft"]
-        recorded = self.records.get("interact", {}).get("config", {}).get("interact", {})
-        settings = InteractConfig.model_construct(**recorded)  # one of an older version may lack some
-        return [name for name in names if name != "verbalize" or settings.speakers]
+        recorded = self.records.get("interact", {}).get("config", {})
+        settings = InteractConfig.model_construct(**recorded.get("interact", {}))  # an older version's may lack some
+        translates = recorded.get("verbalizer", {}).get("language") == "student"
+        speaks = settings.speakers or (translates and settings.needs_teacher_last)
+        return [name for name in names if name != "verbalize" or speaks]
 
     def base(self, role: str) -> str:
         """Path or Hub name of the student or teacher that the run started from.

@@ -8,7 +8,8 @@ layers. So stock `generate` does the decoding, greedy or with beams, and no deep
 
 All layers share one pass over the prompt: the deepest model that is needed reads it, but for its last token, into a
 cache; each voice starts from that cache's first k layers and reads the last token itself. This holds for every family
-here, since their attention is causal: what follows cannot change what is cached. The image is seen once.
+here, since their attention is causal: what follows cannot change what is cached. The image is seen once. A layer of
+linear attention has a state in place of keys and values, which is written to: each voice gets a copy.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import LinearAttentionLayer
 
 from .backbones import family_of
 from .data.encoding import configure_image_bounds, encode_question
@@ -148,7 +150,7 @@ class Speaker:
             backbone.rope_deltas = None  # of an earlier prompt
         early = {name: value[:, :-1] if value.shape == shape else value for name, value in inputs.items()}
         decoder = self.verbalizers is not None and self.verbalizers.spec.is_decoder
-        cache = DynamicCache(config=trunk.config)
+        cache = _Cache(trunk.config)
         with self._overhear(trunk, [k for k in layers if k is not None] if decoder else []) as states:
             backbone(**early, past_key_values=cache, use_cache=True)
         return _Prompt(inputs, cache, getattr(backbone, "rope_deltas", None), states)
@@ -181,9 +183,9 @@ class Speaker:
     def _answer(self, prompt: _Prompt, layer: int | None, num_beams: int, max_new_tokens: int, top: int) -> Speech:
         """Decode one layer's answer from the shared cache."""
         voice, blocks = self._voice(layer)
-        cache = DynamicCache(config=voice.config)
+        cache = _Cache(voice.config, seen=prompt.inputs["input_ids"].shape[1] - 1)
         depth = len(cache.layers) - len(blocks)
-        cache.layers[:depth] = [copy.copy(each) for each in prompt.cache.layers[:depth]]  # they grow by concatenation
+        cache.layers[:depth] = [_own(each) for each in prompt.cache.layers[:depth]]
         if blocks:
             state, keywords = prompt.states[layer]
             for block in blocks:
@@ -256,6 +258,11 @@ class Speaker:
 
     def _require_fit(self, spec: VerbalizerSpec) -> None:
         text = self.model.config.get_text_config()
+        if spec.translates:
+            raise ValueError(
+                "translating verbalizers (verbalizer.language student) speak the student's tokens, through its head, "
+                "and this model cannot read them back: leave them out to hear the model's own answer"
+            )
         if spec.output_size is not None:
             raise ValueError("verbalizers of the headless ablation have an output of their own, which no head can read")
         there = (spec.model_type or self.model.config.model_type, spec.hidden_size)
@@ -300,13 +307,53 @@ def open_speaker(
     return Speaker(load_backbone(folder, dtype, attn_implementation).to(device), processor, loaded)
 
 
+class _Cache(DynamicCache):
+    """A stock cache, also where no layer of it attends: those of linear attention do not count tokens.
+
+    Args:
+        config: of the model that will use it.
+        seen: tokens in it. From then on the model reads one at a time.
+    """
+
+    def __init__(self, config, seen: int = 0):
+        super().__init__(config=config)
+        self.seen, self._counts = seen, not all(isinstance(each, LinearAttentionLayer) for each in self.layers)
+
+    def update_recurrent_state(self, states: Tensor, layer_idx: int, **options) -> Tensor:
+        """The stock method; the first layer counts tokens."""
+        self.seen += layer_idx == 0
+        return super().update_recurrent_state(states, layer_idx, **options)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens in the cache."""
+        return super().get_seq_length(layer_idx) if self._counts else self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The stock method's; no layer reads the mask where none attends."""
+        return super().get_mask_sizes(query_length, layer_idx) if self._counts else (self.seen + query_length, 0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """The stock method, which layers of linear attention lack."""
+        for each in self.layers:
+            if not isinstance(each, LinearAttentionLayer):
+                each.batch_repeat_interleave(repeats)
+            elif any(each.is_recurrent_states_initialized.values()):
+                rows = next(iter(each.recurrent_states.values())).shape[0]
+                each.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
+
+
+def _own(layer):
+    """A layer of a cache for one more user: keys and values grow by concatenation, states are overwritten."""
+    return copy.deepcopy(layer) if isinstance(layer, LinearAttentionLayer) else copy.copy(layer)
+
+
 @dataclass
 class _Prompt:
     """A prompt that has been read but for its last token."""
 
     inputs: dict[str, Tensor]
     """Of the whole prompt."""
-    cache: DynamicCache
+    cache: _Cache
     """Keys and values of its first T - 1 tokens."""
     rope_deltas: Tensor | None
     """[1, 1] what positions are ahead of token counts by, in families with 3D positions; None: nothing."""
@@ -335,10 +382,11 @@ def _cut_config(config, depth: int, blocks: int):
 
 
 def _at_index(block: nn.Module, index: int) -> nn.Module:
-    """A copy of a decoder layer, sharing its weights, whose keys and values have place `index` in the cache."""
-    attention = copy.copy(block.self_attn)
+    """A copy of a decoder layer, sharing its weights, with place `index` in the cache."""
+    name = "self_attn" if hasattr(block, "self_attn") else "linear_attn"
+    attention = copy.copy(getattr(block, name))
     attention.layer_idx = index
-    return _replaced(block, "self_attn", attention)
+    return _replaced(block, name, attention)
 
 
 def _load(image: Picture) -> Image.Image:

@@ -13,6 +13,9 @@ In zero3 the teacher is part of the module that the training engine wraps, which
 student's. In all other modes it is held outside the module tree (`Held`): DeepSpeed would partition it, DDP would
 broadcast it, and checkpoints would look at it. Its verbalizers stay in the tree, where they are trained. In stage
 interact a teacher that runs once for several micro-batches (`teacher.window`) is outside the tree in zero3 too.
+
+A teacher whose layers speak the student's language (`verbalizer.language`) is heard through the student's head. Its own
+is let go of as soon as it is loaded, in all modes; a tied one stays, as the embedding.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +73,13 @@ def mode_under(mode: str, zero3: bool) -> str:
 
 
 def load_teacher(
-    folder: Path, mode: str, dtype: str, attn_implementation: str, depth: int | None, args: TrainingArguments
+    folder: Path,
+    mode: str,
+    dtype: str,
+    attn_implementation: str,
+    depth: int | None,
+    args: TrainingArguments,
+    has_head: bool = True,
 ) -> nn.Module | Held:
     """The teacher, placed as `mode` says. Collective.
 
@@ -80,24 +90,39 @@ def load_teacher(
         attn_implementation: by its transformers name.
         depth: decoder layers that are needed; None: all.
         args: of the stage; its device and DeepSpeed config.
+        has_head: whether losses read its language head; False: the head has no weight.
 
     Returns:
         A module to be made part of the stage's, or one that is held outside of it.
     """
+    load = partial(_load, has_head, folder, dtype, attn_implementation, depth)
     if mode == "zero3":
-        return load_backbone(folder, dtype, attn_implementation, depth)
+        return load()
     if mode == "offload" and args.deepspeed is not None:
-        return _offloaded_by_deepspeed(folder, dtype, attn_implementation, depth, args)
+        return _offloaded_by_deepspeed(load, dtype, args)
     options: dict[str, Any] = {}
     if mode != "offload" and args.device.type == "cuda":
         options["device_map"] = {"": args.device}  # tensor by tensor to where it stays
     if mode in QUANTIZED:
         options["quantization_config"] = quantization(folder, mode)
     with unsharded():
-        model = load_backbone(folder, dtype, attn_implementation, depth, **options)
+        model = load(**options)
     if mode == "offload":
         return _offloaded_by_accelerate(model, args.device)
     return held(model)
+
+
+def _load(has_head: bool, *arguments: Any, **options: Any) -> nn.Module:
+    """`load_backbone`, without the head where nothing reads it."""
+    model = load_backbone(*arguments, **options)
+    if not has_head:
+        drop_head(model)
+    return model
+
+
+def drop_head(model: nn.Module) -> None:
+    """Let go of a stock model's head weight, in place; the embedding that it may be tied to stays."""
+    family_of(model.config).head(model).register_parameter("weight", None)
 
 
 def held(model: nn.Module) -> Held:
@@ -202,12 +227,12 @@ def offload_config(deepspeed: dict[str, Any], dtype: str, pin_memory: bool) -> d
     return config
 
 
-def _offloaded_by_deepspeed(folder, dtype, attn_implementation, depth, args) -> Held:
+def _offloaded_by_deepspeed(load: Callable[..., nn.Module], dtype: str, args: TrainingArguments) -> Held:
     """An inference-only engine of the teacher's own, as reference models of preference training are held."""
     import deepspeed
 
     config = offload_config(args.hf_deepspeed_config.config, dtype, args.device.type == "cuda")
-    model = load_backbone(folder, dtype, attn_implementation, depth, zero=config)
+    model = load(zero=config)
     engine = deepspeed.initialize(model=_Runner(model), config=config)[0]
     engine.eval()
     family = family_of(model.config)
@@ -217,13 +242,14 @@ def _offloaded_by_deepspeed(folder, dtype, attn_implementation, depth, args) -> 
 def _offloaded_by_accelerate(model: nn.Module, device: torch.device) -> Held:
     """The whole model in this process's CPU memory; each layer visits the device while it runs.
 
-    Head and final norm stay on the device: the losses read them outside of the modules' forward.
+    Final norm and head, if it has one, stay on the device: the losses read them outside of the modules' forward.
     """
     from accelerate import cpu_offload
 
     family = family_of(model.config)
-    norm = _norm_apart(model, device)
-    head = nn.Parameter(family.head(model).weight.detach().to(device), requires_grad=False)
+    norm, head = _norm_apart(model, device), family.head(model).weight
+    if head is not None:
+        head = nn.Parameter(head.detach().to(device), requires_grad=False)
     cpu_offload(family.backbone(model), execution_device=device)
     return Held(model, _runner(model), norm, head)
 

@@ -11,6 +11,13 @@
 | ffn          | SwiGLU d -> f -> d, the backbone's own FFN shape  | 3 d f                               |
 | decoder      | the backbone's decoder layer, without biases      | 3 d f + attention                   |
 | .._x2        | two blocks (mlp_x2: an activation between them)   | twice that                          |
+
+A *translating* verbalizer (`verbalizer.language: student`) makes a teacher's layer speak through the student's norm and
+head, whose width is d_s. Its last block ends at that width, and a linear map A is added to what the blocks give:
+
+    translated distribution = softmax(head_s(final_norm_s(A h_k + blocks(h_k))))        A [d_s, d], counted besides
+
+The blocks' last matrix starts at zero, and A where `translation.start_map` puts it. An mlp is A alone.
 """
 
 from __future__ import annotations
@@ -50,7 +57,9 @@ class VerbalizerSpec:
     residual: bool = False
     """Block output is added to its input."""
     output_size: int | None = None
-    """Width of the output where it differs from d (the headless ablation of appendix D)."""
+    """Width of the output where it differs from d (the headless ablation of appendix D; a student's d_s)."""
+    translates: bool = False
+    """Whether they speak through another model's final norm and head, of width `output_size` (None: d as well)."""
     model_type: str = ""
     """transformers model type of the backbone."""
     backbone_config: dict | None = None
@@ -60,7 +69,9 @@ class VerbalizerSpec:
     (`verbalize.objective`; absent from older ones, which learnt the answers)."""
 
     @classmethod
-    def of(cls, config, layers, settings, output_size: int | None = None, made_for=None) -> VerbalizerSpec:
+    def of(
+        cls, config, layers, settings, output_size: int | None = None, made_for=None, translates: bool = False
+    ) -> VerbalizerSpec:
         """Spec for a backbone's `transformers` config, target layers and a `VerbalizerConfig`."""
         text = config.get_text_config()
         decoder = settings.architecture.startswith("decoder")
@@ -76,6 +87,7 @@ class VerbalizerSpec:
             model_type=config.model_type,
             backbone_config=config.to_dict() if decoder else None,
             made_for=made_for or {},
+            translates=translates,
         )
 
     @property
@@ -85,22 +97,33 @@ class VerbalizerSpec:
 
 
 class _Block(nn.Module):
-    """One token-wise block: [.., d] -> [.., output width], with optional activation and norm in front, residual around.
+    """One token-wise block: [.., d] -> [.., out], with optional activation and norm in front, residual around.
 
     It owns its weights itself (no nn.Linear children), so that ZeRO-3 gathers them for this forward.
+
+    Args:
+        spec: of the verbalizer.
+        inner: inner width; None: one linear map.
+        out: width of the output.
+        residual: add the input, which has that width too.
+        silent: start at zero, so that at first only what the output is added to is heard.
+        activate: activate the input.
+        impl: of `vlsi_kernels.verb_ffn`.
     """
 
-    def __init__(self, spec: VerbalizerSpec, inner: int | None, activate: bool, impl: str):
+    def __init__(
+        self, spec: VerbalizerSpec, inner: int | None, out: int, residual: bool, silent: bool, activate: bool, impl: str
+    ):
         super().__init__()
-        d, out = spec.hidden_size, spec.output_size or spec.hidden_size
-        self.residual, self.activate, self.impl = spec.residual, activate, impl
+        d = spec.hidden_size
+        self.residual, self.activate, self.impl = residual, activate, impl
         if spec.norm:
             self.norm = nn.RMSNorm(d, eps=spec.rms_norm_eps)
         if inner is None:
             self.linear = _weight(out, d)
         else:
             self.gate, self.up, self.down = _weight(inner, d), _weight(inner, d), _weight(out, inner)
-        if spec.residual:  # start as the identity: what the final norm and head make of the hidden state itself
+        if silent:
             nn.init.zeros_(self.linear if inner is None else self.down)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,18 +152,42 @@ class Verbalizer(nn.Module):
     def __init__(self, spec: VerbalizerSpec, layer: int, impl: str = "auto"):
         super().__init__()
         kind, times = spec.architecture.removesuffix("_x2"), 2 if spec.architecture.endswith("_x2") else 1
+        out = spec.output_size or spec.hidden_size
         if kind == "decoder":
             self.blocks = nn.ModuleList(_decoder_layer(spec, layer) for _ in range(times))
         else:
-            inner = {"mlp": None, "verb_ffn": spec.output_size or spec.hidden_size, "ffn": spec.intermediate_size}[kind]
-            # mlp_x2: two linear maps in a row would be one, so its second block activates its input
-            activate = [kind == "mlp" and i > 0 for i in range(times)]
-            self.blocks = nn.ModuleList(_Block(spec, inner, a, impl) for a in activate)
+            inner = {"mlp": None, "verb_ffn": out, "ffn": spec.intermediate_size}[kind]
+            self.blocks = nn.ModuleList()
+            for i in range(0 if spec.translates and spec.architecture == "mlp" else times):
+                last = i == times - 1
+                residual = spec.residual and not (spec.translates and last)  # A is there instead
+                # mlp_x2: two linear maps in a row would be one, so its second block activates its input
+                activate = kind == "mlp" and i > 0
+                # silent: what the final norm and head make of the hidden state itself, or of its translation
+                silent = residual or (spec.translates and last)
+                width = out if last else spec.hidden_size
+                self.blocks.append(_Block(spec, inner, width, residual, silent, activate, impl))
+        self.translation = _Translation(spec.hidden_size, out) if spec.translates else None
 
     def forward(self, x: Tensor, **attention) -> Tensor:
+        said = x
         for block in self.blocks:
-            x = block(x, **attention)
-        return x
+            said = block(said, **attention)
+        if self.translation is None:
+            return said
+        translated = self.translation(x)
+        return translated + said if len(self.blocks) else translated
+
+
+class _Translation(nn.Module):
+    """The linear map A of a translating verbalizer: [.., d] -> [.., d_s]."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.weight = _weight(out, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
 
 
 def _decoder_layer(spec: VerbalizerSpec, layer: int) -> nn.Module:
@@ -171,18 +218,30 @@ class Verbalizers(nn.Module):
         with sharded_init():
             self.layers = nn.ModuleDict({str(k): Verbalizer(spec, k, impl) for k in spec.layers})
 
-    def forward(self, hidden: list[Tensor], attention: list[dict] | None = None) -> Tensor:
-        """Verbalize every target layer.
+    def forward(
+        self, hidden: list[Tensor], attention: list[dict] | None = None, layers: list[int] | None = None
+    ) -> Tensor:
+        """Verbalize target layers.
 
         Args:
-            hidden: one tensor a target layer: [N, d], or [B, T, d] for decoder verbalizers.
-            attention: per target layer the keyword arguments of the backbone's own decoder layer (decoder only).
+            hidden: one tensor a layer: [N, d], or [B, T, d] for decoder verbalizers.
+            attention: per layer the keyword arguments of the backbone's own decoder layer (decoder only).
+            layers: which they are; None: all.
 
         Returns:
-            [layers, .., output width], in the order of `spec.layers`.
+            [layers, .., output width], in their order.
         """
-        attention = attention or [{}] * len(hidden)
-        return torch.stack([self.layers[str(k)](h, **a) for k, h, a in zip(self.spec.layers, hidden, attention)])
+        attention, layers = attention or [{}] * len(hidden), self.spec.layers if layers is None else layers
+        spoken = [self.layers[str(k)](h, **a) for k, h, a in zip(layers, hidden, attention, strict=True)]
+        return torch.stack(spoken)
+
+    def start_at(self, translation: Tensor | None) -> None:
+        """Put every layer's linear map A at [d_s, d], given on rank 0 (elsewhere ignored under ZeRO-3). Collective."""
+        for verbalizer in self.layers.values():
+            weight = verbalizer.translation.weight
+            with gathered([weight], writer=0), torch.no_grad():
+                if not hasattr(weight, "ds_id") or rank() == 0:
+                    weight.copy_(translation)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights (safetensors) and spec (JSON). Collective under ZeRO-3; rank 0 writes."""

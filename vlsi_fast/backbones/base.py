@@ -8,8 +8,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-LANGUAGE_LINEARS = r".*\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-"""LoRA targets of a language model with Qwen's names: attention and FFN; no vision tower has `language_model` in it."""
+from ..config_files import ConfigError
+
+LANGUAGE_LINEARS = r".*\.(language|text)_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+"""LoRA targets of a language model with Qwen's and Llama's names: attention and FFN; no vision tower's names have
+`language_model` or `text_model` in them."""
+LANGUAGE_ATTENTION = r".*\.language_model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"
+"""The same without the FFN, whose weights are experts."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,15 @@ class Family:
     """Class of the processor, by its transformers name; `data.processors` knows each with and without torchvision."""
     layers_added_to: Callable[[object], int] = lambda config: 0
     """How many of the first decoder layers have something added to their output before the next one reads it."""
+    merge: Callable[[object], int] = lambda config: getattr(config.vision_config, "spatial_merge_size", 1) ** 2
+    """Image patches that become one token of the language model."""
+    tiles: int = 0
+    """Tiles of a large image, where the published processors cut every image into tiles of the vision tower's size
+    whatever its own is, the whole image once more among them. 0: an image's tokens follow from its pixels."""
+    images_look_ahead: bool = False
+    """Whether an image's tokens attend to each other in both directions: only an attention with a mask can do that."""
+    sparse_block: str | None = None
+    """Class, by name, of the modules that route tokens to experts; None: every token meets every weight."""
 
 
 def default_layers(depth: int) -> list[int]:
@@ -60,3 +74,34 @@ def plain_decoder_layer(config, index: int) -> nn.Module:
             "decoder verbalizers; use verbalizer.architecture verb_ffn, ffn or mlp"
         )
     return getattr(sys.modules[model.__module__], names[0])(text, index)
+
+
+def no_decoder_layer(config, index: int) -> nn.Module:
+    """`new_decoder_layer` where layers route tokens to experts. Raises ConfigError: a verbalizer would be one."""
+    raise ConfigError(
+        f"{config.model_type} has experts in its decoder layers, so it has no decoder verbalizers; use "
+        "verbalizer.architecture verb_ffn, ffn or mlp"
+    )
+
+
+def is_recurrent(config) -> bool:
+    """Whether some decoder layers carry a state from token to token (linear attention) in place of attending."""
+    return "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+
+
+def require_dense(family: Family, field: str) -> None:
+    """What trains the whole language model takes none with experts: no loss here keeps them in balance.
+
+    Args:
+        family: of the model to train.
+        field: of the run's config that asks for it.
+
+    Raises:
+        ConfigError: the model has experts.
+    """
+    if family.sparse_block is not None:
+        raise ConfigError(
+            f"{field} is full, but {family.model_type} routes tokens to experts, and no loss here keeps those in "
+            f"balance: set {field} to lora, which adapts attention and leaves routers and experts as they are, or take "
+            "that stage out of stages"
+        )

@@ -3,7 +3,8 @@
 Reading order: sources.py, readers.py, messages.py, images.py (rows), tables.py, jsonfile.py (rows
 by number), mixing.py (their order); plaintext.py, encoding.py, dataset.py, collate.py, packing.py (model inputs);
 skipped.py (rows that cannot be used); processors.py (loading processors); tokens.py (what two tokenizers share);
-build.py, manifest.py, command.py (`vlsi-fast data`); answering/ (a teacher's answers to pictures without labels).
+alignment.py (answers of two tokenizers); build.py, manifest.py, command.py (`vlsi-fast data`); answering/ (a teacher's
+answers to pictures without labels).
 """
 
 import importlib

@@ -43,7 +43,8 @@ class Collator:
 
         Returns:
             `ids`: B row names. `skipped`: the rows' records of unusable rows, in order. `answered`: how many rows, and
-            tokens to predict, have answers that a model wrote. `tokens`: role -> the rows' tokens. `blank`: roles that
+            tokens to predict, have answers that a model wrote. `unaligned`: how many of the student's answer tokens are
+            left out, since the teacher has no state for them. `tokens`: role -> the rows' tokens. `blank`: roles that
             got a blank image, and have no other. Each role:
             `input_ids` [B, T] padded with the padding id, `labels` [B, T] with -100, `attention_mask` and every
             other per-token tensor [B, T] with 0; vision tensors joined along their first axis, absent where no row has
@@ -59,6 +60,7 @@ class Collator:
         roles = [role for role in ROLES if role in self._pad_ids]
         answered = [row[roles[0]]["labels"] for row in rows if row.get("answered")]
         batch["answered"] = (len(answered), sum(int((labels[:, 1:] != IGNORED).sum()) for labels in answered))
+        batch["unaligned"] = sum(row.get("unaligned", 0) for row in rows)
         joined: dict[tuple[int, ...], torch.Tensor] = {}  # vision tensors by the identities of their rows' tensors
         parts = {role: [row[role] for row in rows] for role in roles}
         batch["tokens"] = {role: sum(row["input_ids"].shape[1] for row in parts[role]) for role in roles}
@@ -100,11 +102,13 @@ class Collator:
         padding = {"input_ids": self._pad_ids[role], "labels": IGNORED}
         batch = {}
         for name in names:
+            if name == TILE_MASK:  # tiles are never padded, so it says nothing, in two fifths of the bytes
+                continue
             if name in vision:
                 parts = [row[name] for row in rows if name in row]
                 key = tuple(map(id, parts))
                 if key not in joined:
-                    joined[key] = join_vision(parts)
+                    joined[key] = join_vision(parts, vision)
                 batch[name] = joined[key]
             elif role not in self._packers:
                 batch[name] = _pad([_per_token(row, name) for row in rows], padding.get(name, 0))
@@ -119,9 +123,13 @@ class Collator:
 
 SIZES = ("image_grid_thw", "image_sizes", "batch_num_images")
 """Vision inputs that a stock model reads on the host."""
+TILE_MASK = "pixel_attention_mask"
+"""SmolVLM's and Idefics3's vision input that says which pixels of a row's tiles are padding."""
 BLANK_SIZES = ((32, 32), (384, 16))
 """Width and height of white images, pixels. The flat one has fewer tokens where tiles of an image are cut to its shape
 (LLaVA-OneVision)."""
+CUTTING = ("do_image_splitting", "crop_to_patches")
+"""Options of image processors that cut every image into tiles; a blank one need not be cut."""
 
 
 def blank_image(processor) -> dict[str, torch.Tensor]:
@@ -136,7 +144,8 @@ def blank_image(processor) -> dict[str, torch.Tensor]:
     try:
         if bounds and {"shortest_edge", "longest_edge"} <= dict(bounds).keys():
             processor.image_processor.size = {**dict(bounds), "shortest_edge": 1}
-        rows = [dict(processor(text=[text], images=[image], return_tensors="pt")) for image in images]
+        whole = {name: False for name in CUTTING if hasattr(processor.image_processor, name)}
+        rows = [dict(processor(text=[text], images=[image], return_tensors="pt", **whole)) for image in images]
     finally:
         processor.image_processor.size = bounds
     return min(rows, key=lambda row: row["input_ids"].shape[1])
@@ -168,8 +177,18 @@ def _per_token(row: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return row[name][0]
 
 
-def join_vision(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Joins rows' vision tensors [n_i, P_i, ..] along the first axis; zeros fill the second up to the largest P_i."""
+def join_vision(tensors: list[torch.Tensor], names: set[str] = frozenset()) -> torch.Tensor:
+    """Joins rows' vision tensors [n_i, P_i, ..] along the first axis; zeros fill the second up to the largest P_i.
+
+    SmolVLM's [1, P_i, ..] are joined along the second: its forward takes tiles as they come, whatever rows they are of.
+    `generate` counts them by rows.
+
+    Args:
+        tensors: one a row.
+        names: of all vision tensors of that processor; empty for `generate`.
+    """
+    if TILE_MASK in names:
+        return torch.cat(tensors, dim=1)
     if tensors[0].dim() < 3:
         return torch.cat(tensors)
     most = max(tensor.shape[1] for tensor in tensors)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
 from vlsi_fast.config_data import DataConfig
+from vlsi_fast.data.alignment import pair_tokens
 from vlsi_fast.data.encoding import IGNORED, configure_image_bounds, encode
 from vlsi_fast.data.images import check_pixels, load_image
 from vlsi_fast.data.messages import Sample
@@ -17,6 +19,7 @@ from vlsi_fast.data.shared_images import SharedImages, share_images
 from vlsi_fast.data.skipped import SpecialTokenError, UnusableRow
 from vlsi_fast.data.sources import ConcatSource
 from vlsi_fast.data.storage import retried
+from vlsi_fast.data.tokens import shared_tokens
 from vlsi_fast.errors import UserError
 
 ROLES = ("student", "teacher")
@@ -41,7 +44,8 @@ class NoUsableRowError(UserError, RuntimeError):
 
 
 class VlsiDataset(Dataset):
-    """Map-style: row -> `{"id", "student", "teacher", "skipped", "answered"}`, the roles being those of `processors`.
+    """Map-style: row -> `{"id", "student", "teacher", "skipped", "answered", "unaligned"}`, the roles being those of
+    `processors`.
 
     A row that cannot be used is replaced by the next usable one, and noted in the "skipped" list of the row returned.
 
@@ -49,15 +53,24 @@ class VlsiDataset(Dataset):
         sources: the rows, from `build_source`.
         processors: "student", "teacher" or both -> that model's processor. The config's pixel bounds are set on them.
         data_config: bounds on tokens and pixels.
-        taught: gives what a teacher that is not here said to a row, from the sample and the student's labels; it is
-            then in the row as `taught`.
+        taught: gives what a teacher that is not here said to a row (`teacher_cache.recalling.Said`), from the sample
+            and all of the student's labels; it is then in the row as `taught`.
+        translated: the teacher speaks the student's tokens. Where the tokenizers of both roles cannot be compared token
+            by token (`shared_tokens`), answers are aligned by their bytes (`alignment.py`): both roles' labels are the
+            student's tokens that the teacher has a state for, the teacher's where that state is.
 
     Raises:
-        ValueError: no role or an unknown one, or pixel bounds that a processor does not have.
+        ValueError: no role or an unknown one, pixel bounds that a processor does not have, or `translated` without a
+            student to translate for.
     """
 
     def __init__(
-        self, sources: ConcatSource, processors: dict, data_config: DataConfig, taught: Callable | None = None
+        self,
+        sources: ConcatSource,
+        processors: dict,
+        data_config: DataConfig,
+        taught: Callable | None = None,
+        translated: bool = False,
     ):
         unknown = set(processors) - set(ROLES)
         if unknown or not processors:
@@ -71,6 +84,9 @@ class VlsiDataset(Dataset):
         self.images: SharedImages | None = None
         if len(processors) == 2 and not self.shared:
             self.processors, self.images = share_images(self.processors)
+        if translated and "student" not in processors:
+            raise ValueError("translated answers are the student's tokens; give the student's processor as well")
+        self.translated = translated and len(processors) == 2 and not comparable(processors)
         self._aligned = False  # whether the roles have agreed on a row's answer tokens
 
     def __len__(self) -> int:
@@ -84,7 +100,8 @@ class VlsiDataset(Dataset):
             `id`: the row used; each role's inputs as `encode` returns them (the same object for both roles where their
             processors are equivalent, the same vision tensors where their image processors agree); `skipped`:
             records of the rows passed over, as `ConcatSource.skip_record` makes them; `answered`: whether a model wrote
-            the row's answers.
+            the row's answers; `unaligned`: how many of the student's answer tokens have no state of the teacher and are
+            left out of its labels; `whole`: where answers are aligned, the student's labels with those.
 
         Raises:
             AnswerMismatchError: the roles' answer tokens differ in `MAX_MISMATCHES` rows, or in all that can be used,
@@ -119,7 +136,7 @@ class VlsiDataset(Dataset):
             f"First: {skipped[0]['id']}: {skipped[0]['cause']}: {skipped[0]['detail']}"
         )
 
-    def _encode(self, sample: Sample) -> dict[str, dict[str, torch.Tensor]]:
+    def _encode(self, sample: Sample) -> dict[str, Any]:
         data = self.data_config
         check_pixels(sample.images, data.max_image_pixels, data.max_row_pixels)
         loader = lru_cache(maxsize=None)(partial(load_image, max_image_pixels=data.max_image_pixels))
@@ -129,16 +146,24 @@ class VlsiDataset(Dataset):
                 if self.shared and rows:
                     rows[role] = next(iter(rows.values()))
                 else:
-                    rows[role] = encode(sample, processor, data, loader)
+                    rows[role] = encode(sample, processor, data, loader, with_answers=self.translated)
         finally:
             if self.images is not None:
                 self.images.forget()
-        if len(rows) == 2 and not self.shared:
+        whole, kept = rows["student"]["labels"] if "student" in rows else None, None
+        if self.translated:
+            kept = align_answers(sample.id, rows)
+            self._aligned = True
+        elif len(rows) == 2 and not self.shared:
             check_same_answers(sample.id, rows, self.processors)
             self._aligned = True
         if self._taught is not None:
-            rows["taught"] = self._taught(sample, rows["student"]["labels"])
-            self._aligned = True
+            rows["taught"] = self._taught(sample, whole)
+            self._aligned, kept = True, rows["taught"].kept
+        rows["unaligned"] = 0
+        if kept is not None:
+            rows["student"]["labels"], rows["whole"] = keep_answers(whole, kept), whole
+            rows["unaligned"] = int((whole != IGNORED).sum()) - len(kept)
         return rows
 
 
@@ -163,6 +188,60 @@ def equivalent(first, second) -> bool:
         and one.get_vocab() == other.get_vocab()
         and one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
     )
+
+
+def comparable(processors: dict) -> bool:
+    """Whether the tokenizers of two roles' processors can be compared token by token."""
+    return shared_tokens(*(processors[role].tokenizer for role in ROLES)).problem is None
+
+
+def keep_answers(labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Labels [1, T] of those answer tokens alone whose numbers among all answer tokens of `labels` [1, T] are kept."""
+    found = torch.full_like(labels, IGNORED)
+    places = (labels[0] != IGNORED).nonzero()[:, 0][kept]
+    found[0, places] = labels[0, places]
+    return found
+
+
+def align_answers(sample_id: str, rows: dict) -> torch.Tensor:
+    """Gives the teacher the student's tokens as labels, each where its state is about to say it.
+
+    Args:
+        sample_id: the row, for the message.
+        rows: student and teacher -> encoded row with `labels` [1, T] and `answers`, which is taken out; the teacher's
+            labels are replaced.
+
+    Returns:
+        [K] int64, rising: which of the student's answer tokens the teacher has a state for.
+
+    Raises:
+        AnswerMismatchError: an answer's words differ between the roles.
+        UnusableRow: no token of the student has a state of the teacher; cause answer_mismatch.
+    """
+    turns = list(zip(*(rows[role].pop("answers") for role in ROLES), strict=True))
+    pairs, ours, theirs = [], 0, 0
+    for number, (student, teacher) in enumerate(turns):
+        if student.words != teacher.words:
+            raise AnswerMismatchError(
+                f"row {sample_id}: the chat templates write answer {number + 1} of {len(turns)} differently, so the "
+                f"two cannot be compared.\n  student: {_shown(student.words)}\n  teacher: {_shown(teacher.words)}\n"
+                "Set chat templates on both that leave an answer's words as they are."
+            )
+        pairs += [(ours + i, theirs + j) for i, j in pair_tokens(student, teacher)]
+        ours, theirs = ours + len(student.starts), theirs + len(teacher.starts)
+    if not pairs:
+        raise UnusableRow("answer_mismatch", "no answer token of the student starts where one of the teacher starts")
+    kept, states = torch.tensor(pairs).T.contiguous()
+    tokens, labels = rows["student"]["labels"], rows["teacher"]["labels"]
+    places = (labels[0] != IGNORED).nonzero()[:, 0][states]
+    rows["teacher"]["labels"] = torch.full_like(labels, IGNORED)
+    rows["teacher"]["labels"][0, places] = tokens[tokens != IGNORED][kept]
+    return kept
+
+
+def _shown(words: bytes, limit: int = 200) -> str:
+    text = words.decode()
+    return repr(text if len(text) <= limit else text[:limit] + "..")
 
 
 def check_same_answers(sample_id: str, rows: dict, processors: dict) -> None:

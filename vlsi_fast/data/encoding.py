@@ -4,8 +4,9 @@ Letters: T tokens of the row as the model sees it (image tokens expanded).
 
 Labels come from the chat template. An answer starts where the rendering up to the generation prompt ends, and ends
 where the rendering of the conversation through that turn ends. Whitespace after the end-of-turn token is left out, so
-the model learns to stop and not what a template puts between turns. Token offsets carry that span over to tokens, and
-since a processor only lengthens runs of the image token, collapsing those runs carries it over to the model's input.
+the model learns to stop and not what a template puts between turns. The processor tells what it wrote in place of each
+image token (a run of them, or also line breaks and marks around it: Gemma 3), which carries that span over to the text
+that the model gets, and token offsets carry it over to tokens.
 
 A row's words never become control tokens (plaintext.py), and endless text is refused before it is tokenized.
 """
@@ -13,15 +14,17 @@ A row's words never become control tokens (plaintext.py), and endless text is re
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 
 from vlsi_fast.config_data import DataConfig
+from vlsi_fast.data.alignment import answers_of
 from vlsi_fast.data.images import ImageRef
 from vlsi_fast.data.messages import Sample
-from vlsi_fast.data.plaintext import Rendered, apply_template, plainly, render
+from vlsi_fast.data.plaintext import Rendered, apply_template, plainly, render, special_tokens
 from vlsi_fast.data.skipped import UnusableRow, row_boundary
 
 IGNORED = -100
@@ -34,7 +37,11 @@ USUAL_CHARACTERS = 16
 
 @row_boundary()
 def encode(
-    sample: Sample, processor, data_config: DataConfig, image_loader: Callable[[ImageRef], Image.Image]
+    sample: Sample,
+    processor,
+    data_config: DataConfig,
+    image_loader: Callable[[ImageRef], Image.Image],
+    with_answers: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Model inputs of one sample.
 
@@ -43,28 +50,33 @@ def encode(
         processor: a Hugging Face processor with a chat template and a fast tokenizer.
         data_config: `max_length` and `special_tokens` are read.
         image_loader: opens one image; asked once for an image that the row shows several times.
+        with_answers: say of every answer where its tokens stand in its words, for `alignment.pair_tokens`.
 
     Returns:
         Everything that `processor(text=.., images=..)` returns, unchanged (`input_ids` [1, T] int64, `attention_mask`
         [1, T], vision tensors whose first axis runs over patches or images, ..), and `labels` [1, T] int64: the token
-        inside assistant answers, end of turn included, and -100 elsewhere.
+        inside assistant answers, end of turn included, and -100 elsewhere. `with_answers`: also `answers`, a list of
+        one `alignment.Answer` for each assistant turn, whose tokens are the labels that are not -100, in order.
 
     Raises:
         UnusableRow: the row cannot be trained on.
     """
     check_messages(sample)
     check_length(sample.messages, processor, data_config.max_length)
-    rendered, spans = answer_spans(sample.messages, processor)
+    rendered, spans = _ended(*answer_spans(sample.messages, processor), sample.messages, processor)
     check_special(rendered, data_config)
     loaded = {ref: image_loader(ref) for ref in dict.fromkeys(sample.images)}
     images = [loaded[ref] for ref in sample.images]
     check_placeholders(rendered, len(images), processor)
-    row = encode_rendered(rendered, images, processor)
+    asked = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+    row = encode_rendered(rendered, images, processor, **asked)
+    offsets, replaced = row.pop("offset_mapping")[0], row.pop("text_replacement_offsets")
     length = row["input_ids"].shape[1]
     if length > data_config.max_length:
         raise UnusableRow("too_long", f"{length} tokens, data.max_length is {data_config.max_length}")
-    row["labels"] = _labels(row["input_ids"], rendered, spans, processor)
-    return row
+    tokens = Tokens(rendered, spans, row["input_ids"][0], offsets, replaced[0] if replaced else [])
+    row["labels"] = torch.where(tokens.learnt, tokens.ids, IGNORED)[None]
+    return row | ({"answers": answers_of(tokens, processor)} if with_answers else {})
 
 
 def encode_question(question: str, images: list[Image.Image], processor) -> dict[str, torch.Tensor]:
@@ -89,18 +101,19 @@ def encode_question(question: str, images: list[Image.Image], processor) -> dict
     return encode_rendered(rendered, images, processor)
 
 
-def encode_rendered(rendered: Rendered, images: list[Image.Image], processor) -> dict[str, torch.Tensor]:
+def encode_rendered(rendered: Rendered, images: list[Image.Image], processor, **more) -> dict[str, torch.Tensor]:
     """What the processor makes of one rendered conversation.
 
     Args:
         rendered: from `render`.
         images: RGB images, one for each image token in it.
         processor: as for `encode`.
+        more: further options of its call.
 
     Raises:
         UnusableRow: the processor refuses an image, or the row's own special tokens cannot be read as text.
     """
-    options = tokenizer_options(processor, rendered.text)
+    options = tokenizer_options(processor, rendered.text) | more
     # nested, as `apply_chat_template` passes them: LLaVA-OneVision treats several images of one row differently
     nested = [images] if images else None
     reader = plainly(processor, [rendered])
@@ -184,8 +197,9 @@ def check_placeholders(rendered: Rendered, images: int, processor) -> None:
     found = images if image_token is None else rendered.text.count(image_token)
     if found != images:
         raise UnusableRow("bad_row", f"{found} image tokens {image_token} in the text, but {images} images")
+    known = special_tokens(processor)  # to SmolVLM's processor <video> is a token, to its tokenizer a word
     for token in (getattr(processor, "video_token", None), getattr(processor, "audio_token", None)):
-        if token is not None and token in rendered.text:
+        if token in known and token in rendered.text:
             raise UnusableRow("bad_row", f"the text holds {token}, but rows have no videos and no sound")
 
 
@@ -210,12 +224,11 @@ def answer_spans(messages: list[dict], processor) -> tuple[Rendered, list[tuple[
             `render`.
     """
     full = render(processor, messages, prompt=False)
-    plain = full.plain
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if turns and turns[0] == 0:
         raise UnusableRow("template", "the conversation starts with an assistant turn, so it has no prompt")
     if len(turns) <= 2:
-        return full, [_rendered_span(messages, i, plain, processor) for i in turns]
+        return full, [_span(messages, i, full, processor) for i in turns]
     if spans := _spans_between(messages, turns, full, processor):
         return full, spans
     if len(turns) > MAX_REWRITTEN_TURNS:
@@ -223,7 +236,32 @@ def answer_spans(messages: list[dict], processor) -> tuple[Rendered, list[tuple[
             f"the chat template renders turns differently, so no more than {MAX_REWRITTEN_TURNS} answers can be found"
         )
         raise UnusableRow("template", what)
-    return full, [_rendered_span(messages, i, plain, processor) for i in turns]
+    return full, [_span(messages, i, full, processor) for i in turns]
+
+
+def _span(messages: list[dict], i: int, full: Rendered, processor) -> tuple[int, int]:
+    """Where the answer of turn `i` stands: by renderings up to there, or by its words where those differ."""
+    try:
+        return _rendered_span(messages, i, full.plain, processor)
+    except UnusableRow:
+        found = _worded_span(messages, i, full, processor)
+        if found is None:
+            raise
+        return found
+
+
+def _worded_span(messages: list[dict], i: int, full: Rendered, processor) -> tuple[int, int] | None:
+    """Of an answer in whose place the template writes more while it is the last one (Qwen3.5: an empty thought): from
+    its first word to the end of turn that it has there. None where the words are not known, or none follow."""
+    alone = render(processor, messages[: i + 1], prompt=False)
+    if i == len(messages) - 1 or not alone.words or full.words is None:
+        return None
+    count = sum(bool(part.get("text", "").strip()) for part in messages[i]["content"])
+    own = full.words[len(alone.words) - count : len(alone.words)]
+    ending = alone.plain[alone.words[-1][1] :].strip()
+    start, at = own[0][0], own[-1][1]
+    end = full.plain.find(ending, at)
+    return (start, end + len(ending)) if end >= 0 and not full.plain[at:end].strip() else None
 
 
 def _rendered_span(messages: list[dict], i: int, full: str, processor) -> tuple[int, int]:
@@ -245,7 +283,7 @@ def _spans_between(messages: list[dict], turns: list[int], full: Rendered, proce
     """
     if full.words is None:
         return None
-    plain, known = full.plain, {i: _rendered_span(messages, i, full.plain, processor) for i in (turns[0], turns[-1])}
+    plain, known = full.plain, {i: _span(messages, i, full, processor) for i in (turns[0], turns[-1])}
     before = apply_template(processor, messages[: turns[0]], prompt=False)
     prompt = apply_template(processor, messages[: turns[0]], prompt=True)
     if not prompt.startswith(before) or not (prompt := prompt[len(before) :]).strip():
@@ -285,19 +323,21 @@ def configure_image_bounds(processor, min_pixels: int | None, max_pixels: int | 
     image_processor = getattr(processor, "image_processor", None)
     accepted = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
     size = dict(getattr(image_processor, "size", None) or {})
-    if "max_pixels" not in accepted or not {"shortest_edge", "longest_edge"} <= size.keys():
+    if not {"max_pixels", "merge_size"} & set(accepted) or not {"shortest_edge", "longest_edge"} <= size.keys():
         raise ValueError(
             f"{type(image_processor).__name__} has no bounds on the number of pixels; remove {section}.min_pixels and "
             f"{section}.max_pixels from the config"
             + ("; to bound the other model's images alone, set them in its section" if section == "data" else "")
         )
-    low = size["shortest_edge"] if min_pixels is None else min_pixels
-    high = size["longest_edge"] if max_pixels is None else max_pixels
+    # GLM's counts the pixels of as many frames as it makes of an image
+    frames = 1 if "max_pixels" in accepted else image_processor.temporal_patch_size
+    low = size["shortest_edge"] if min_pixels is None else frames * min_pixels
+    high = size["longest_edge"] if max_pixels is None else frames * max_pixels
     if low > high:
         raise ValueError(
-            f"the image bounds exclude each other: at least {low} and at most {high} pixels; set both "
-            f"{section}.min_pixels and {section}.max_pixels "
-            f"(the processor's own are {size['shortest_edge']} and {size['longest_edge']})"
+            f"the image bounds exclude each other: at least {low // frames} and at most {high // frames} pixels; set "
+            f"both {section}.min_pixels and {section}.max_pixels "
+            f"(the processor's own are {size['shortest_edge'] // frames} and {size['longest_edge'] // frames})"
         )
     image_processor.size = {**size, "shortest_edge": low, "longest_edge": high}
 
@@ -330,37 +370,90 @@ def tokenizer_options(processor, text: str) -> dict:
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 
 
-def _labels(input_ids: torch.Tensor, rendered: Rendered, spans: list[tuple[int, int]], processor) -> torch.Tensor:
-    """Labels [1, T] of `input_ids` [1, T]: a token is learnt when all of its characters lie in an answer."""
-    tokenizer, options = plainly(processor, [rendered]).tokenizer, tokenizer_options(processor, rendered.text)
-    plain = tokenizer(rendered.text, return_offsets_mapping=True, return_tensors="pt", **options)
-    starts, ends = plain["offset_mapping"][0].T.contiguous()
-    first, last = torch.tensor(spans, dtype=starts.dtype).T.contiguous()
-    at = torch.searchsorted(first, starts, right=True) - 1  # the answer that starts before a token, -1: none
-    learnt = (at >= 0) & (ends <= last[at.clamp(min=0)]) & (ends > starts)
-    image_ids = _image_token_ids(processor)
-    kept = _run_starts(input_ids[0], image_ids)
-    kept_plain = _run_starts(plain["input_ids"][0], image_ids)
-    ids = input_ids[0][kept]
-    if not torch.equal(ids, plain["input_ids"][0][kept_plain]):
-        raise UnusableRow(
-            "template",
-            f"{type(processor).__name__} changes more of the text than runs of its image token; answers are lost",
-        )
-    labels = torch.full_like(input_ids, IGNORED)
-    labels[0, kept] = torch.where(learnt[kept_plain], ids, IGNORED)
-    return labels
+_around: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def _run_starts(ids: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
-    """Mask [T] of `ids` [T] that leaves only the first token of every run of image tokens."""
-    is_image = torch.isin(ids, image_ids)
-    repeats = torch.zeros_like(is_image)
-    repeats[1:] = is_image[1:] & is_image[:-1]
-    return ~repeats
+def around_an_answer(processor) -> tuple[str, str]:
+    """What the chat template writes between its generation prompt and an answer's words (SmolVLM's a space), and behind
+    a last answer (GLM's nothing: it stops before the next turn)."""
+    if processor not in _around:
+        turns = [{"role": role, "content": [{"type": "text", "text": "seven"}]} for role in ("user", "assistant")]
+        try:
+            rendered, [(start, end)] = answer_spans(turns, processor)
+        except UnusableRow:  # as every row will be
+            return "", ""
+        before, _, behind = rendered.plain[start:end].partition("seven")
+        _around[processor] = before, behind.strip()
+    return _around[processor]
 
 
-def _image_token_ids(processor) -> torch.Tensor:
-    """Ids [n] that stand for image patches in `input_ids`."""
+def ends_bare(processor) -> bool:
+    """Whether a template writes nothing behind the last answer."""
+    return not around_an_answer(processor)[1]
+
+
+def end_of_turn(processor) -> int | None:
+    """The token that ends an answer: what the template writes there, or the tokenizer's `eos_token` where that is
+    nothing, or no single token. (The eos_token of Gemma ends a text, and <end_of_turn> a turn.)"""
+    tokenizer = processor.tokenizer
+    found = tokenizer(around_an_answer(processor)[1], add_special_tokens=False)["input_ids"]
+    return found[0] if len(found) == 1 else tokenizer.eos_token_id
+
+
+def _ended(rendered: Rendered, spans: list[tuple[int, int]], messages: list[dict], processor):
+    """With the end-of-text token behind a last answer that ends bare, to be learnt: else none would learn to stop."""
+    if messages[-1]["role"] != "assistant" or not ends_bare(processor):
+        return rendered, spans
+    text = rendered.text.rstrip() + processor.tokenizer.eos_token
+    return replace(rendered, text=text), [*spans[:-1], (spans[-1][0], len(text))]
+
+
+class Tokens:
+    """A conversation's tokens as the model gets them: of each, which answer it is of, if any.
+
+    Args:
+        rendered: the conversation, each image being one image token.
+        spans: characters of each answer in it.
+        ids: [T] tokens, those of images included.
+        offsets: [T, 2] first and last + 1 character of each token, in the text with its images' tokens.
+        replaced: what the processor wrote for each image, in order: `span` in the conversation, `new_span` there.
+    """
+
+    def __init__(
+        self,
+        rendered: Rendered,
+        spans: list[tuple[int, int]],
+        ids: torch.Tensor,
+        offsets: torch.Tensor,
+        replaced: list[dict],
+    ):
+        self.rendered, self.spans, self.ids = rendered, spans, ids
+        self.offsets = torch.stack([_unmoved(at, replaced, side) for side, at in enumerate(offsets.T)], dim=1)
+        """[T, 2] characters in the conversation; those of an image are its image token's."""
+        starts, ends = self.offsets.T.contiguous()
+        first, last = torch.tensor(spans, dtype=starts.dtype).T.contiguous()
+        self.answer = torch.searchsorted(first, starts, right=True) - 1
+        """[T] the answer that starts before a token, -1: none."""
+        self.learnt = (self.answer >= 0) & (ends <= last[self.answer.clamp(min=0)]) & (ends > starts)
+        """[T] a token is learnt when all of its characters lie in an answer, and none in an image there."""
+        for start, end in (each["new_span"] for each in replaced):
+            self.learnt &= (offsets[:, 1] <= start) | (offsets[:, 0] >= end)
+
+
+def _unmoved(at: torch.Tensor, replaced: list[dict], side: int) -> torch.Tensor:
+    """Places [T] in the text with its images' tokens as places in the text before; inside an image its image token's
+    first (side 0) or last + 1 (side 1) character."""
+    if not replaced:
+        return at
+    old, new = (torch.tensor([each[name] for each in replaced]) for name in ("span", "new_span"))
+    passed = torch.searchsorted(new[:, 1].contiguous(), at.contiguous(), right=True)
+    moved = torch.cat([torch.zeros(1, dtype=old.dtype), old[:, 1] - new[:, 1]])[passed]
+    following = passed.clamp(max=len(new) - 1)
+    inside = (passed < len(new)) & (at > new[following, 0])
+    return torch.where(inside, old[following, side], at + moved)
+
+
+def image_token_ids(processor) -> list[int]:
+    """Ids that stand for image patches in `input_ids`; none where a processor does not tell."""
     ids = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
-    return torch.tensor([i for i in ids if i is not None], dtype=torch.int64)
+    return [i for i in ids if i is not None]

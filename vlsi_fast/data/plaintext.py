@@ -104,10 +104,23 @@ def plainly(processor, rendered: list[Rendered]):
     return made
 
 
+def ends_in_special(text: str, processor) -> int:
+    """Where the special tokens begin that a text ends in, white space between them; its length where there are none."""
+    at, behind = len(text), list(_pattern(tuple(special_tokens(processor))).finditer(text))
+    while behind and not text[behind[-1].end() : at].strip():
+        at = behind.pop().start()
+    return at
+
+
 def apply_template(processor, messages: list[dict], prompt: bool) -> str:
-    """The stock rendering. Raises UnusableRow (cause template) where the template fails."""
+    """The stock rendering. Raises UnusableRow (cause template) where the template fails.
+
+    A template that knows thoughts is asked for none: a row's answers have none, and its generation prompt must be what
+    stands in front of them.
+    """
+    options = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
     try:
-        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options)
     except (TemplateError, TypeError, KeyError, IndexError) as error:
         raise UnusableRow("template", f"the chat template fails on this conversation: {error}") from error
 

@@ -5,7 +5,7 @@ The stock processors insist on a video processor, and that one needs torchvision
 are the stock processors minus video. They bear the stock names, so what they save is an ordinary checkpoint that
 `AutoProcessor` loads wherever torchvision is installed.
 
-A new family needs a class here and its entry in `_VIDEO`.
+A new family whose processor takes videos needs a class here and its entry in `_VIDEO`; others are stock.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import os
 from pathlib import Path
 
 import transformers
-from transformers import AutoProcessor
-from transformers.utils import cached_file, is_torchvision_available
+from transformers import AutoProcessor, ProcessorMixin
+from transformers.utils import cached_file, is_num2words_available, is_torchvision_available
 
 from vlsi_fast import hub
 
@@ -26,7 +26,11 @@ _VIDEO = {
     "Qwen2VLProcessor": ("Qwen2VLVideoProcessor", _PATCHES),
     "Qwen2_5_VLProcessor": ("Qwen2VLVideoProcessor", _PATCHES),
     "Qwen3VLProcessor": ("Qwen3VLVideoProcessor", _PATCHES),
+    "Glm4vProcessor": ("Glm4vVideoProcessor", _PATCHES),
+    "Glm46VProcessor": ("Glm46VVideoProcessor", _PATCHES),
     "LlavaOnevisionProcessor": ("LlavaOnevisionVideoProcessor", ("size", "image_mean", "image_std")),
+    "InternVLProcessor": ("InternVLVideoProcessor", ("size", "image_mean", "image_std")),
+    "SmolVLMProcessor": ("SmolVLMVideoProcessor", ("size", "max_image_size", "image_mean", "image_std")),
 }
 """Processor -> the class of its video part, and what that part has in common with the image part."""
 
@@ -72,17 +76,61 @@ class Qwen3VLProcessor(_WithoutVideo, transformers.Qwen3VLProcessor):
     """Stock, minus video."""
 
 
+class Glm4vProcessor(_WithoutVideo, transformers.Glm4vProcessor):
+    """Stock, minus video."""
+
+
+class Glm46VProcessor(_WithoutVideo, transformers.Glm46VProcessor):
+    """Stock, minus video."""
+
+
 class LlavaOnevisionProcessor(_WithoutVideo, transformers.LlavaOnevisionProcessor):
     """Stock, minus video."""
 
 
+class InternVLProcessor(_WithoutVideo, transformers.InternVLProcessor):
+    """Stock, minus video, and minus its own call, which mixes images with videos and cannot tell what it wrote for
+    either."""
+
+    __call__ = ProcessorMixin.__call__
+    unused_input_names = ("num_patches",)
+
+
+class SmolVLMProcessor(_WithoutVideo, transformers.SmolVLMProcessor):
+    """Stock, minus video, and minus num2words, which tells how many frames a video has."""
+
+    apply_chat_template = ProcessorMixin.apply_chat_template  # the stock one asks the video part for its defaults
+
+    def __init__(self, image_processor, tokenizer, image_seq_len=169, chat_template=None, **kwargs):
+        self.fake_image_token = getattr(tokenizer, "fake_image_token", "<fake_token_around_image>")
+        self.image_token = getattr(tokenizer, "image_token", "<image>")
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.end_of_utterance_token = getattr(tokenizer, "end_of_utterance_token", "<end_of_utterance>")
+        self.global_image_token = getattr(tokenizer, "global_image_token", "<global-img>")
+        video = getattr(tokenizer, "video_token", "<video>")
+        self.video_token = video if video in tokenizer.get_vocab() else None  # else it is a word
+        self.image_seq_len = image_seq_len
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+
 _WITHOUT_VIDEO = {
-    each.__name__: each for each in (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor, LlavaOnevisionProcessor)
+    each.__name__: each
+    for each in (
+        *(Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor, Glm4vProcessor, Glm46VProcessor),
+        *(LlavaOnevisionProcessor, InternVLProcessor, SmolVLMProcessor),
+    )
 }
 
 
+def _takes_videos(name: str | None) -> bool:
+    """Whether the stock processor of this name is used: it finds the packages that its videos need."""
+    needed = {"InternVLProcessor": False, "SmolVLMProcessor": is_num2words_available()}
+    return is_torchvision_available() and needed.get(name, True)
+
+
 def load_processor(path: str | os.PathLike, **kwargs):
-    """Loads a checkpoint's processor: `AutoProcessor` where torchvision is installed, else the one without video.
+    """Loads a checkpoint's processor: `AutoProcessor` where torchvision is installed (for SmolVLM num2words as well),
+    else, and always for InternVL, the one without video.
 
     Args:
         path: folder or hub name of the checkpoint.
@@ -92,10 +140,8 @@ def load_processor(path: str | os.PathLike, **kwargs):
         ImportError: the family's processor needs torchvision, which is not installed.
     """
     kwargs = hub.options(path) | kwargs
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(path, **kwargs)
     name = _processor_class_name(path, **kwargs)
-    if name in _WITHOUT_VIDEO:
+    if name in _WITHOUT_VIDEO and not _takes_videos(name):
         processor = _WITHOUT_VIDEO[name].from_pretrained(path, **kwargs)
         if processor._video_section is None:  # older checkpoints keep it in a file of its own
             processor._video_section = _read_json(path, "video_preprocessor_config.json", kwargs)
@@ -120,7 +166,9 @@ def build_processor(name: str, tokenizer, image_processor, chat_template: str | 
         **fields: further fields of that class (LLaVA-OneVision: num_image_tokens, vision_feature_select_strategy).
     """
     parts = {"image_processor": image_processor, "tokenizer": tokenizer, "chat_template": chat_template, **fields}
-    if not is_torchvision_available():
+    if name not in _WITHOUT_VIDEO:  # it takes none
+        return getattr(transformers, name)(**parts)
+    if not _takes_videos(name):
         return _WITHOUT_VIDEO[name](**parts)
     kind, common = _VIDEO[name]
     video = getattr(transformers, kind)(**{key: getattr(image_processor, key) for key in common})

@@ -26,7 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlsi_fast.config_data import DataConfig
 from vlsi_fast.data.dataset import VlsiDataset
-from vlsi_fast.data.encoding import check_length, check_messages, tokenizer_options
+from vlsi_fast.data.encoding import (
+    around_an_answer,
+    check_length,
+    check_messages,
+    ends_bare,
+    tokenizer_options,
+)
 from vlsi_fast.data.images import image_size
 from vlsi_fast.data.jsonfile import cache_folder
 from vlsi_fast.data.messages import Sample
@@ -38,7 +44,8 @@ from vlsi_fast.loading import tokenizer_digest
 from vlsi_fast.terminal import say
 
 COLUMNS = ("tokens", "answers", "patches", "pictures")
-"""Of a row: tokens, image tokens included; answer tokens; image patches; images, or tiles that are seen alone."""
+"""Of a row: tokens, image tokens included; answer tokens; image patches, or where images are cut into tiles the tokens
+of these (`planner.shapes.ModelShape.told`); images, or tiles that are seen alone."""
 KEPT_FROM_ROWS = 10_000
 """Fewer rows are measured in seconds; their sizes are not kept."""
 TRIES = 16
@@ -58,6 +65,7 @@ class RowSizer:
 
     def __init__(self, processor, data_config: DataConfig):
         self.processor, self.data = processor, data_config
+        self._before = around_an_answer(processor)[0]
 
     @row_boundary()
     def __call__(self, sample: Sample, images: list[tuple[int, int]]) -> tuple[int, int, int, int]:
@@ -70,23 +78,34 @@ class RowSizer:
         check_length(sample.messages, self.processor, self.data.max_length)
         text = apply_template(self.processor, sample.messages, prompt=False)
         answers = [
-            part["text"]
+            self._before + part["text"]
             for message in sample.messages
             if message["role"] == "assistant"
             for part in message["content"]
             if "text" in part
         ]
-        whole = self._count([text], **tokenizer_options(self.processor, text))
-        # an answer's end-of-turn token is learnt with it
-        learnt = self._count(answers, add_special_tokens=False, split_special_tokens=True) + len(answers)
+        whole = self._count([_framed(text, self.processor)], **tokenizer_options(self.processor, text))
+        # an answer's end-of-turn token is learnt with it, or one behind the last
+        bare = sample.messages[-1]["role"] == "assistant" and ends_bare(self.processor)
+        learnt = self._count(answers, add_special_tokens=False, split_special_tokens=True)
+        learnt, whole = learnt + (1 if bare else len(answers)), whole + bare
         shown = [image_counts(self.processor, size, alone=len(images) == 1) for size in images]
-        tokens = whole + sum(count - 1 for count, _, _ in shown)  # the text has one token for each image
+        tokens = whole + sum(count - 1 for count, _, _ in shown)  # the text has one of each image's tokens
         if tokens > self.data.max_length:
             raise UnusableRow("too_long", f"{tokens} tokens, data.max_length is {self.data.max_length}")
         return tokens, learnt, sum(patches for _, patches, _ in shown), sum(pictures for _, _, pictures in shown)
 
     def _count(self, texts: list[str], **options) -> int:
         return sum(map(len, self.processor.tokenizer(texts, return_attention_mask=False, **options)["input_ids"]))
+
+
+def _framed(text: str, processor) -> str:
+    """A rendering with what the processor writes around each image's tokens (Gemma 3: line breaks, begin and end)."""
+    if not hasattr(processor, "full_image_sequence"):
+        return text
+    token = processor.tokenizer.image_token
+    around = processor.full_image_sequence.replace(token * processor.image_seq_length, token)
+    return text.replace(processor.image_token, around)
 
 
 @lru_cache(maxsize=65536)
@@ -102,12 +121,26 @@ def image_counts(processor, size: tuple[int, int], alone: bool) -> tuple[int, in
     grid = getattr(processor.image_processor, "image_grid_pinpoints", None)
     if grid is not None and not alone:
         return processor.num_image_tokens + 1, processor.num_image_tokens, 1  # and a line break
+    if not hasattr(processor, "_get_num_multimodal_tokens"):  # SmolVLM
+        return _tiles_in_rows(processor, height, width)
     found = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])  # also vLLM asks it
     tokens, patches = found.num_image_tokens[0], found.num_image_patches[0]
+    if hasattr(processor, "start_image_token"):  # InternVL calls tiles patches
+        return tokens, patches * processor.image_seq_length, patches
+    if hasattr(processor, "full_image_sequence"):  # Gemma 3 has one tile
+        return tokens, tokens, 1
     if grid is None:
         return tokens, patches, 1
     tiles = 1 + _tiles(height, width, tuple(map(tuple, grid)), _tile_side(processor.image_processor))
     return tokens, tiles * processor.num_image_tokens, tiles
+
+
+def _tiles_in_rows(processor, height: int, width: int) -> tuple[int, int, int]:
+    """Tiles in rows with a name each, and the whole image once more."""
+    _, rows, columns = processor.image_processor.get_number_of_image_patches(height, width, {})
+    text = processor.replace_image_token({"rows": [[rows]], "cols": [[columns]]}, 0)
+    tiles = rows * columns + 1
+    return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]), tiles * processor.image_seq_len, tiles
 
 
 def _tiles(height: int, width: int, grid: tuple[tuple[int, int], ...], side: int) -> int:

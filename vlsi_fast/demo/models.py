@@ -53,6 +53,8 @@ CHAT_TEMPLATE = """\
 
 TEACHER = {"hidden_size": 96, "layers": 8, "intermediate_size": 256, "heads": 4, "kv_heads": 2}
 """1.1M parameters."""
+MERGES = 160
+"""Of its tokenizer: the descriptions' words are then whole."""
 PHASES = {
     "listing": {"training.max_steps": 300},
     "describing": {"training.max_steps": 600, "training.learning_rate": 2e-3},
@@ -69,8 +71,8 @@ def texts(data: Path) -> list[str]:
     return [turn["content"].removeprefix("<image>") for row in rows for turn in row["messages"]]
 
 
-def make_tokenizer(texts: list[str]):
-    """Byte-level BPE of 256 bytes and up to 160 merges from the words of `texts`, with Qwen2-VL's special tokens."""
+def make_tokenizer(texts: list[str], merges: int = MERGES):
+    """Byte-level BPE of 256 bytes and up to `merges` merges from the words of `texts`; Qwen2-VL's special tokens."""
     import tokenizers
     from transformers import Qwen2Tokenizer
 
@@ -78,7 +80,7 @@ def make_tokenizer(texts: list[str]):
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=256 + 160,
+        vocab_size=256 + merges,
         min_frequency=2,
         show_progress=False,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
@@ -166,6 +168,7 @@ def train_teacher(
     seed: int = 0,
     config: str = CONFIG,
     overrides: dict | None = None,
+    merges: int = MERGES,
 ) -> Path:
     """Train a teacher of the given size on `pictures.write`'s data; a run that was stopped goes on.
 
@@ -176,6 +179,7 @@ def train_teacher(
         seed: of the random weights.
         config: YAML file with the recipe.
         overrides: of the recipe.
+        merges: of its tokenizer.
 
     Returns:
         Folder of a float32 checkpoint with its processor.
@@ -185,7 +189,7 @@ def train_teacher(
 
     folder = work / "start"
     if not (folder / "config.json").exists():
-        processor = make_processor(make_tokenizer(texts(data)))
+        processor = make_processor(make_tokenizer(texts(data), merges))
         make_model(size, processor.tokenizer, seed).save_pretrained(folder)
         processor.save_pretrained(folder)
     for name, file in (("listing", "teacher_train_list.jsonl"), ("describing", "teacher_train.jsonl")):

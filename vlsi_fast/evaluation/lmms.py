@@ -24,7 +24,13 @@ MODEL_CLASSES = {
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5": "qwen3_5",
+    "glm4v": "glm4v",
     "llava_onevision": "llava_hf",
+    "internvl": "internvl_hf",
+    "smolvlm": "huggingface",
+    "gemma3": "gemma3",
 }
 """`model_type` of a stock checkpoint -> lmms-eval's model."""
 INSTALL = 'pip install -e ".[lmms-eval]"'

@@ -102,10 +102,11 @@ def _head_now(student: Path, digest: str, dtype: str) -> str:
         return "not found from here"
     from transformers import AutoConfig
 
-    from ..teacher_cache.manifest import head_weight, tensor_digest
+    from ..loading import read_head
+    from ..teacher_cache.manifest import tensor_digest
 
     try:
-        now = tensor_digest(head_weight(student, AutoConfig.from_pretrained(student), dtype))
+        now = tensor_digest(read_head(student, AutoConfig.from_pretrained(student), dtype))
     except (OSError, ValueError) as error:
         return f"there, but damaged ({error})"
     return "there, the same" if now == digest else "there, but CHANGED since"

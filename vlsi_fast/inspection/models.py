@@ -12,12 +12,12 @@ from ..weights import VERBALIZER_CONFIG, VERBALIZER_WEIGHTS, Weights, read_weigh
 from .looking import folder_bytes, parent, problem, read_json
 
 PARTS = {  # the first that fits; checkpoints of older transformers name the same parts otherwise
-    "vision": re.compile(r"visual|vision|image_newline|multi_modal_projector"),
+    "vision": re.compile(r"visual|vision|image_newline|multi_modal_projector|\.connector\."),
     "head": re.compile(r"lm_head"),
     "embeddings": re.compile(r"embed_tokens"),
     "decoder": re.compile(r""),
 }
-LAYER = re.compile(r"(?:language_model|model)\.layers\.(\d+)\.")
+LAYER = re.compile(r"(?:language_model|text_model|model)\.layers\.(\d+)\.")
 EXPORT_RECORD = "vlsi_export.json"
 
 
@@ -146,6 +146,9 @@ def inspect_verbalizers(folder: Path) -> dict[str, Any]:
         said = f"{folder / VERBALIZER_WEIGHTS} has layers {sorted(stored)}, {VERBALIZER_CONFIG} says {layers}"
         problems.append(problem(said, again))
     made_for = spec.get("made_for") or {}
+    language, student = "its own", made_for.get("student", {}).get("checkpoint") or "unknown"
+    if spec.get("translates"):
+        language = f"the student's (checkpoint {student[:12]}), width {spec.get('output_size')}"
     return {
         "kind": "verbalizers",
         "path": str(folder),
@@ -155,6 +158,7 @@ def inspect_verbalizers(folder: Path) -> dict[str, Any]:
         "objective": made_for.get("objective", "answers"),
         "layers": layers,
         "width": spec.get("hidden_size"),
+        "language": language,
         **_weight_facts(weights, folder),
         "parents": [parent("model", made_for.get("path"), made_for.get("checkpoint"))] if made_for else [],
         "problems": problems,

@@ -153,7 +153,7 @@ def _results(folder: Path, record: dict[str, Any], problems: list) -> list[dict[
     """What a stage left; of a finished one all of it must be there."""
     name = record.get("stage")
     wanted = {
-        "verbalize": {role: inspect_verbalizers for role in record.get("facts", {})},
+        "verbalize": {role: inspect_verbalizers for role in _verbalized(record)},
         "interact": {"student": inspect_checkpoint, "adapter": inspect_adapter},
         "sft": {"student": inspect_checkpoint},
     }.get(name, {})
@@ -169,6 +169,12 @@ def _results(folder: Path, record: dict[str, Any], problems: list) -> list[dict[
         problems += found["problems"]
         rows.append({key: found[key] for key in ("path", "kind", "parameters", "dtype", "bytes")})
     return rows
+
+
+def _verbalized(record: dict[str, Any]) -> list[str]:
+    """Models that got verbalizers; stage verbalize may read the student's rows for the teacher alone."""
+    wanted = record.get("config", {}).get("verbalize", {}).get("models")
+    return [role for role in record.get("facts", {}) if wanted is None or role in wanted]
 
 
 def _fix_missing(folder: Path, name: str, child: str) -> str:

@@ -45,7 +45,7 @@ class Models:
     def image_tokens(self, pixels: int) -> int:
         """Tokens of the student's language model for an image of so many pixels."""
         shape: ModelShape = self.shapes.get("student") or next(iter(self.shapes.values()))
-        return pixels // (shape.image_size**2 * shape.merge)
+        return shape.fixed_image or pixels // (shape.image_size**2 * shape.merge)
 
 
 def _student_beside(config: RunConfig, path: str | None) -> RunConfig:
@@ -95,7 +95,7 @@ def step_of(models: Models, stage: str, setup: Setup, batch: Callable[[ModelShap
     else:
         make, recalled = {"verbalize": _verbalize_roles, "interact": _interact_roles, "sft": _sft_roles}[stage], None
     roles = {role: _placed(spoken, role, setup) for role, spoken in make(models).items()}
-    vocab = min([models.shapes[role].vocab for role in roles] + ([recalled.rows] if recalled else []))
+    vocab = min([spoken.voice.vocab for spoken in roles.values()] + ([recalled.rows] if recalled else []))
     batches = {role: batch(spoken.shape) for role, spoken in roles.items()}
     return Step(stage, roles, batches, setup, vocab, getattr(config, stage), config.matching.k, recalled)
 
@@ -108,31 +108,42 @@ def _placed(spoken: Spoken, role: str, setup: Setup) -> Spoken:
 
 
 def _spoken(models: Models, role: str, mode: str, verbalized: bool, trained: bool, **extra: Any) -> Spoken:
-    shape, settings = models.shapes[role], models.config.verbalizer
-    if not extra.get("needs_last", True):  # layers that nothing reads are never built
-        shape = shape.cut(needed_depth(models.configs[role], models.layers[role]))
+    """A role; `verbalized`: whether its target layers speak."""
+    shape, settings, layers = models.shapes[role], models.config.verbalizer, models.layers[role]
+    depth, needs_last = shape.depth, extra.get("needs_last", True)
     output = models.shapes["teacher"].width if extra.pop("headless", False) else None
-    if not verbalized:
+    language = models.shapes["student"] if role == "teacher" and settings.translates else None
+    if language is not None:
+        shape, output = shape.without_head(), language.width
+    if not needs_last:  # layers that nothing reads are never built
+        shape = shape.cut(needed_depth(models.configs[role], layers))
+    there = layers if language is None else sorted({*layers, depth})
+    heard = {*(layers if verbalized else ()), *([depth] if language is not None and needs_last else ())}
+    if not heard:
         return Spoken(shape, mode, **extra)
-    layers = models.layers[role]
-    inner = shape.inner if settings.architecture.startswith(("ffn", "decoder")) else output or shape.width
+    sizes = dict(zip(there, verbalizer_sizes(models.configs[role], there, settings, output, language is not None)))
     return Spoken(
         shape,
         mode,
-        layers=len(layers),
+        layers=len(layers) if verbalized else 0,
         verbalizer=settings.architecture,
-        verbalizers=verbalizer_sizes(models.configs[role], layers, settings, output),
+        verbalizers=[sizes[k] for k in there if k in heard],
+        silent=[sizes[k] for k in there if k not in heard],
         verbalizers_trained=trained,
         norm=settings.norm,
-        inner=inner,
+        inner=shape.inner if settings.architecture.startswith(("ffn", "decoder")) else output or shape.width,
         output=output or shape.width,
+        language=language,
         **extra,
     )
 
 
 def _verbalize_roles(models: Models) -> dict[str, Spoken]:
-    s = models.config.verbalize
-    return {role: _spoken(models, role, "frozen", True, True, needs_last=s.needs_last) for role in s.models}
+    config = models.config
+    reaches = {role: config.verbalize.needs_last for role in config.verbalize.models}
+    if config.verbalizer.translates and "teacher" in reaches:  # its last layer gets a verbalizer
+        reaches["teacher"] = True
+    return {role: _spoken(models, role, "frozen", True, True, needs_last=last) for role, last in reaches.items()}
 
 
 def _cached_roles(models: Models) -> dict[str, Spoken]:

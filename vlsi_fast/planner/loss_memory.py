@@ -19,23 +19,25 @@ if TYPE_CHECKING:
 
 
 def read_heads(step: Step) -> dict[str, bool]:
-    """Roles whose head is read and not trained -> whether a float16 copy of it is multiplied with."""
+    """Roles (`Step.head_role`) whose head is read, not trained -> whether a float16 copy of it is multiplied with."""
     if step.stage == "verbalize":
-        return dict.fromkeys(step.roles, True)
+        return dict.fromkeys(map(step.head_role, step.roles), True)
     student = step.roles["student"]
     if step.stage == "sft":
         return {} if student.mode == "full" else {"student": True}
     by_kl = step.settings.matches_by_kl or step.settings.last_by_forward_kl or bool(step.pairs)
     heads = {"student": True} if by_kl or step.settings.learns_answers else {}
-    return heads | ({"teacher": False} if by_kl and "teacher" in step.roles else {})
+    apart = "teacher" in step.roles and step.head_role("teacher") == "teacher"
+    return heads | ({"teacher": False} if by_kl and apart else {})
 
 
 def head_bytes(step: Step, *roles: str, released: bool = False) -> Counter[str]:
-    """Bytes of whole heads of `roles`, and of the copies of kept ones, by column; `released`: only what ends with the
-    step."""
+    """Bytes of whole heads that `roles` speak through, and of the copies of kept ones, by column; `released`: only what
+    ends with the step."""
     found, setup, read = Counter(), step.setup, read_heads(step)
-    for role in roles:
-        shape, sharded = step.roles[role].shape, step.roles[role].is_gathered(setup)
+    for role in dict.fromkeys(map(step.head_role, roles)):
+        spoken = step.roles[role]
+        shape, sharded = spoken.voice, spoken.language is None and spoken.is_gathered(setup)
         if released and not sharded:
             continue
         found["gathered"] += setup.compute_bytes * shape.head if sharded else 0
@@ -57,7 +59,7 @@ def whole(curve: Curve, step: Step, *roles: str) -> Iterator[None]:
 
 def answer_loss(curve: Curve, step: Step, role: str, layers: int, trained_head: bool) -> None:
     """Cross-entropy of `layers` N rows: holds the gradient's direction in the inputs' dtype."""
-    shape, batch, setup = step.roles[role].shape, step.batches[role], step.setup
+    shape, batch, setup = step.roles[role].voice, step.batches[role], step.setup
     e, d, rows = setup.compute_bytes, shape.width, layers * batch.answers
     scratch = statistics_scratch(rows, d, d, step.vocab, 1, setup, frozen=not trained_head)
     # float32 expectation of a block, the labels' rows of the head, and their product with the hidden states

@@ -18,14 +18,18 @@ and a logsumexp; LoRA keeps its bottleneck, and without DeepSpeed, where peft ho
 float32 copy of each adapted layer's input as well):
 
     norms 2 (4 d + e d) [+ 2 e d where trained]; attention e (2 q + 2 k) + 4 heads; FFN 4 e f; LoRA e ranks
+    with experts FFN e (4 f + x d): f of all x experts of a token together, which get a copy of its d numbers each
+
+A layer of linear attention is counted as one that attends, and float32 numbers of its own (shapes.py) beside.
 
 A mask makes SDPA repeat keys and values to the queries' width (2 q in place of 2 k), and each layer keeps its own mask
 in numbers, e T^2 a row: a batch of rows of unequal length has one. With gradient checkpointing a layer keeps e d, and
 one layer at a time is computed again. Its backward adds d + 2 f numbers at its peak: the FFN's product is released when
-its own gradient exists, and with it stand the gradients of silu(gate) and up.
+its own gradient exists, and with it stand the gradients of silu(gate) and up. With experts 2 x d more stand by.
 
-**A forward without gradient** holds d of the residual, d of the norm's output and the largest of 3 f (FFN) and
-q + 2 k + 3 q (rotary embedding), and the hidden states of the target layers, N d e each (R d e for decoder
+**A forward without gradient** holds d of the residual, d of the norm's output and the largest of 3 f (FFN; with
+experts x d + 3 f, or 4 x d: their inputs, outputs, weighted, and those in the tokens' order) and q + 2 k + 3 q (rotary
+embedding), and the hidden states of the target layers, N d e each (R d e for decoder
 verbalizers).
 
 **Losses**: N rows a layer, see `_kl` and `_answer_loss`; scratch is that of `vlsi_kernels`, by its own arithmetic.
@@ -109,7 +113,8 @@ class Spoken:
     mode: str  # frozen, lora, full
     layers: int = 0  # target layers that are read
     verbalizer: str | None = None  # architecture, None: none takes part
-    verbalizers: list[list[int]] = field(default_factory=list)
+    verbalizers: list[list[int]] = field(default_factory=list)  # those that run: of the target layers
+    silent: list[list[int]] = field(default_factory=list)  # loaded with them, and not asked
     verbalizers_trained: bool = False
     norm: bool = False
     inner: int = 0  # inner width of the verbalizer's FFN
@@ -118,6 +123,7 @@ class Spoken:
     train_vision: bool = False
     needs_last: bool = True  # the last layer's own output is wanted
     placement: str | None = None  # teacher.mode, where it holds the backbone outside the module tree (all but zero3)
+    language: ModelShape | None = None  # the student, where the verbalizers translate; one of them is the last layer's
 
     def is_gathered(self, setup: Setup) -> bool:
         """Whether ZeRO-3 gathers the backbone's tensors."""
@@ -132,9 +138,24 @@ class Spoken:
         """Whether verbalizers read the target layers' states at all positions, not at answers alone."""
         return (self.verbalizer or "").startswith("decoder")
 
+    @property
+    def takes_last(self) -> bool:
+        """Whether the last layer's own output is read; a translating teacher's speaks through a verbalizer."""
+        return self.needs_last and self.language is None
+
+    @property
+    def learning(self) -> int:
+        """Layers with a loss in stage verbalize."""
+        return self.layers + (self.language is not None)
+
+    @property
+    def voice(self) -> ModelShape:
+        """The model through whose final norm and head the layers speak: the losses read states of its width."""
+        return self.language or self.shape
+
     def recorded(self, batch: Batch) -> int:
-        """Hidden states, d numbers each, that the forward takes from its target layers."""
-        return self.layers * (batch.positions if self.reads_all else batch.answers)
+        """Hidden states, d numbers each, that the forward takes for its verbalizers."""
+        return len(self.verbalizers) * (batch.positions if self.reads_all else batch.answers)
 
     def split(self) -> tuple[list[int], list[int]]:
         """Sizes of trained and of frozen tensors in the module tree, verbalizers included."""
@@ -148,7 +169,8 @@ class Spoken:
                 kept = len(shape.lora) if self.trained_layers is None else self.trained_layers
                 trained += [n for layer in shape.lora[:kept] for n in layer]
                 frozen += [n for layer in shape.lora[kept:] for n in layer]
-        (trained if self.verbalizers_trained else frozen).extend(n for layer in self.verbalizers for n in layer)
+        verbalizers = (n for layer in (*self.verbalizers, *self.silent) for n in layer)
+        (trained if self.verbalizers_trained else frozen).extend(verbalizers)
         return trained, frozen
 
 
@@ -198,6 +220,9 @@ def held(student_and_teacher: dict[str, Spoken], setup: Setup, batch: dict[str, 
             if spoken.is_gathered(setup):  # small tensors of the offloaded teacher's own engine
                 limit = setup.number("stage3_param_persistence_threshold", 1e5)
                 columns["gathered"] += e * sum(n for n in spoken.shape.parameters if n <= limit)
+        if spoken.language is not None:  # a plain copy of the student's norm, and its head where the student is absent
+            lone = "student" not in student_and_teacher
+            columns["teacher"] += e * (spoken.language.width + lone * spoken.language.head)
         if setup.zero is None:
             columns["parameters"] += 4 * sum(trained)
             columns["optimizer"] += 8 * sum(trained)
@@ -244,14 +269,15 @@ def layer_saved(spoken: Spoken, batch: Batch, setup: Setup) -> int:
     """Bytes that one decoder layer keeps for backward (see the module's head)."""
     s, e = spoken.shape, setup.compute_bytes
     repeated = batch.masked and s.heads > 1 and s.keys < s.queries
-    numbers = 2 * s.width + 2 * s.queries + 2 * (s.queries if repeated else s.keys) + 4 * s.inner
+    numbers = 2 * s.width + 2 * s.queries + 2 * (s.queries if repeated else s.keys)
+    numbers += 4 * s.ffn + s.routed * s.width
     numbers += 2 * s.width if spoken.mode == "full" else 0
     if spoken.mode == "lora" and e < 4 and setup.zero is None:  # peft holds LoRA in float32, autocast converts
-        numbers += 4 * (s.lora_inputs + s.lora_ranks) // e - 2 * s.width - s.inner
+        numbers += 4 * (s.lora_inputs + s.lora_ranks) // e - 2 * s.width - (0 if s.routed else s.inner)
     elif spoken.mode == "lora":
         numbers += s.lora_ranks
     mask = e * batch.rows * batch.tokens**2 if batch.masked else 0
-    return batch.positions * (e * numbers + 4 * (2 * s.width + s.heads + 2)) + mask
+    return batch.positions * (e * numbers + 4 * (2 * s.width + s.heads + 2 + s.recurrent_saved)) + mask
 
 
 def layer_forward(shape: ModelShape, batch: Batch, setup: Setup) -> int:
@@ -261,8 +287,9 @@ def layer_forward(shape: ModelShape, batch: Batch, setup: Setup) -> int:
     repeated = 2 * shape.queries if batch.masked and shape.keys < shape.queries else 0
     rotary = e * batch.positions * (2 * shape.width + 4 * shape.queries + 2 * shape.keys)
     attention = e * batch.positions * (2 * shape.width + 2 * shape.queries + 2 * shape.keys + repeated) + mask
-    ffn = e * batch.positions * (2 * shape.width + 3 * shape.inner)
-    return max(rotary, attention, ffn)
+    copies = shape.routed * shape.width
+    ffn = e * batch.positions * (2 * shape.width + max(copies + 3 * shape.ffn, 4 * copies))
+    return max(rotary, attention, ffn, batch.positions * (2 * e * shape.width + 4 * shape.recurrent))
 
 
 def vision_forward(shape: ModelShape, patches: int, setup: Setup) -> int:
@@ -324,15 +351,17 @@ def divergence_scratch(rows: int, student: int, teacher: int, vocab: int, setup:
 
 
 def verbalizer_saved(spoken: Spoken, batch: Batch, setup: Setup) -> int:
-    """Bytes that the verbalizers of one role keep for backward, all target layers together."""
+    """Bytes that the verbalizers of one role keep for backward, all together."""
     e, d, h = setup.compute_bytes, spoken.shape.width, spoken.inner
     kind, times = (spoken.verbalizer or "").removesuffix("_x2"), 2 if (spoken.verbalizer or "").endswith("_x2") else 1
     if kind == "decoder":
         plain = Spoken(spoken.shape, "frozen")
         return spoken.layers * times * layer_saved(plain, batch, setup)
+    if spoken.language is not None and spoken.verbalizer == "mlp":  # the translation alone, which keeps its input
+        return 0
     norm = (e + 4) * d if spoken.norm else 0
     block = e * d + 2 * e * h if kind in ("verb_ffn", "ffn") else e * d
-    return spoken.layers * times * batch.answers * (block + norm)
+    return len(spoken.verbalizers) * times * batch.answers * (block + norm)
 
 
 def gathered_for(spoken: Spoken, setup: Setup, backward: bool, ahead: int) -> int:
@@ -345,10 +374,10 @@ def gathered_for(spoken: Spoken, setup: Setup, backward: bool, ahead: int) -> in
         ahead: elements of all parameters that the engine may still gather.
     """
     if spoken.placement == "offload" and setup.zero is None:
-        return setup.compute_bytes * spoken.shape.largest
+        return setup.compute_bytes * spoken.shape.together
     if not spoken.is_gathered(setup):
         return 0
-    largest = needed = spoken.shape.largest
+    largest = needed = spoken.shape.together
     if backward and setup.checkpointing:
         needed += sum(spoken.shape.layers[0]) + (sum(spoken.shape.lora[0]) if spoken.mode == "lora" else 0)
     if setup.number("stage3_prefetch_bucket_size", 5e7):

@@ -4,7 +4,8 @@
     replicated  whole on the GPU; nothing is gathered
     offload     under DeepSpeed an engine of its own with shards in CPU memory: gathered as in zero3, each rank's
                 shard over PCIe first. Without: accelerate's hooks bring one module's weights over PCIe while it runs.
-                The final norm is on the GPU, without DeepSpeed the head too: losses read them outside of a forward
+                The final norm is on the GPU, without DeepSpeed the head too, where the losses read it: both are read
+                outside of a forward
     int8, nf4   whole on the GPU; the decoder's linear layers quantised by bitsandbytes: int8 has one byte a weight
                 and a float32 scale an output; nf4 half a byte, a byte of scale for 64 weights and, for 256 of those,
                 4 more. Embedding, head, norms, biases and vision tower stay as they are
@@ -30,7 +31,7 @@ def teacher_bytes(shape: ModelShape, mode: str, element: int, zero3: bool) -> in
         zero3: whether the run is ZeRO-3.
     """
     if mode == "offload":
-        return element * (shape.width + (0 if zero3 else shape.head))
+        return element * (shape.width + (0 if zero3 or not shape.has_head else shape.head))
     whole = sum(shape.parameters)
     if mode == "replicated":
         return element * whole
@@ -68,4 +69,5 @@ def pcie_bytes(shape: ModelShape, mode: str | None, element: int, ranks: int, ze
         return 0.0
     if zero3:
         return element * sum(n for n in shape.parameters if n > persistent) / ranks
-    return float(element * (sum(shape.parameters) - shape.width - (0 if shape.tied else shape.head)))
+    own_head = shape.head if shape.has_head and not shape.tied else 0
+    return float(element * (sum(shape.parameters) - shape.width - own_head))

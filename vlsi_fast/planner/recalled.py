@@ -1,6 +1,7 @@
 """A teacher that is not in the job (`teacher.mode: cached`): what its cache gives stage interact, as numbers.
 
-Nothing of the teacher is on the GPU but, for hidden states, its head. In its place come with the rows, an answer token:
+Nothing of the teacher is on the GPU but, for hidden states, its head (none where they are in the student's language,
+and of its width). In its place come with the rows, an answer token:
 
     targets  R (d_s + 1) numbers as stored, which are unpacked to float32, layer by layer, after the student's forward
     hidden   R d_l numbers as stored; the targets are then made of them as if the teacher had just spoken
@@ -46,12 +47,14 @@ class Recalled:
     kept: int
     """Layers that the cache has, the last one included."""
     width: int
-    """Of the teacher."""
+    """Of its hidden states: the teacher's, or the student's where they are in its language."""
     rows: int
-    """Of its head."""
+    """Of the head that reads them."""
     student_width: int
     head: int = 0
     """Numbers of all teachers' heads that are on the GPU, beside hidden states."""
+    own_head: bool = True
+    """Whether hidden states are read by a head of the teacher's own."""
 
     @property
     def read(self) -> int:
@@ -65,7 +68,8 @@ class Recalled:
 
     def as_form(self, form: str, numbers: str) -> Recalled:
         """The same layers, kept otherwise."""
-        return replace(self, form=form, numbers=numbers, head=self.rows * self.width * (form == "hidden"))
+        head = self.rows * self.width * (form == "hidden" and self.own_head)
+        return replace(self, form=form, numbers=numbers, head=head)
 
     def token_bytes(self, layers: int) -> int:
         """Stored of an answer token and so many layers."""
@@ -108,13 +112,12 @@ def recalled_of(models: Models) -> Recalled:
     usable = {folder: each for folder, each in there.items() if each["form"] == "hidden" or not needs_states}
     found = [_of_cache(models, folder, identity) for folder, identity in usable.items()]
     if found:
-        head = sum(each.rows * each.width for each in found if each.has_states)
+        head = sum(each.rows * each.width for each in found if each.has_states and each.own_head)
         return replace(max(found, key=lambda each: each.token_bytes(each.read)), head=head)
     teacher = models.configs.get("teacher") or read_config(config.teacher, "teacher")
     layers = models.layers.get("teacher") or target_layers(config.teacher, teacher, "teacher", config)
     count, has_last = len(layers) * settings.matches_layers, settings.needs_teacher_last
-    text, width = teacher.get_text_config(), models.shapes["student"].width
-    found = Recalled("targets", DEFAULT, count, has_last, count + has_last, text.hidden_size, text.vocab_size, width)
+    found = Recalled("targets", DEFAULT, count, has_last, count + has_last, **_read_by(models, teacher))
     return found.as_form("hidden", config.dtype) if needs_states else found
 
 
@@ -124,17 +127,21 @@ def _of_cache(models: Models, folder: Path, identity: dict[str, Any]) -> Recalle
     layers = identity["layers"]
     if config.teacher.layers is not None and folder == config.cache_dir:
         layers = target_layers(config.teacher, teacher, "teacher", config)
-    text = teacher.get_text_config()
     return Recalled(
         identity["form"],
         identity["numbers"],
         len(layers) * settings.matches_layers,
         settings.needs_teacher_last,
         len(identity["layers"]) + identity["has_last"],
-        text.hidden_size,
-        text.vocab_size,
-        models.shapes["student"].width,
+        **_read_by(models, teacher),
     )
+
+
+def _read_by(models: Models, teacher) -> dict[str, Any]:
+    """Sizes of the hidden states and of the heads; `teacher`: its transformers config."""
+    student, own = models.shapes["student"].width, not models.config.verbalizer.translates
+    text = (teacher if own else models.configs["student"]).get_text_config()
+    return {"width": text.hidden_size, "rows": text.vocab_size, "student_width": student, "own_head": own}
 
 
 def hold_recalled(curve: Curve, step: Step) -> None:

@@ -52,7 +52,7 @@ class Rows:
 
         def make(shape: ModelShape) -> Batch:
             patches = rows * min(self.image_tokens, tokens) * shape.merge
-            return Batch(rows, tokens, rows * min(answers, tokens - 1), patches, masked=rows > 1)
+            return Batch(rows, tokens, rows * min(answers, tokens - 1), patches, masked=rows > 1 or shape.masked)
 
         return make
 
@@ -200,6 +200,7 @@ def make_plan(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any
         "samples": arguments.samples,
         "reserve_bytes": RESERVE_BYTES,
         "parameters": {role: sum(shape.parameters) for role, shape in models.shapes.items()},
+        "active_parameters": {role: shape.active_parameters for role, shape in models.shapes.items()},
         "stages": [plan_stage(models, stage, machine, rows, arguments.samples) for stage in config.stages],
         "evaluated": [stage for stage in config.stages if config.stage_training(stage).eval_steps is not None],
         "teacher_modes": compare_modes(models, machine, rows, arguments.samples),
@@ -237,12 +238,18 @@ def _fits(found: dict[str, Any]) -> str:
     return "fits" if found["fits"] else "TOO MUCH"
 
 
+def _parameters(plan: dict[str, Any], role: str) -> str:
+    found, active = plan["parameters"][role], plan["active_parameters"][role]
+    met = f" ({format_count(active)} of them for a token)" if active < found else ""
+    return f"{role} {format_count(found)} parameters{met}"
+
+
 def print_plan(plan: dict[str, Any]) -> None:
     """The tables of `vlsi-fast plan`."""
     from ..tabular import console, print_table
 
     machine, rows, say = plan["machine"], plan["rows"], console().print
-    counts = ", ".join(f"{role} {format_count(n)} parameters" for role, n in plan["parameters"].items())
+    counts = ", ".join(_parameters(plan, role) for role in plan["parameters"])
     say(
         f"[bold]Prediction on paper, nothing measured.[/bold] {machine['nodes']} x {machine['gpus']} GPUs of "
         f"{format_size(machine['memory_bytes'])}; {counts}\n"

@@ -21,8 +21,8 @@ class RowOperations:
 
     token T + token_pair T^2 + patch P + patch_pair P^2 / pictures + answer N
 
-    Pictures are images, or the tiles of which each is seen alone. The answers' part holds verbalizers and heads, the
-    student's also what the teacher's layers cost there.
+    Patches are in the unit of `data.row_sizes`. Pictures are images, or the tiles of which each is seen alone. The
+    answers' part holds verbalizers and heads, the student's also what the teacher's layers cost there.
     """
 
     token: float
@@ -58,5 +58,6 @@ def _of_role(step: Step, role: str) -> RowOperations:
         return one / _TOKENS - square * _TOKENS, square
 
     token, token_pair = linear_and_square(total(_TOKENS), total(2 * _TOKENS))
-    patch, patch_pair = linear_and_square(total(patches=_TOKENS), total(patches=2 * _TOKENS))
+    told = _TOKENS * step.roles[role].shape.told
+    patch, patch_pair = linear_and_square(total(patches=told), total(patches=2 * told))
     return RowOperations(token, token_pair, patch, patch_pair, total(answers=_TOKENS) / _TOKENS)

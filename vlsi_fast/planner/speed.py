@@ -2,13 +2,16 @@
 
 Nothing here is measured. Operations count a multiply and an add as two; letters as in memory.py, T tokens of a row.
 
-    decoder layer forward      2 x parameters a token + 4 q T a token (all of T: a mask hides, it saves nothing)
+    decoder layer forward      2 x parameters a token + 4 q T a token (all of T: a mask hides, it saves nothing); of
+                               experts those parameters that a token meets; linear attention in place of 4 q T its
+                               products within a chunk and with its state
     backward, frozen weights   as much as forward (gradients of activations), of attention twice that, since both sides
                                of its products are activations; trained weights: twice all that has weights
     gradient checkpointing     the decoder layers' forward once more, up to the last number that backward needs
     verbalizer                 forward 2, backward 2 x parameters a token: of weights or of inputs, 4 where of both;
                                2 x the weights behind the first layers where only weights are trained
-    heads                      2 N V (d_l + d_s) a teacher layer, 4 N V d_s a student layer or answer loss; a trained
+    heads                      2 N V (d_l + d_s) a teacher layer, 4 N V d_s one that speaks the student's language, a
+                               student layer or an answer loss (one a layer in that language, too); a trained
                                head 4 N V d_s more. Verbalized against the own last layer: 4 N V d for that one more
     other divergences          2 N V (d_l + 3 d_s) a matched pair, Jensen-Shannon 2 N V (d_l + d_s) more; the matching
                                2 N V (d_l + d_s) a teacher layer and, without gradient, 2 N V d_s a student layer
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from .arguments import Machine
 from .loss_memory import read_heads
@@ -48,35 +52,45 @@ def operations(step: Step) -> dict[str, float]:
             parts[f"{role} forward"] += lora
             parts[f"{role} backward"] += forward + _attention(spoken, batch.positions, batch.tokens) + lora + weights
             if step.setup.checkpointing:
-                # a layer's last product is not made again: nothing behind it is kept (of LoRA's, its input is)
-                last = 2.0 * batch.positions * shape.inner * shape.width * shape.depth * (spoken.mode == "full")
+                # a layer's last product is not made again where nothing behind it is kept (of LoRA's, its input is)
+                spared = spoken.mode == "full" and not shape.norm_behind
+                last = 2.0 * batch.positions * shape.inner * shape.width * shape.depth * spared
                 parts[f"{role} recomputation"] += forward + lora - last
         if spoken.verbalizer:
             tokens = batch.positions if spoken.verbalizer.startswith("decoder") else batch.answers
             backward = 2 if spoken.verbalizers_trained or spoken.grad else 0
             backward += 2 if spoken.verbalizers_trained and spoken.grad else 0
             size = sum(n for layer in spoken.verbalizers for n in layer)
-            if spoken.verbalizers_trained and not spoken.grad:
-                backward += 2 * _behind(spoken.verbalizer)
             parts[f"{role} verbalizers"] += (2.0 + backward) * tokens * size
+            if spoken.verbalizers_trained and not spoken.grad:
+                parts[f"{role} verbalizers"] += 2.0 * tokens * sum(map(partial(_behind, spoken), spoken.verbalizers))
     parts["heads"] = _heads(step)
     return {name: value for name, value in parts.items() if value}
 
 
 def _decoder_forward(spoken: Spoken, positions: int, tokens: int) -> float:
-    products = 2.0 * sum(n for layer in spoken.shape.layers for n in layer)
+    products = 2.0 * sum(spoken.shape.active)
     return positions * products + _attention(spoken, positions, tokens)
 
 
 def _attention(spoken: Spoken, positions: int, tokens: int) -> float:
-    """Of a forward: scores, and their product with the values."""
-    return positions * 4.0 * spoken.shape.queries * tokens * spoken.shape.depth
+    """Of a forward: scores, and their product with the values; of linear attention its products without weights."""
+    shape = spoken.shape
+    attending = sum(not each for each in shape.recurrence)
+    return positions * (4.0 * shape.queries * tokens * attending + sum(shape.recurrence))
 
 
-def _behind(architecture: str) -> float:
-    """Share of a verbalizer's weights through which a gradient runs back to its first layers' weights."""
-    first = {"mlp": 0.0, "verb_ffn": 1 / 3, "ffn": 1 / 3, "decoder": 1.0}[architecture.removesuffix("_x2")]
-    return (first + 1) / 2 if architecture.endswith("_x2") else first
+def _behind(spoken: Spoken, sizes: list[int]) -> int:
+    """Of a verbalizer's weights those through which a gradient runs back to its first layers' weights."""
+    kind, d, out = spoken.verbalizer.removesuffix("_x2"), spoken.shape.width, spoken.output
+    if kind == "decoder":
+        return sum(sizes)
+    if d in sizes:  # a trained norm in front of all of them; a translation's own map has none
+        return sum(sizes) - d - d * out * (spoken.language is not None)
+    down, maps = (spoken.inner, 2 * d * spoken.inner) if kind in ("verb_ffn", "ffn") else (0, d * out)
+    if not spoken.verbalizer.endswith("_x2"):
+        return down * out
+    return down * d + down * out + maps
 
 
 def _trained_in_layers(spoken: Spoken) -> list[int]:
@@ -89,9 +103,11 @@ def _heads(step: Step) -> float:
     v, total = step.vocab, 0.0
     if step.stage == "verbalize":
         own = step.settings.needs_last
-        return sum(4.0 * (s.layers + own) * step.batches[r].answers * v * s.shape.width for r, s in step.roles.items())
+        return sum(
+            4.0 * (s.learning + own) * step.batches[r].answers * v * s.voice.width for r, s in step.roles.items()
+        )
     if step.stage == "build":
-        found, (teacher, batch) = step.recalled, (step.roles["teacher"].shape, step.batches["teacher"])
+        found, (teacher, batch) = step.recalled, (step.roles["teacher"].voice, step.batches["teacher"])
         both = 0 if found.has_states else teacher.width + found.student_width
         return 2.0 * batch.answers * v * both * found.kept
     student = step.roles["student"]
@@ -121,7 +137,8 @@ def traffic(step: Step) -> dict[str, float]:
     gathers decoder layers. Trained tensors then stay for the backward that follows, but frozen ones are released with
     the first module of the layer that has finished its backward, and gathered a third time. With prefetching the
     deepest layer's last tensor is still there even where a teacher ran between. Heads that are kept whole
-    (`training.persist_heads`) are gathered once an optimizer step; a tied one as embedding as often as before.
+    (`training.persist_heads`) are gathered once an optimizer step; a tied one as embedding as often as before. A
+    translating teacher's is the student's, which verbalize then gathers for each of the two.
     """
     setup, moved = step.setup, Counter()
     e = setup.compute_bytes
@@ -138,9 +155,12 @@ def traffic(step: Step) -> dict[str, float]:
             total += max(0, sum(n for layer in spoken.verbalizers for n in layer if n > limit) - kept)
         if spoken.is_gathered(setup):
             total += sum(n for n in shape.parameters if n > limit)
-            total += shape.head if shape.tied else 0  # as embedding and as head
-        kept = setup.persist_heads and role in read_heads(step) and spoken.is_gathered(setup) and shape.head > limit
+            total += shape.head if shape.tied and shape.has_head else 0  # as embedding and as head
+        head = spoken.language is None and spoken.is_gathered(setup) and shape.head > limit
+        kept = setup.persist_heads and role in read_heads(step) and head
         total -= shape.head if kept else 0
+        if step.stage == "verbalize" and head and not kept:
+            total += shape.head * sum(step.head_role(other) == role != other for other in step.roles)
         if role == "teacher" and step.windowed:
             total *= setup.windows / setup.accumulation
         elif step.windowed and (step.settings.matches_by_kl or step.settings.last_by_forward_kl) and not kept:

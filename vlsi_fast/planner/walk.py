@@ -73,7 +73,12 @@ class Step:
     @property
     def teacher_width(self) -> int:
         """Of the hidden states (`has_states`)."""
-        return self.roles["teacher"].shape.width if self.recalled is None else self.recalled.width
+        return self.roles["teacher"].voice.width if self.recalled is None else self.recalled.width
+
+    def head_role(self, role: str) -> str:
+        """Whose head a role's layers speak through: a translating teacher's through the student's, where that is here.
+        Else it is a copy of the teacher's own."""
+        return "student" if self.roles[role].language is not None and "student" in self.roles else role
 
     @property
     def headless(self) -> bool:
@@ -130,7 +135,7 @@ def after(step: Step, role: str) -> int:
 
 def _frozen_forward(curve: Curve, step: Step, role: str) -> None:
     """A backbone without gradient; holds on to its answer positions, (L + 1) N d, at the end (L R d + N d for decoder
-    verbalizers)."""
+    verbalizers). A translating teacher's last layer is read as its target layers are."""
     spoken, batch, setup = step.roles[role], step.batches[role], step.setup
     e, d, shape = setup.compute_bytes, spoken.shape.width, spoken.shape
     around = _mask_and_positions(spoken, batch, setup) + _model_inputs(spoken, batch, setup)
@@ -139,7 +144,7 @@ def _frozen_forward(curve: Curve, step: Step, role: str) -> None:
     gathered = _gathered(step, role)
     inside = recorded + layer_forward(shape, batch, setup) + running_layer(shape, spoken.placement, batch.positions)
     curve.moment(f"{role} forward", activations=around + inside, gathered=gathered)
-    taken = (spoken.recorded(batch) + spoken.needs_last * batch.answers) * d * e
+    taken = (spoken.recorded(batch) + spoken.takes_last * batch.answers) * d * e
     # the last hidden state, its float32 norm and the norm's output beside all that is recorded
     norm = batch.positions * d * (2 * e + (8 if e < 4 else 4))
     curve.moment(f"{role} final norm", activations=around + recorded + norm)
@@ -196,9 +201,10 @@ def _pixels(spoken: Spoken, batch: Batch, setup: Setup) -> int:
 
 
 def _mask_and_positions(spoken: Spoken, batch: Batch, setup: Setup) -> int:
-    """One byte for each pair of positions, and cos and sin of the rotary embedding."""
+    """One byte for each pair of positions, and cos and sin of the rotary embedding; both for each kind of layers."""
     head_dim = spoken.shape.queries // spoken.shape.heads
-    return (batch.rows * batch.tokens**2 if batch.masked else 0) + 2 * setup.compute_bytes * batch.positions * head_dim
+    mask = batch.rows * batch.tokens**2 if batch.masked else 0
+    return spoken.shape.kinds * (mask + 2 * setup.compute_bytes * batch.positions * head_dim)
 
 
 def _model_inputs(spoken: Spoken, batch: Batch, setup: Setup) -> int:
@@ -210,10 +216,10 @@ def _model_inputs(spoken: Spoken, batch: Batch, setup: Setup) -> int:
 
 
 def _speak(curve: Curve, step: Step, role: str, grad: bool) -> None:
-    """Verbalizers and final norm: holds what backward needs, and the result [layers, N, width]."""
+    """Verbalizers and final norm: holds what backward needs, and the result [verbalizers, N, width]."""
     spoken, batch, setup = step.roles[role], step.batches[role], step.setup
-    e, rows = setup.compute_bytes, spoken.layers * batch.answers
-    out = spoken.output or spoken.shape.width
+    e, rows = setup.compute_bytes, len(spoken.verbalizers) * batch.answers
+    out = spoken.output
     gathered = setup.compute_bytes * max((sum(v) for v in spoken.verbalizers), default=0)
     gathered = gathered if setup.zero and not setup.whole else 0
     saved = verbalizer_saved(spoken, batch, setup) if grad else 0
@@ -246,8 +252,9 @@ def _student_backward(curve: Curve, step: Step, each: int, between: int) -> None
     # layer's turn; else index_select makes a layer's [R, d] when its turn comes
     waiting = spoken.layers if spoken.reads_all else 0
     recomputed = layer_saved(spoken, batch, setup) if setup.checkpointing else 0
-    inside = recomputed + e * batch.positions * (shape.width + 2 * shape.inner)
-    if spoken.mode == "lora" and e < 4:  # the float32 gradient of the adapted input beside the frozen layer's
+    inside = recomputed + e * batch.positions * (shape.width + 2 * shape.ffn + 2 * shape.routed * shape.width)
+    if spoken.mode == "lora" and e < 4 and not shape.routed:
+        # the float32 gradient of the adapted input beside the frozen layer's
         inside = recomputed + batch.positions * ((e + 4) * shape.width + (e + 4) * shape.inner)
     trained = shape.layers[0] if spoken.mode == "full" else shape.lora[0]
     scratch = gradient_scratch(spoken, setup, max(trained, default=0))
@@ -276,12 +283,12 @@ def _verbalizers_backward(curve: Curve, step: Step, role: str) -> None:
     spoken, batch, setup = step.roles[role], step.batches[role], step.setup
     rows = batch.answers
     saved = verbalizer_saved(spoken, batch, setup)
-    incoming = (4 + setup.compute_bytes) * spoken.layers * rows * (spoken.output or spoken.shape.width)
+    incoming = (4 + setup.compute_bytes) * len(spoken.verbalizers) * rows * spoken.output
     for sizes in reversed(spoken.verbalizers):
         scratch = gradient_scratch(spoken, setup, max(sizes)) if spoken.verbalizers_trained else 0
         inside = incoming + 8 * 4 * rows * spoken.inner
         curve.moment(f"{role} verbalizers backward", activations=inside, gradients=scratch)
-        curve.hold("activations", -saved / max(1, spoken.layers))
+        curve.hold("activations", -saved / len(spoken.verbalizers))
         if spoken.verbalizers_trained and setup.zero is None and setup.accumulation == 1:
             curve.hold("gradients", 4 * sum(sizes))
 
@@ -296,7 +303,7 @@ def _verbalize(curve: Curve, step: Step) -> None:
         if step.settings.needs_last:
             own_output(curve, step, role)
         else:
-            answer_loss(curve, step, role, spoken.layers, trained_head=False)
+            answer_loss(curve, step, role, spoken.learning, trained_head=False)
     for role in reversed(step.roles):
         if step.settings.needs_last:
             _own_output_backward(curve, step, role)
@@ -319,7 +326,7 @@ def _window(curve: Curve, step: Step, teachers: int) -> int:
     _frozen_forward(curve, joined, "teacher")
     if spoken.verbalizer:
         _speak(curve, joined, "teacher", grad=False)
-    row = setup.compute_bytes * one.answers * spoken.shape.width
+    row = setup.compute_bytes * one.answers * spoken.voice.width
     if setup.persist_heads and _taught_first(step):
         _keep_heads(curve, step)
     if teachers:

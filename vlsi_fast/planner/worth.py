@@ -98,7 +98,7 @@ def build_step(models: Models, setup, batch, found: Recalled, mode: str) -> Step
     """A micro-batch of `vlsi-fast teacher build`, as far as its time goes."""
     setup = dataclasses.replace(setup, teacher_mode=mode, window=1, accumulation=1)
     roles = {"teacher": teacher_role(models, setup)}
-    vocab = min(shape.vocab for shape in models.shapes.values())
+    vocab = min(roles["teacher"].voice.vocab, models.shapes["student"].vocab)
     batches = {"teacher": batch(roles["teacher"].shape)}
     return Step("build", roles, batches, setup, vocab, models.config.interact, recalled=found)
 

@@ -46,14 +46,15 @@ class FrozenHeads:
         Args:
             weights: parameters that are not trained, whole or shards.
         """
+        distinct = {id(weight): weight for weight in weights}  # both models may speak through one head
         if not self.keep:
-            with gathered(weights):
+            with gathered(distinct.values()):
                 yield [weight.detach() for weight in weights]
             return
-        found = [self._at_hand(weight) for weight in weights]
-        with gathered([weight for weight, head in zip(weights, found, strict=True) if head is None]):
-            heads = [head or self._take(weight) for weight, head in zip(weights, found, strict=True)]
-        yield heads
+        found = {number: self._at_hand(weight) for number, weight in distinct.items()}
+        with gathered([weight for number, weight in distinct.items() if found[number] is None]):
+            heads = {number: head or self._take(distinct[number]) for number, head in found.items()}
+        yield [heads[id(weight)] for weight in weights]
 
     def release(self) -> None:
         """Give back what was gathered; heads that are whole by themselves keep their copies."""

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..backbones import family_of
 from .secondary import partitioned_init
 from .sharding import gathered, rank, world_size
 
@@ -45,6 +46,7 @@ def load_sharded(
     with _partitioning(zero):
         model = model_class(config)._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     model.tie_weights()
+    _gather_experts_together(model)
     whole = empty_model(full_config)
     targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     groups = _groups(folder, whole)
@@ -157,6 +159,21 @@ def _partitioning(zero: dict[str, Any]):
             yield
     finally:
         torch.arange = original
+
+
+def _gather_experts_together(model: nn.Module) -> None:
+    """One gather for a router and all of its experts (DeepSpeed's leaf modules).
+
+    Which expert a token goes to differs between ranks. Gathered one by one as they are called, experts would be
+    collectives that some ranks never join, and the order that prefetching foresees would change in every step. The
+    stock classes hold a layer's experts in two parameters, which every rank calls; with this the order would be the
+    same for a class that calls them one by one, too.
+    """
+    sparse = family_of(model.config).sparse_block
+    if sparse is not None:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [sparse])
 
 
 # ---- from stored names to parameters ----

@@ -18,7 +18,7 @@ from ..data.sources import build_source
 from ..evaluation.metrics import Metric, metrics_of_sources, title
 from ..loading import resolve_folder
 from ..runs import Run
-from ..viewer.columns import open_source, sources_of
+from ..viewer.columns import Source, open_source, sources_of
 from ..weights import read_weights
 
 MODELS = ("base", "distilled", "teacher")
@@ -61,18 +61,25 @@ def what_layers_say(run: Run, count: int, max_new_tokens: int = 64) -> dict[str,
     problems = []
     for name in MODELS:
         try:
-            speaker = _open(run, name)
+            speaker, source = _open(run, name), _source(run, name)
             answers[name] = [_answers(speaker, q, max_new_tokens) for q in questions]
+            problems += [f"{name}: {source.note}."] if source.verbalizers is None else []
         except (ValueError, FileNotFoundError, MemoryError) as error:
             problems.append(f"{name} is missing: {error}.")
     rows = [_row(q, {name: found[i] for name, found in answers.items()}) for i, q in enumerate(questions)]
     return {"rows": rows if answers else [], "outcomes": outcomes, "reason": " ".join(problems)}
 
 
-def _open(run: Run, name: str):
-    """A model of the run as a speaker. Raises FileNotFoundError, ValueError, MemoryError."""
+def _source(run: Run, name: str) -> Source:
+    """A model of the run. Raises FileNotFoundError, ValueError."""
     compare = [name] if name != "distilled" else []  # which is always there
     (source,) = (each for each in sources_of(run, compare) if each.name == name)
+    return source
+
+
+def _open(run: Run, name: str):
+    """A model of the run as a speaker. Raises FileNotFoundError, ValueError, MemoryError."""
+    source = _source(run, name)
     _require_room(source.checkpoint, run.config.dtype)
     return open_source(run, source)
 

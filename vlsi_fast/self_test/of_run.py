@@ -8,7 +8,7 @@ import torch
 
 from vlsi_kernels import resolve_impl
 
-from ..acceleration import LIGER_NAMES
+from ..acceleration import LIGER_NAMES, LIGER_NORMS_ALONE
 from ..config import RunConfig
 from . import backbone, operators
 from .probe import Probe
@@ -29,7 +29,8 @@ def probes_of(
     Args:
         config: of the run.
         stage: verbalize, interact or sft.
-        models: role -> transformers config, of the models that the stage runs.
+        models: role -> transformers config, of the models that the stage runs, and of the student through which a
+            teacher speaks.
         device: that it runs on.
         attention: role -> transformers name of its attention.
         liger: roles whose language models get liger-kernel's modules.
@@ -51,23 +52,27 @@ def _of_operators(config: RunConfig, stage: str, models: dict, dtype: torch.dtyp
         return []
     text = {role: model.get_text_config() for role, model in models.items()}
     width = {role: t.hidden_size for role, t in text.items()}
-    vocabulary = min(operators.VOCABULARY, *(t.vocab_size for t in text.values()))
+    voices = dict(text)  # models through whose heads the roles speak
+    if config.verbalizer.translates and "teacher" in text:
+        voices["teacher"] = text["student"]
+    said = {role: t.hidden_size for role, t in voices.items()}
+    vocabulary = min(operators.VOCABULARY, *(t.vocab_size for t in voices.values()))
     options = {"dtype": dtype, "impl": impl, "vocabulary": vocabulary}
     if stage == "sft":
         return [operators.cross_entropy(width["student"], trained_head=config.sft.method == "full", **options)]
     found = []
     if stage == "verbalize":
-        speakers = list(models)
-        for role in models:
+        speakers = [role for role in models if role in config.verbalize.models]
+        for role in speakers:
             if config.verbalize.objective == "answers":
-                found.append(operators.cross_entropy(width[role], trained_head=False, **options))
+                found.append(operators.cross_entropy(said[role], trained_head=False, **options))
             else:
-                found.append(operators.layer_kl(width[role], width[role], **options))
+                found.append(operators.layer_kl(said[role], said[role], **options))
     else:
         interact = config.interact
-        speakers = list(models) if interact.headless else [role for role in interact.speakers if role in models]
+        speakers = list(models) if interact.headless else [role for role in config.speakers if role in models]
         # of a teacher on disk the width is not known here: the student's takes the same kernels
-        other = width.get("teacher", width["student"])
+        other = said.get("teacher", width["student"])
         pair = {"student": width["student"], "teacher": other, "temperature": interact.temperature}
         if interact.matches_by_kl or interact.last_by_forward_kl:
             found.append(operators.layer_kl(**pair, **options))
@@ -76,13 +81,20 @@ def _of_operators(config: RunConfig, stage: str, models: dict, dtype: torch.dtyp
         if interact.learns_answers:
             found.append(operators.cross_entropy(width["student"], trained_head=False, **options))
     for role in speakers:
-        wide = width["teacher"] if stage == "interact" and config.interact.headless else width[role]
-        inner = {"verb_ffn": wide, "ffn": text[role].intermediate_size}
-        inner = inner.get(config.verbalizer.architecture.removesuffix("_x2"))
-        if inner is not None:
-            for tokens in (operators.TOKENS, operators.MANY_TOKENS) if impl == "triton" else (operators.TOKENS,):
-                found.append(operators.feed_forward(width[role], inner, wide, dtype, impl, tokens))
+        wide = width["teacher"] if stage == "interact" and config.interact.headless else said[role]
+        found += _of_verbalizers(config.verbalizer.architecture, text[role], wide, dtype, impl)
     return found
+
+
+def _of_verbalizers(architecture: str, text, out: int, dtype: torch.dtype, impl: str) -> list[Probe]:
+    """Of a role's: all blocks end at its own width but the last, which ends at `out`."""
+    width, kind = text.hidden_size, architecture.removesuffix("_x2")
+    inner = {"verb_ffn": out, "ffn": text.intermediate_size}.get(kind)
+    if inner is None:
+        return []
+    counts = (operators.TOKENS, operators.MANY_TOKENS) if impl == "triton" else (operators.TOKENS,)
+    ends = [out] if architecture == kind else [width, out]
+    return [operators.feed_forward(width, inner, end, dtype, impl, tokens) for end in ends for tokens in counts]
 
 
 def _of_liger(text, dtype: torch.dtype, widened: bool) -> list[Probe]:
@@ -90,10 +102,11 @@ def _of_liger(text, dtype: torch.dtype, widened: bool) -> list[Probe]:
     if kind is None:
         return []
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    widths = [text.hidden_size] + ([head] if kind == "qwen3" else [])  # Qwen3 has norms of queries and keys
+    widths = [text.hidden_size] + ([head] if kind.startswith("qwen3") else [])  # Qwen3 has norms of queries and keys
     dtypes = [dtype] + ([torch.float32] if widened and dtype != torch.float32 else [])
     found = [backbone.liger_rms_norm(width, text.rms_norm_eps, d) for width in widths for d in dtypes]
-    found.append(backbone.liger_swiglu(text.intermediate_size, dtype))
+    if kind not in LIGER_NORMS_ALONE:
+        found.append(backbone.liger_swiglu(text.intermediate_size, dtype))
     if text.model_type == kind:  # as `apply_liger`
         found.append(backbone.liger_rope(text.num_attention_heads, text.num_key_value_heads, head, dtype))
     return found

@@ -107,7 +107,7 @@ def feed_forward(width: int, inner: int, out: int, dtype, impl: str, tokens: int
     def plain(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
-    name = f"verb_ffn, width {width}, {tokens} tokens"
+    name = f"verb_ffn, width {width}{'' if out == width else f' to {out}'}, {tokens} tokens"
     learns = ("x", "gate", "up", "down")
     return Probe(name, "impl", impl, dtype, inputs, fast, plain, learns, slack=GATED_SLACK)
 

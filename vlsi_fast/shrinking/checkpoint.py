@@ -71,6 +71,9 @@ def shrunk_fields(fields: dict[str, Any], text, kept: list[int]) -> dict[str, An
                 )
             part[name] = [value[k - 1] for k in kept]
         part["num_hidden_layers"] = len(kept)
+        kinds = getattr(text, "layer_types", None)
+        if kinds and len(set(kinds)) > 1:  # where a file names none, the class counts anew (Gemma 3: every sixth)
+            part["layer_types"] = [kinds[k - 1] for k in kept]
         window = getattr(text, "max_window_layers", None)  # layers deeper than so many slide their window
         if window is not None and window <= depth:
             part["max_window_layers"] = sum(k <= window for k in kept)

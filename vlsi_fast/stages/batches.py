@@ -16,11 +16,12 @@ class StageCollator:
 
     Returns `batch`: for each role `{"inputs", "index", "labels"}` as `StageModule.forward` takes them, and `facts`: row
     ids, rows skipped, the numbers of answer tokens and of tokens (of the first role), `answered`: how many rows and
-    answer tokens a model wrote, the number of `positions` (of all roles) and of those that are `padding` or a blank
-    image, `role_tokens` and `pixel_values`: role -> how many tokens, padding and a blank image left out, and how many
-    numbers its images are, `blank`: roles whose only image is a blank one, and `shared`: for each further role the
-    names of inputs that are the first role's own tensors. Those are left out, so that they are pinned and copied to the
-    device once, and put back by `restore_shared`. Rows of a cached teacher bring what it said, as `taught` in `batch`.
+    answer tokens a model wrote, `unaligned`: how many of the student's answer tokens the teacher has no state for, the
+    number of `positions` (of all roles) and of those that are `padding` or a blank image, `role_tokens` and
+    `pixel_values`: role -> how many tokens, padding and a blank image left out, and how many numbers its images are,
+    `blank`: roles whose only image is a blank one, and `shared`: for each further role the names of inputs that are the
+    first role's own tensors. Those are left out, so that they are pinned and copied to the device once, and put back by
+    `restore_shared`. Rows of a cached teacher bring what it said, as `taught` in `batch`.
     """
 
     def __init__(self, collator, roles: tuple[str, ...]):
@@ -40,6 +41,7 @@ class StageCollator:
             "skipped": joined["skipped"],
             "answer_tokens": first["index"].numel(),
             "answered": joined["answered"],
+            "unaligned": joined["unaligned"],
             "tokens": joined["tokens"][self.roles[0]],
             "positions": positions,
             "padding": positions - sum(joined["tokens"][role] for role in self.roles),

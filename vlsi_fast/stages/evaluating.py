@@ -46,22 +46,24 @@ CHUNK = 16384
 """Rows of a language head whose logits are held at once."""
 
 
-def last_answers(labels: list[Tensor]) -> Tensor:
-    """Which row's last answer each answer token belongs to.
+def last_answers(rows: list[dict]) -> Tensor:
+    """Which row's last answer each answer token of the student belongs to.
 
     Args:
-        labels: of R rows, each [1, T] with -100 everywhere but on answers.
+        rows: R rows of the dataset. Of the `whole` labels of one that is aligned, [1, T], only the tokens that the
+            student's labels keep are counted.
 
     Returns:
         [N] int64 in the order of `hidden_states.answer_positions`: the row's number, -1 for tokens of earlier answers.
     """
     found = []
-    for number, row in enumerate(labels):
-        places = (row[0, 1:] != IGNORED).nonzero()[:, 0]
+    for number, row in enumerate(rows):
+        labels = row["student"]["labels"][0, 1:]
+        places = (row.get("whole", row["student"]["labels"])[0, 1:] != IGNORED).nonzero()[:, 0]
         starts = (places.diff() > 1).nonzero()[:, 0] + 1  # of all answers but the first
         owner = torch.full_like(places, number)
         owner[: starts[-1] if len(starts) else 0] = -1
-        found.append(owner)
+        found.append(owner[labels[places] != IGNORED])
     return torch.cat(found)
 
 
@@ -82,7 +84,7 @@ class EvaluationCollator:
         batch = self.collator(taken)
         batch["facts"] |= {"unusable": len(rows) - len(usable), "counted": bool(usable)}
         if "student" in taken[0]:
-            batch["facts"]["owners"] = last_answers([row["student"]["labels"] for row in taken])
+            batch["facts"]["owners"] = last_answers(taken)
         return batch
 
 

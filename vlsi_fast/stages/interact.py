@@ -54,7 +54,7 @@ class Absent:
 
     target_layers: list[int]
     head_weight: Tensor | None
-    """[V, d_l], for hidden states; None where the rows bring targets."""
+    """[V, d_l], for hidden states, or the student's [V, d_s] for translated ones; None where the rows bring targets."""
     has_last: bool
     """Whether the last layer's are behind the target layers'."""
     vocab_size: int
@@ -309,7 +309,7 @@ class InteractStage(Stage):
     def inputs(self) -> dict[str, str]:
         folders = {name: self.roles[name].verbalizer_folder() for name in self._speakers}
         found = {f"{name}_verbalizers": weights_digest(folder) for name, folder in folders.items()}
-        if self.caches and self.caches[0].layers:
+        if self.caches and self.caches[0].verbalizers:
             found["teacher_verbalizers"] = self.caches[0].verbalizers
         for number, cached in enumerate(self.caches[1:], 2):
             found[f"teacher_{number}"] = cached.digest
@@ -318,7 +318,7 @@ class InteractStage(Stage):
     @property
     def _speakers(self) -> list[str]:
         """Models in the job that speak through trained verbalizers."""
-        return [name for name in self.settings.speakers if name in self.roles]
+        return [name for name in self.config.speakers if name in self.roles]
 
     def data_start(self) -> int:
         return rows_used(self.config.stage_dir("verbalize"))
@@ -336,25 +336,32 @@ class InteractStage(Stage):
             lessons = []
             for cached in self.caches:
                 options = replace(self.head_options, vocab_size=cached.identity["vocab_size"])
-                lessons.append(InteractModule(student, self._absent(cached), *settings, options))
+                lessons.append(InteractModule(student, self._absent(cached, student), *settings, options))
             names = [cached.name for cached in self.caches]
             if len(set(names)) < len(names):  # folders of one name in different places
                 names = [str(cached.folder) for cached in self.caches]
             return lessons[0] if len(lessons) == 1 else ManyTeachers(student, lessons, names)
-        teacher = self.load_speaking_teacher() if "teacher" in self.roles else None
+        teacher = self.load_speaking_teacher(student.head_weight) if "teacher" in self.roles else None
         window = self._window() if teacher is not None else 1
         teach_by = self.apart(teacher) if window > 1 else None
         return InteractModule(student, teacher, *settings, self.head_options, window=window, teach_by=teach_by)
 
-    def load_speaking_teacher(self) -> VerbalizedBackbone:
-        """The frozen teacher with what its layers speak through. Collective."""
+    def load_speaking_teacher(self, student_head: Tensor | None = None) -> VerbalizedBackbone:
+        """The frozen teacher with what its layers speak through; `student_head`: see `student_language`. Collective."""
         role, needs_last = self.roles["teacher"], self.settings.needs_teacher_last
         model = self.load_model("teacher", depth=None if needs_last else role.depth)
-        return VerbalizedBackbone(model, role.layers, self._verbalizers("teacher"), False, needs_last)
+        layers = role.layers if self.settings.matches_layers else []
+        translates = self.config.verbalizer.translates
+        language = self.student_language(student_head) if translates else None
+        speaking = (self._verbalizers("teacher"), False, needs_last, language, translates and needs_last)
+        return VerbalizedBackbone(model, layers, *speaking)
 
-    def _absent(self, cached: CachedTeacher) -> Absent:
-        rows = cached.identity["vocab_size"]
-        return Absent(cached.layers, cached.head(self.args.device), self.settings.needs_teacher_last, rows)
+    def _absent(self, cached: CachedTeacher, student: VerbalizedBackbone) -> Absent:
+        rows, head = cached.identity["vocab_size"], None
+        if cached.form == "hidden":
+            translates = self.config.verbalizer.translates
+            head = student.head_weight if translates else cached.head(self.args.device)
+        return Absent(cached.layers, head, self.settings.needs_teacher_last, rows)
 
     def _window(self) -> int:
         """Micro-batches of `teacher.window`, auto resolved, at most those of a step."""
@@ -375,7 +382,7 @@ class InteractStage(Stage):
             # (seeded) start: were both trained by L2 alone, zero would solve it. The student's learn.
             width = self.roles["teacher"].config.get_text_config().hidden_size
             return Verbalizers(role.spec(width), self.config.impl).requires_grad_(name == "student")
-        if name not in self.settings.speakers:
+        if name not in self.config.speakers:
             return None
         verbalizers = role.trained_verbalizers()
         return verbalizers.requires_grad_(name == "student" and self.settings.train_student_verbalizers)

@@ -43,7 +43,7 @@ class ManyTeachers(StageModule):
         self.part_names, self.settings = lessons[0].part_names, lessons[0].settings
         self.schedule = lessons[0].schedule
         weight = student.head_weight  # in forward, ZeRO-3 would take a look at it for a use
-        self._width = getattr(weight, "ds_shape", weight.shape)[1]
+        self._width = _width_of(weight)
         self.teacher_names = names
         if lessons[0].matrix_shape is not None:
             layers = [lesson.layer_names[1] for lesson in lessons]
@@ -91,10 +91,15 @@ class ManyTeachers(StageModule):
             layers = len(teacher.target_layers) + teacher.has_last
             head = teacher.head_weight
             if head is not None:
-                stored = {"hidden": torch.zeros(0, layers, head.shape[1], dtype=head.dtype, device=device)}
+                stored = {"hidden": torch.zeros(0, layers, _width_of(head), dtype=head.dtype, device=device)}
             else:
                 stored = {
                     "neg_entropy": torch.zeros(0, layers, device=device),
                     "expectation": torch.zeros(0, layers, self._width, device=device),
                 }
         return lesson.recall(stored)
+
+
+def _width_of(head: Tensor) -> int:
+    """Of a head [V, width], whole or a shard."""
+    return getattr(head, "ds_shape", head.shape)[1]

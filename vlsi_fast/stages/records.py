@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 PER_ROLE = ("student", "teacher")
 """Models whose tokens and images are counted, in this order."""
-COUNTS = 8 + 2 * len(PER_ROLE)
+COUNTS = 9 + 2 * len(PER_ROLE)
 """Numbers of `counts_of`."""
 
 
 def counts_of(facts: dict[str, Any]) -> Tensor:
     """What the host knows of a micro-batch and is summed over micro-batches and ranks, [COUNTS] float64."""
     lengths = [len(facts["ids"]), len(facts["skipped"]), facts["positions"], facts["padding"], *facts["answered"]]
+    lengths.append(facts["unaligned"])
     lengths += [facts[name].get(role, 0) for name in ("role_tokens", "pixel_values") for role in PER_ROLE]
     return torch.tensor([facts["answer_tokens"], facts["tokens"], *lengths], dtype=torch.float64)
 
@@ -60,7 +61,8 @@ def step_record(
 ) -> dict[str, Any]:
     """A line of metrics.jsonl from `counts_of`, `sums_of` and `own_numbers`, added over micro-batches and ranks."""
     counts = (int(v) for v in values[:COUNTS])
-    answer_tokens, tokens, rows, skipped, positions, padding, answered_rows, answered_tokens, *per_role = counts
+    answer_tokens, tokens, rows, skipped, positions, padding, answered_rows, answered_tokens, *counts = counts
+    unaligned_tokens, *per_role = counts
     n, names = max(answer_tokens, 1), module.part_names
     parts = [v / n for v in values[COUNTS : COUNTS + len(names)]]
     record = {
@@ -73,6 +75,7 @@ def step_record(
         "rows": rows,
         "answered_rows": answered_rows,
         "answered_tokens": answered_tokens,
+        "unaligned_tokens": unaligned_tokens,
         "skipped_rows": skipped,
         "padding_share": padding / max(positions, 1),
         "step_seconds": seconds,

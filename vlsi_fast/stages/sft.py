@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..backbones import family_of
+from ..backbones import family_of, require_dense
 from ..hidden_states import VerbalizedBackbone
 from ..lineage import checkpoint_digest, require_predecessor, rows_used
 from ..losses import AnswerLoss, OperatorOptions
@@ -69,8 +69,10 @@ class SftStage(Stage):
         if self.settings.method == "lora":
             self.adapter = self.add_lora(model)
         else:
+            family = family_of(model.config)
+            require_dense(family, "sft.method")
             model.requires_grad_(True)
-            for part in family_of(model.config).vision(model):
+            for part in family.vision(model):
                 part.requires_grad_(self.settings.train_vision)
         self.enable_checkpointing(model)
         backbone = VerbalizedBackbone(model, self.roles["student"].layers, None, train_backbone=True)

@@ -21,11 +21,11 @@ from ..config import ConfigError, RunConfig
 from ..data.collate import Collator
 from ..data.dataset import VlsiDataset
 from ..data.packing import Packer
-from ..data.sources import build_source
+from ..data.sources import ConcatSource, build_source
 from ..data.tokens import SharedTokens
 from ..disk import checkpoint_size, explained_full_disk, result_size
 from ..errors import StoppedEarly
-from ..hidden_states import Held, VerbalizedBackbone, checkpoint_activations
+from ..hidden_states import Held, Language, VerbalizedBackbone, checkpoint_activations
 from ..lineage import (
     code_commit,
     identity_of,
@@ -35,6 +35,7 @@ from ..lineage import (
 )
 from ..loading import (
     load_backbone,
+    read_head,
     require_same_tokens,
     shared_rows,
 )
@@ -54,6 +55,7 @@ from ..teacher import load_teacher, resolve_mode, run_apart
 from ..teacher_cache.following import dataset_of, followed
 from ..teacher_cache.recalling import CachedTeacher, rows_of
 from ..terminal import say
+from ..translation import final_norm_of
 from .arguments import training_arguments
 from .balancing import row_costs
 from .module import StageModule
@@ -91,6 +93,8 @@ class Stage:
         self.releases: list[Callable[[], None]] = []
         self.eval_dataset: VlsiDataset | None = None
         """Rows of `data.eval`, where the stage evaluates."""
+        self.sources: ConcatSource | None = None
+        """Rows of `data.train`."""
 
     # ---- what a subclass says ----
 
@@ -191,6 +195,7 @@ class Stage:
             "answer_tokens": trainer.totals["answer_tokens"],
             "answered_rows": trainer.totals["answered_rows"],
             "answered_tokens": trainer.totals["answered_tokens"],
+            "unaligned_tokens": trainer.totals["unaligned_tokens"],
             "skipped_rows": trainer.skip_log.summary(),
             "device": str(self.args.device),
             "attention": self.attention,
@@ -242,11 +247,13 @@ class Stage:
         """Open models' configs, tokenizers and data, and compare them with each other and with earlier stages."""
         self.read_models()
         processors = {name: role.processor for name, role in self.roles.items()}
+        translates = self.config.verbalizer.translates
         taught = rows_of(self.caches, self.config.data.train, follow=True)
-        dataset = dataset_of(build_source(self.config.data.train), processors, self.config.data, taught)
+        self.sources = build_source(self.config.data.train)
+        dataset = dataset_of(self.sources, processors, self.config.data, taught, translates)
         if self.config.stage_training(self.name).eval_steps is not None:
             rows, taught = build_source(self.config.data.eval, "data.eval"), rows_of(self.caches, self.config.data.eval)
-            self.eval_dataset = VlsiDataset(rows, processors, self.config.data, taught)
+            self.eval_dataset = VlsiDataset(rows, processors, self.config.data, taught, translates)
         return dataset, self._collator()
 
     def read_models(self) -> None:
@@ -258,8 +265,11 @@ class Stage:
         """
         self.roles = {name: Role(name, self.config) for name in self.role_names()}
         self.caches = self.open_caches()
+        translates = self.config.verbalizer.translates
         for teacher in [*self.caches, self.roles.get("teacher")]:
-            if "student" in self.roles and teacher is not None:
+            if translates and isinstance(teacher, CachedTeacher):
+                teacher.require_student(self.roles["student"].folder, self.roles["student"].config, self.shared_rows)
+            elif "student" in self.roles and teacher is not None and not translates:
                 self._compare_tokens(self.roles["student"], teacher)
         if "teacher" in self.roles:
             self.teacher_mode = resolve_mode(self.config.teacher.mode, self.args.device)
@@ -315,8 +325,8 @@ class Stage:
 
     def packed(self, name: str) -> bool:
         """Whether a role's rows are packed; says what a user would not expect of it."""
-        attention = self._attention(name)
-        packed = self.padding_free[name] = use_packing(self.config.data.padding_free, attention)
+        attention, asked = self._attention(name), self.config.data.padding_free
+        packed = self.padding_free[name] = use_packing(asked, attention, self.roles[name].config)
         notices = []
         if packed and not attention.startswith("flash"):
             notices.append(
@@ -358,8 +368,15 @@ class Stage:
     def head_options(self) -> OperatorOptions:
         """Heads are cut to the rows that mean the same in all models of the stage; further rows are padding, or special
         tokens that only one of two families has."""
-        rows = [model.config.get_text_config().vocab_size for model in (*self.roles.values(), *self.caches)]
-        return OperatorOptions(shared_rows(rows, self.tokens), self.config.impl, FrozenHeads(self._persists_heads()))
+        return OperatorOptions(self.shared_rows, self.config.impl, FrozenHeads(self._persists_heads()))
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows of the heads that take part: of the student's alone, where the teacher's layers speak through it."""
+        models = [*self.roles.values(), *self.caches]
+        if self.config.verbalizer.translates and "student" in self.roles:
+            models = [self.roles["student"]]
+        return shared_rows([model.config.get_text_config().vocab_size for model in models], self.tokens)
 
     def _persists_heads(self) -> bool:
         """`training.persist_heads`, auto resolved."""
@@ -381,13 +398,28 @@ class Stage:
         if name == "student":
             model = load_backbone(folder or role.folder, *options)
         else:
-            model = load_teacher(role.folder, self.teacher_mode, *options, self.args)
+            own_output = self.name == "verbalize" and self.settings.needs_last
+            has_head = own_output or not self.config.verbalizer.translates
+            model = load_teacher(role.folder, self.teacher_mode, *options, self.args, has_head)
         if isinstance(model, Held):
             self.releases.append(model.release)
         if self._runs_as_it_is(name) and use_liger(self.config.liger, self.args.device):
             stock = model.model if isinstance(model, Held) else model
             self.liger[name] = apply_liger(stock, required=self.config.liger is True)
         return model
+
+    def student_language(self, head: torch.Tensor | None = None) -> Language:
+        """What a teacher's translating verbalizers speak through: the student's final norm and head.
+
+        Args:
+            head: of the student where it is in the job; None: it is read from its checkpoint, whole.
+        """
+        role, dtype = self.roles["student"], self.config.dtype
+        norm = final_norm_of(role.folder, role.config, getattr(torch, dtype), self.args.device)
+        if head is None:
+            head = read_head(role.folder, role.config, dtype).to(self.args.device)
+            head = nn.Parameter(head, requires_grad=False)
+        return Language(norm, head)
 
     def apart(self, teacher: VerbalizedBackbone) -> Callable | None:
         """What runs a teacher between the training engine's forwards; None: it may be called itself. Collective."""

@@ -142,6 +142,7 @@ class StageTrainer(EvaluatingTrainer):
             "skipped_rows": 0,
             "answered_rows": 0,
             "answered_tokens": 0,
+            "unaligned_tokens": 0,
             "step_seconds": 0.0,
         }
         self.wait_seconds = 0.0
@@ -232,7 +233,7 @@ class StageTrainer(EvaluatingTrainer):
 
     def _add_to_totals(self, record: dict[str, Any]) -> None:
         for name in self.totals:
-            self.totals[name] += record.get(name, 0)  # older records count no answered rows
+            self.totals[name] += record.get(name, 0)  # older records have not all of them
         self.wait_seconds += record.get("data_wait_share", 0.0) * record["step_seconds"]  # older records have none
 
     def _stop_on_non_finite(self) -> None:

@@ -122,4 +122,6 @@ def _vision(inputs: list[dict[str, Any]], vision: set[str]) -> dict[str, Tensor]
     """Vision tensors of all micro-batches, in the order of their rows."""
     names = dict.fromkeys(name for part in inputs for name in part if name in vision)
     values = {name: [part[name] for part in inputs if name in part] for name in names}
-    return {n: np.concatenate(v) if isinstance(v[0], np.ndarray) else join_vision(v) for n, v in values.items()}
+    arrays = (n for n, v in values.items() if isinstance(v[0], np.ndarray))
+    joined = {n: np.concatenate(values[n]) for n in arrays}
+    return {n: joined[n] if n in joined else join_vision(v, vision) for n, v in values.items()}

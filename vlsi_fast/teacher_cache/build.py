@@ -20,6 +20,7 @@ from torch import Tensor
 from ..config import ConfigError, RunConfig
 from ..data.sources import ConcatSource
 from ..lineage import code_commit, rows_used, versions, weights_digest
+from ..loading import read_head
 from ..ranks.sharding import barrier, broadcast_object, rank, world_size
 from ..stages.sampling import StepBatches, data_order
 from ..terminal import say
@@ -29,7 +30,6 @@ from .manifest import (
     NAME,
     TEACHER,
     counts_of,
-    head_weight,
     identity_of_cache,
     read_manifest,
     require_same,
@@ -86,9 +86,9 @@ def build(config: RunConfig, chosen: Chosen) -> dict[str, Any]:
     stage.prepare(chosen.layers)
     folder = chosen.out or config.cache_dir
     student_head = None
-    if chosen.form == "targets":
+    if chosen.form == "targets" or config.verbalizer.translates:
         student = stage.roles["student"]
-        student_head = head_weight(student.folder, student.config, config.dtype)
+        student_head = read_head(student.folder, student.config, config.dtype)
     manifest = _claim(stage, folder, chosen, student_head)
     if chosen.follow is not None:
         from .ahead import run_ahead
@@ -111,7 +111,7 @@ def _claim(stage: TeacherStage, folder: Path, chosen: Chosen, student_head: Tens
     """The manifest of a new cache, or of the one there, which must be of the same. Collective."""
     role, config = stage.roles["teacher"], stage.config
     facts = {name: value for name, value in role.facts.items() if name not in ("path", "layers")}
-    spoken = stage.settings.matches_layers
+    spoken = "teacher" in config.speakers
     facts["verbalizers"] = weights_digest(role.verbalizer_folder()) if spoken else None
     if not spoken:
         facts["verbalizer"] = None

@@ -45,7 +45,7 @@ def check(config: RunConfig, rows: int, folder: Path | None = None) -> dict[str,
         `rows`, `tokens`, `kl` (largest difference of any layer pair's mean KL over a row's tokens, in nats; where a KL
         is above 1, relative to it), `gradient` (relative error of d KL / d student states, over all tokens and pairs),
         `self_kl` (largest KL of a teacher layer with itself out of the cache, in nats; None unless student and teacher
-        have one head), `passed`.
+        speak through one head), `passed`.
 
     Raises:
         ConfigError: the cache is none for this run.
@@ -70,18 +70,19 @@ class _Comparison:
         self.stage, self.cached, self.device = stage, cached, stage.args.device
         self.options = stage.head_options
         settings = stage.settings
-        self.teacher = stage.load_speaking_teacher().to(self.device).eval()
         spoken = "student" in settings.speakers
         verbalizers = stage.roles["student"].trained_verbalizers() if spoken else None
         model = stage.load_model("student")
         self.student = (
             VerbalizedBackbone(model, stage.roles["student"].layers, verbalizers, False).to(self.device).eval()
         )
+        self.teacher = stage.load_speaking_teacher(self.student.head_weight).to(self.device).eval()
         self.pairwise = PairwiseKL(self.student.head_weight, self.teacher.head_weight, self.options)
-        head = cached.head(self.device)
         self.cached_pairwise = None
-        if head is not None:
-            self.cached_pairwise = PairwiseKL(self.student.head_weight, nn.Parameter(head, False), self.options)
+        if cached.form == "hidden":
+            translates = stage.config.verbalizer.translates
+            head = self.student.head_weight if translates else nn.Parameter(cached.head(self.device), False)
+            self.cached_pairwise = PairwiseKL(self.student.head_weight, head, self.options)
         layers = stage.roles["teacher"].layers
         self.columns = [layers.index(k) for k in cached.layers]
 
@@ -89,7 +90,8 @@ class _Comparison:
         stage, config = self.stage, self.stage.config
         processors = {name: role.processor for name, role in stage.roles.items()}
         recall = Routed([self.cached.rows()], [0] * len(config.data.train))
-        dataset = VlsiDataset(build_source(config.data.train), processors, config.data, recall)
+        translates = config.verbalizer.translates
+        dataset = VlsiDataset(build_source(config.data.train), processors, config.data, recall, translates)
         packers = {name: Packer(role.config) for name, role in stage.roles.items() if stage.packed(name)}
         collate = StageCollator(Collator(processors, packers=packers), ("student", "teacher"))
         found: dict[str, Any] = {"rows": 0, "tokens": 0, "kl": 0.0, "gradient": 0.0, "self_kl": None}
@@ -162,7 +164,8 @@ class _Comparison:
         return found.expectation.float().view(layers, tokens, width)
 
     def _self_kl(self, states: Tensor, cached: TeacherTargets, temperature: float) -> float | None:
-        """The teacher as its own student, where that is one head: 0, but for rounding."""
+        """The teacher as its own student, where that is one head or it speaks through the student's: 0, but for
+        rounding."""
         one, other = self.student.head_weight, self.teacher.head_weight
         if one.shape != other.shape or not torch.equal(one, other):
             return None

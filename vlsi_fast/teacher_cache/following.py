@@ -136,9 +136,15 @@ class FollowedDataset(VlsiDataset):
     """Rows by `stages.sampling.Placed` numbers, whose place `rows` is told; else as `VlsiDataset`."""
 
     def __init__(
-        self, sources: ConcatSource, processors: dict, data_config: DataConfig, taught: Routed, rows: FollowedRows
+        self,
+        sources: ConcatSource,
+        processors: dict,
+        data_config: DataConfig,
+        taught: Routed,
+        rows: FollowedRows,
+        translated: bool = False,
     ):
-        super().__init__(sources, processors, data_config, taught)
+        super().__init__(sources, processors, data_config, taught, translated)
         self.rows = rows
 
     def __getitem__(self, index: int) -> dict:
@@ -250,12 +256,14 @@ def wait_for_cache(folder: Path, timeout: float) -> None:
 # ---- the run ----
 
 
-def dataset_of(sources: ConcatSource, processors: dict, data_config: DataConfig, taught: Routed | None) -> VlsiDataset:
-    """A stage's rows, which follow a teacher where one of their caches does."""
+def dataset_of(
+    sources: ConcatSource, processors: dict, data_config: DataConfig, taught: Routed | None, translated: bool = False
+) -> VlsiDataset:
+    """A stage's rows, which follow a teacher where one of their caches does; `translated`: see `VlsiDataset`."""
     rows = [each for each in taught.caches if isinstance(each, FollowedRows)] if taught is not None else []
     if not rows:
-        return VlsiDataset(sources, processors, data_config, taught)
-    return FollowedDataset(sources, processors, data_config, taught, rows[0])
+        return VlsiDataset(sources, processors, data_config, taught, translated)
+    return FollowedDataset(sources, processors, data_config, taught, rows[0], translated)
 
 
 @contextlib.contextmanager

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbones import family_of
 from ..config import ConfigError, RunConfig
 from ..lineage import differences
-from ..ranks.shard_loading import read_parameter
 from .store import SHARDS, CacheError, shards_of
 
 NAME = "manifest.json"
@@ -26,17 +24,12 @@ MEANINGS = {
     "teacher.tokenizer": "the teacher's tokenizer",
     "teacher.verbalizers": "the teacher's verbalizers",
     "student_head": "the student's language head",
+    "student": "the student's weights",
     "vocab_size": "rows of both heads that are compared",
     "temperature": "interact.temperature",
     "dtype": "dtype",
 }
 """What the fields of an identity are called in messages; others by their option's name."""
-
-
-def head_weight(folder: Path, config, dtype: str) -> Tensor:
-    """[V, d] language head of a checkpoint in `dtype`, in CPU memory; nothing else of it is read."""
-    weight = read_parameter(folder, config, lambda model: family_of(config).head(model).weight)
-    return weight.to(getattr(torch, dtype))
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -18,14 +18,14 @@ from torch import Tensor
 from ..config import ConfigError, RunConfig
 from ..config_data import SourceConfig
 from ..config_stages import InteractConfig
-from ..data.dataset import AnswerMismatchError
+from ..data.dataset import AnswerMismatchError, keep_answers
 from ..data.messages import Sample
 from ..data.skipped import UnusableRow
 from ..lineage import checkpoint_digest, weights_digest
-from ..loading import target_layers
+from ..loading import read_head, target_layers
 from .forms import Form
-from .manifest import HEAD, TEACHER, encoding_of, head_weight, read_manifest, require_rows, require_same, tensor_digest
-from .rows import answers_digest, row_key
+from .manifest import HEAD, TEACHER, encoding_of, read_manifest, require_rows, require_same, tensor_digest
+from .rows import IGNORED, answers_digest, row_key
 from .store import CacheError, CacheReader, Refused
 
 
@@ -69,8 +69,8 @@ class CachedTeacher:
         """What a stage records of its teacher; a cache that is not exact belongs to what was made with it."""
         facts = {"path": self.manifest["teacher"]["path"], **self.identity["teacher"], "layers": self.layers}
         del facts["verbalizers"]
-        if not self.layers:  # none is asked to speak: as a teacher in the job has it
-            facts |= {"verbalizer": self.run.verbalizer.model_dump(), "layers": self._named_layers()}
+        if not self.layers:  # no target layer is asked to speak: as a teacher in the job has it
+            facts |= {"verbalizer": self.run.verbalizer.recorded, "layers": self._named_layers()}
         exact = self.form == "hidden" or self.identity["numbers"] == "float32"
         return facts | ({} if exact else {"targets": self.identity["numbers"]})
 
@@ -96,10 +96,8 @@ class CachedTeacher:
 
         return load_processor(self.folder / TEACHER)
 
-    def head(self, device: torch.device) -> Tensor | None:
-        """[V, d_l] language head of the teacher, on the device; None where targets stand for it."""
-        if self.form == "targets":
-            return None
+    def head(self, device: torch.device) -> Tensor:
+        """[V, d_l] language head of the teacher beside its hidden states, on the device."""
         from safetensors.torch import load_file
 
         return load_file(self.folder / HEAD, device=str(device))["head"]
@@ -159,6 +157,9 @@ class CachedTeacher:
     def _require_this_run(self) -> None:
         there: dict[str, Any] = {"encoding": self.identity["encoding"], "dtype": self.identity["dtype"]}
         here: dict[str, Any] = {"encoding": encoding_of(self.run), "dtype": self.run.dtype}
+        spoken_by = self.identity["teacher"]["verbalizer"] or {}
+        there["verbalizer.language"] = spoken_by.get("language", "own")
+        here["verbalizer.language"] = self.run.verbalizer.language
         if self.form == "targets":
             there["temperature"], here["temperature"] = self.identity["temperature"], self.run.interact.temperature
         digests: dict[str, Any] = {}
@@ -166,7 +167,7 @@ class CachedTeacher:
         folder, spoken = Path(self.run.teacher.path), self._verbalizer_folder()
         if self._is_own and folder.is_dir():
             digests["checkpoint"] = checkpoint_digest(folder)
-        if self._is_own and spoken.is_dir() and self.run.interact.matches_layers:
+        if self._is_own and spoken.is_dir() and "teacher" in self.run.speakers:
             digests["verbalizers"] = weights_digest(spoken)
         there["teacher"] = {name: self.identity["teacher"][name] for name in digests}
         require_same(self.folder, there, here | {"teacher": digests}, "this run")
@@ -186,9 +187,12 @@ class CachedTeacher:
             ConfigError: names both sides.
         """
         there, here = {"vocab_size": self.identity["vocab_size"]}, {"vocab_size": vocab_size}
-        if self.form == "targets":
+        if self.form == "targets" or self.run.verbalizer.translates:
             there["student_head"] = self.identity["student_head"]
-            here["student_head"] = tensor_digest(head_weight(folder, config, self.run.dtype))
+            here["student_head"] = tensor_digest(read_head(folder, config, self.run.dtype))
+        if self.run.verbalizer.translates:  # its norm is spoken through as well
+            there["student"] = self.identity["teacher"].get("student", {}).get("checkpoint")
+            here["student"] = checkpoint_digest(folder)
         require_same(self.folder, there, here, "this run")
 
 
@@ -207,6 +211,8 @@ class Said:
     """Which one, of `of`."""
     of: int
     values: dict[str, Tensor] | CacheError
+    kept: Tensor | None = None
+    """[N] int64: which of the student's answer tokens it said something to; None: all."""
 
 
 def rows_of(caches: list[CachedTeacher], sources: list[SourceConfig], follow: bool = False) -> Routed | None:
@@ -228,7 +234,8 @@ class Routed:
 
     def __call__(self, sample: Sample, labels: Tensor) -> Said:
         teacher = self.routes[sample.source]
-        return Said(teacher, len(self.caches), self.caches[teacher](sample, labels))
+        values, kept = self.caches[teacher](sample, labels)
+        return Said(teacher, len(self.caches), values, kept)
 
 
 class CachedRows:
@@ -242,8 +249,8 @@ class CachedRows:
     def __init__(self, reader: CacheReader, columns: list[int]):
         self.reader, self.columns = reader, columns
 
-    def __call__(self, sample: Sample, labels: Tensor) -> dict[str, Tensor] | CacheError:
-        """What is stored of a row, [N, R, ..] each.
+    def __call__(self, sample: Sample, labels: Tensor) -> tuple[dict[str, Tensor] | CacheError, Tensor | None]:
+        """What is stored of a row, [N, R, ..] each; and `Said.kept`.
 
         A row that the cache does not have gives the error, to be raised where the row is used: rows are read ahead, and
         those behind a stage's last step need no targets.
@@ -261,20 +268,26 @@ class CachedRows:
         if isinstance(found, Refused):
             raise UnusableRow(found.cause, f"in the teacher's cache: {found.detail}")
         if found is None:
-            return CacheError(
+            error = CacheError(
                 f"row {sample.id} is not in {self.reader.folder}, which has {len(self.reader)} rows. Its words or "
                 "image may have changed since; or the cache was built of other rows, or of fewer: `vlsi-fast teacher "
                 "build` with this config adds what is missing"
             )
+            return error, None
+        values = self.reader.read(found)
+        kept = values.pop("kept", None)
+        if kept is not None:
+            kept = kept.long()
+            there = int((labels != IGNORED).sum())
+            labels = keep_answers(labels, kept[kept < there])
         if found.answers != answers_digest(labels):
             raise AnswerMismatchError(
                 f"row {sample.id}: the student's answer tokens are not those in {self.reader.folder}, so the two "
                 "cannot be compared. Set the chat template on both that the teacher had when the cache was built"
             )
-        values = self.reader.read(found)
         if len(self.columns) == next(iter(values.values())).shape[1]:
-            return values
-        return {name: value[:, self.columns] for name, value in values.items()}
+            return values, kept
+        return {name: value[:, self.columns] for name, value in values.items()}, kept
 
     def find(self, key: bytes):
         """Where a row is."""

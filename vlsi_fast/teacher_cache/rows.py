@@ -54,6 +54,11 @@ def answers_digest(labels: Tensor) -> bytes:
     return hashlib.blake2b(ids.numpy().tobytes(), digest_size=ANSWER_BYTES).digest()
 
 
+def kept_of(whole: Tensor, labels: Tensor) -> Tensor:
+    """Numbers of the answer tokens in `labels` [1, T] among those in `whole` [1, T], [N] int32."""
+    return (labels[whole != IGNORED] != IGNORED).nonzero()[:, 0].int()
+
+
 class KeyedDataset(VlsiDataset):
     """The teacher's rows with `key`, and `refused`: key, cause and detail of each row passed over on the way."""
 

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from vlsi_kernels import TeacherTargets, head_statistics
 
-from ..backbones import family_of
 from ..config import ConfigError
+from ..loading import read_head
 from ..losses import PairwiseKL
 from ..matching import draw_generator
-from ..ranks.shard_loading import read_parameter
 from ..ranks.sharding import barrier, gathered_objects, rank
 from ..stages.arguments import training_arguments
 from ..stages.batches import to_device
 from ..stages.interact import InteractStage
+from ..translation import final_norm_of, gain_of
 from .forms import pack_targets, unpack_targets
-from .manifest import HEAD, head_weight
+from .manifest import HEAD
 
 if TYPE_CHECKING:
     from .build import Chosen
@@ -41,7 +41,7 @@ class TeacherStage(InteractStage):
 
     @property
     def _speakers(self) -> list[str]:
-        return ["teacher"] if "teacher" in self.settings.speakers else []
+        return ["teacher"] if "teacher" in self.config.speakers else []
 
     def prepare(self, layers: list[int] | None) -> None:
         """Read configs and processors, and check that the teacher can be asked.
@@ -74,7 +74,10 @@ class Teacher:
 
     def __init__(self, stage: TeacherStage, folder: Path, chosen: Chosen, student_head: Tensor | None):
         self.stage, self.chosen, self.device = stage, chosen, stage.args.device
-        teacher = stage.load_speaking_teacher()
+        head = None
+        if student_head is not None:
+            head = nn.Parameter(student_head.to(self.device), requires_grad=False)
+        teacher = stage.load_speaking_teacher(head)
         if stage.args.deepspeed is None:
             teacher.to(self.device)
         self._call = stage.apart(teacher) or teacher
@@ -82,11 +85,10 @@ class Teacher:
         self.errors: dict[str, float] = {}
         """What rounding costs, by the first micro-batch."""
         self.pairwise = None
-        if student_head is not None:
-            weight = nn.Parameter(student_head.to(self.device), requires_grad=False)
-            self.pairwise = PairwiseKL(weight, teacher.head_weight, stage.head_options)
-            self.student_head = weight
-        else:
+        if chosen.form == "targets":
+            self.pairwise = PairwiseKL(head, teacher.head_weight, stage.head_options)
+            self.student_head = head
+        elif not stage.config.verbalizer.translates:  # the student has the head of translated states
             _write_head(stage, folder / HEAD)
 
     @torch.no_grad()
@@ -128,7 +130,7 @@ def _write_head(stage: TeacherStage, path: Path) -> None:
 
         role = stage.roles["teacher"]
         partial = path.with_suffix(".partial")
-        save_file({"head": head_weight(role.folder, role.config, stage.config.dtype).contiguous()}, partial)
+        save_file({"head": read_head(role.folder, role.config, stage.config.dtype).contiguous()}, partial)
         partial.replace(path)
     barrier()
 
@@ -148,8 +150,8 @@ def measured_errors(
     rounded = unpack_targets({n: v[:count] for n, v in stored.items()}, targets.vocab_size, targets.temperature)
     exact = targets._replace(neg_entropy=targets.neg_entropy[:, :count], expectation=targets.expectation[:, :count])
     student = stage.roles["student"]
-    norm = read_parameter(student.folder, student.config, lambda m: family_of(m.config).final_norm(m).weight)
-    probe = (torch.randn(count, weight.shape[1], generator=draw_generator(0, 0, 0)) * norm.float()).to(weight)
+    gain = gain_of(final_norm_of(student.folder, student.config, torch.float32), weight.shape[1])
+    probe = (torch.randn(count, weight.shape[1], generator=draw_generator(0, 0, 0)) * gain).to(weight)
     options = {"vocab_size": targets.vocab_size, "temperature": targets.temperature, "impl": stage.config.impl}
     found = head_statistics(probe, weight, weight, **options)
     difference = rounded.expectation - exact.expectation

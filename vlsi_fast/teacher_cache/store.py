@@ -12,7 +12,8 @@ several calls on several machines have written is one cache. A shard that is in 
 Tensors of a shard, of n rows with M answer tokens in all: `keys` [n, 16] and `answers` [n, 8] uint8 (`rows.py`), `ends`
 [n] int64 (a row's tokens end there), `numbers` int64 (of rows in their data that are done with: kept here, kept already
 by another shard, or refused), in shards that are deleted after use `positions` int64 of these, and what `forms.py`
-stores, [M, ..]. Tokens come first, so that a row is one stretch of the file.
+stores, [M, ..]; where the teacher speaks the tokens of a student with another tokenizer, `kept` [M] int32: which of the
+row's answer tokens each is, counted among the student's. Tokens come first, so that a row is one stretch of the file.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SHARDS = "shards"
 CATALOGUE = ".jsonl"
 OPEN_SHARDS = 8
 """Shards that a reader holds open, mapped into memory."""
-VALUES = ("neg_entropy", "expectation", "scale", "hidden")
+VALUES = ("neg_entropy", "expectation", "scale", "hidden", "kept")
 
 
 class CacheError(UserError, RuntimeError):

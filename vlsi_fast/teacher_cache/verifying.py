@@ -27,7 +27,8 @@ def problems_of(folder: Path, quick: bool = False) -> Iterator[str]:
     identity = read_manifest(folder)["identity"]
     if not (folder / TEACHER / "config.json").is_file():
         yield f"{folder / TEACHER / 'config.json'} is missing"
-    if identity["form"] == "hidden" and not (folder / HEAD).is_file():
+    own_head = identity["form"] == "hidden" and identity["student_head"] is None
+    if own_head and not (folder / HEAD).is_file():
         yield f"{folder / HEAD} is missing"
     layers = len(identity["layers"]) + identity["has_last"]
     for name, line in shards_of(folder).items():
@@ -57,6 +58,8 @@ def _inside(path: Path, line: dict[str, Any], layers: int) -> str | None:
         return "has another number of rows than its catalogue says"
     if any(v.shape[:2] != (line["tokens"], layers) for v in values):
         return f"has not {layers} layers of {line['tokens']} answer tokens"
+    if "kept" in shard and shard["kept"].shape != (line["tokens"],):
+        return f"says of {len(shard['kept'])} answer tokens which they are, and has {line['tokens']}"
     if not all(bool(torch.isfinite(v).all()) for v in values if v.is_floating_point()):
         return "holds numbers that are not finite"
     return None

@@ -27,8 +27,8 @@ class Source:
     """student or teacher: whose settings and verbalizers it has."""
     checkpoint: str
     """Folder, or Hub name."""
-    verbalizers: Path
-    """Folder."""
+    verbalizers: Path | None
+    """Folder; None where only the model itself can be heard."""
     note: str = ""
     """What a reader should know about the two."""
 
@@ -113,7 +113,8 @@ def hear(
         try:
             columns.append(Column(source, speaker.speak(images, question, layers=chosen, **options)))
         except ValueError as error:
-            raise ValueError(f"{source.name}: {error}") from error
+            why = "" if source.verbalizers is not None else f" ({source.note})"
+            raise ValueError(f"{source.name}: {error}{why}") from error
         del speaker
         gc.collect()
     return columns
@@ -126,7 +127,11 @@ def _original(run: Run, name: str, role: str) -> Source:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}, or leave it out: --compare without {name}") from error
     checkpoint = run.base(role)
-    made_for, note = read_spec(folder).made_for, "heard through its own verbalizers"
+    spec, note = read_spec(folder), "heard through its own verbalizers"
+    made_for = spec.made_for
+    if spec.translates:
+        note = "its layers speak the student's tokens (verbalizer.language student), which it cannot read back: heard "
+        return Source(name, role, checkpoint, None, note + "by its own answer alone")
     trained_on = made_for.get("checkpoint")
     if trained_on is not None and trained_on != checkpoint_digest(resolve_folder(checkpoint, f"{role}.path")):
         raise ConfigError(
@@ -151,7 +156,8 @@ def _other(run: Run, checkpoint: str) -> Source:
         with contextlib.suppress(FileNotFoundError):  # a run may have verbalizers of one role only
             folder = run.verbalizers(role)
             spec = read_spec(folder)
-            if (spec.model_type, spec.hidden_size) == (config.model_type, text.hidden_size):
+            fits = (spec.model_type, spec.hidden_size) == (config.model_type, text.hidden_size)
+            if fits and not spec.translates:
                 note = f"heard through the {role}'s verbalizers"
                 return Source(Path(checkpoint).name or checkpoint, role, checkpoint, folder, note)
     raise ConfigError(

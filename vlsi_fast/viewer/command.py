@@ -104,7 +104,7 @@ def _tree(
     """What `--json` prints: alternatives are empty without `--probabilities`, `right` is null without an answer."""
     models = []
     for column in columns:
-        source = {name: str(value) for name, value in asdict(column.source).items()}
+        source = {name: None if value is None else str(value) for name, value in asdict(column.source).items()}
         layers = [asdict(speech) | {"right": is_right(speech, answer)} for speech in column.speeches]
         for layer in layers if not arguments.probabilities else ():
             layer["alternatives"] = []

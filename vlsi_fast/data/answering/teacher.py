@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from ...acceleration import attention_name
 from ...attention import VARLEN
@@ -65,6 +66,7 @@ class Teacher:
         own = config is not None and model is None
         mode = resolve_mode(_mode(config.teacher.mode), device) if own else "replicated"
         asked = config.teacher.attn_implementation if own else "auto"
+        attention = "auto" if asked == VARLEN else asked  # rows are padded here
         bounds: dict[str, dict[str, int | None]] = {}
         if config is not None:
             sections = {"data": config.data} | ({"teacher": config.teacher} if own else {})
@@ -75,7 +77,7 @@ class Teacher:
             digest=checkpoint_digest(folder),
             dtype=dtype,
             quantized=mode if mode in QUANTIZED else None,
-            attention=attention_name("auto" if asked == VARLEN else asked, dtype, device),  # rows are padded here
+            attention=attention_name(attention, dtype, device, False, AutoConfig.from_pretrained(folder)),
             device=device,
             bounds=bounds,
             data=None if config is None else config.data,

@@ -62,6 +62,9 @@ def _require_student(subject: Subject, found: CachedTeacher) -> None:
     if not list(folder.glob("*.safetensors")):
         return
     student, config = subject.processor("student"), subject.model_config("student")
+    if subject.config.verbalizer.translates:
+        found.require_student(folder, config, config.get_text_config().vocab_size)
+        return
     tokens = require_same_tokens(student.tokenizer, found.processor.tokenizer, str(folder), str(found.folder))
     rows = [each.get_text_config().vocab_size for each in (config, found.config)]
     found.require_student(folder, config, shared_rows(rows, tokens))

@@ -36,7 +36,7 @@ def probes_of(subject: Subject, device: torch.device) -> list[Probe]:
     held = config.teacher.mode in (*QUANTIZED, "offload")  # liger-kernel's modules are not put into such a teacher
     for stage in subject.stages:
         heard = ["student"] if subject.reads_cache else config.interact.roles
-        names = {"verbalize": config.verbalize.models, "interact": heard}.get(stage, ["student"])
+        names = {"verbalize": config.read_by_verbalize, "interact": heard}.get(stage, ["student"])
         models = {name: subject.model_config(name) for name in names}
         attention = {
             name: attention_name(

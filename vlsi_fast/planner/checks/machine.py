@@ -66,11 +66,13 @@ def check_memory(subject: Subject) -> str:
 def check_self_kl(subject: Subject) -> str:
     """KL(teacher || teacher) = 0 by the operators that train, on random hidden states and a random head.
 
-    No weights are read: the head has the teacher's width and as much of its vocabulary as `SELF_CHECK_ELEMENTS` holds.
+    No weights are read: the head has the teacher's width and as much of its vocabulary as `SELF_CHECK_ELEMENTS` holds;
+    the student's, where the teacher speaks through it.
     """
     from vlsi_kernels import layer_kl_matrix, teacher_targets
 
-    text = subject.model_config("teacher").get_text_config()
+    role = "student" if subject.config.verbalizer.translates else "teacher"
+    text = subject.model_config(role).get_text_config()
     rows = min(text.vocab_size, max(256, SELF_CHECK_ELEMENTS // text.hidden_size))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(0)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...backbones import family_of, require_dense
 from ...config import ConfigError
+from ...data.alignment import common_tokens
 from ...data.collate import blank_image
+from ...data.encoding import image_token_ids
 from ...data.messages import Sample
 from ...loading import require_same_tokens, target_layers
 from ...sizes import format_count
@@ -30,6 +33,11 @@ def check_models(subject: Subject) -> str:
         except ConfigError as error:
             raise Failed(str(error), f"change {role}.layers") from error
         said.append(f"{role}: {subject.model_config(role).model_type}, {len(layers)} target layers")
+    if "sft" in subject.stages and subject.config.sft.method == "full":
+        try:
+            require_dense(family_of(subject.model_config("student")), "sft.method")
+        except ConfigError as error:
+            raise Failed(str(error), "set sft.method to lora") from error
     return "; ".join(said)
 
 
@@ -45,15 +53,31 @@ def check_sizes(subject: Subject) -> str:
 
 
 def check_tokens(subject: Subject) -> str:
-    """Every token has the same id in both tokenizers, but for special tokens that no answer holds."""
+    """Every token has the same id in both tokenizers, but for special tokens that no answer holds; a teacher that
+    speaks the student's language needs some tokens in common."""
     student, teacher = (subject.processor(role).tokenizer for role in ("student", "teacher"))
+    if subject.config.verbalizer.translates:
+        return _common(student, teacher)
     try:
         found = require_same_tokens(student, teacher, subject.config.student.path, subject.config.teacher.path)
     except ConfigError as error:
-        raise Failed(str(error), "choose a teacher and a student of one family") from error
+        fix = "choose a teacher and a student of one family, or set verbalizer.language to student"
+        raise Failed(str(error), fix) from error
     if found.limit is not None:
         raise Notice(f"{len(found.differing)} special tokens differ: heads are compared below row {found.limit}")
     return f"{len(student.get_vocab())} tokens"
+
+
+def _common(student, teacher) -> str:
+    """What the translation starts from."""
+    try:
+        count = common_tokens(student, teacher).shape[1]
+    except ValueError as error:
+        raise Failed(str(error), "see the message") from error
+    said = f"{count} of the student's {len(student.get_vocab())} tokens are also tokens of the teacher"
+    if count < 2:
+        raise Failed(said, "choose models whose tokenizers share tokens: the translation starts from those")
+    return f"{said}: the translation starts from them"
 
 
 def check_heads(subject: Subject) -> str:
@@ -61,19 +85,23 @@ def check_heads(subject: Subject) -> str:
     rows = {}
     for role in subject.roles:
         rows[role] = subject.model_config(role).get_text_config().vocab_size
-        tokens = max(subject.processor(role).tokenizer.get_vocab().values()) + 1
+        processor = subject.processor(role)
+        never = {getattr(processor, f"{kind}_token", None) for kind in ("video", "audio")}  # no row has one
+        tokens = max(i for token, i in processor.tokenizer.get_vocab().items() if token not in never) + 1
         if tokens > rows[role]:
             raise Failed(
                 f"the {role}'s tokenizer has ids up to {tokens - 1}, its head only {rows[role]} rows",
                 "resize its embeddings, or use the tokenizer that belongs to it",
             )
+    if subject.config.verbalizer.translates and "student" in rows:
+        return f"{rows['student']} rows of the student's, through which both speak"
     if len(set(rows.values())) > 1:
         raise Notice(f"student {rows['student']} rows, teacher {rows['teacher']}: both are cut to {min(rows.values())}")
     return f"{min(rows.values())} rows"
 
 
 def check_templates(subject: Subject) -> str:
-    """Both chat templates give the same answer tokens, on a conversation of two turns."""
+    """Both chat templates give the same answer tokens, on two turns; those of a translating teacher read them."""
     turns = [("user", "What is it?"), ("assistant", "A red circle."), ("user", "Sure?"), ("assistant", "Yes, sure.")]
     messages = [{"role": who, "content": [{"type": "text", "text": text}]} for who, text in turns]
     sample = Sample(id="preflight conversation", messages=messages, images=[])
@@ -86,7 +114,7 @@ def check_images(subject: Subject) -> str:
     for role in subject.roles:
         processor, config = subject.processor(role), subject.model_config(role)
         expected = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-        found = getattr(processor, "image_token_id", None)
+        found = next(iter(image_token_ids(processor)), None)
         if found is None:
             found = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", None))
         if expected is not None and found != expected:

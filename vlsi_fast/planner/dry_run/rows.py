@@ -7,8 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ...backbones import family_of
 from ...config import ConfigError, RunConfig
+from ...data.collate import TILE_MASK
 from ..report import Rows
+from ..shapes import side_of
 
 
 def rows_that_fit(rows: Rows, config: RunConfig) -> Rows:
@@ -40,8 +43,16 @@ def row_of(config, rows: Rows) -> dict[str, Tensor]:
     Raises:
         ConfigError: no image of the family is as small as the row asks for.
     """
-    tiled = hasattr(config, "image_grid_pinpoints")
-    image, vision = _tiles(config, rows.image_tokens) if tiled else _patches(config.vision_config, rows.image_tokens)
+    marked = hasattr(config.vision_config, "spatial_merge_size")  # Qwen-VL, GLM; others cut images into tiles
+    fixed = getattr(config, "mm_tokens_per_image", None)
+    if fixed is not None:
+        side = config.vision_config.image_size
+        image, vision = fixed, {"pixel_values": torch.zeros(1, 3, side, side)}
+    elif marked:
+        image, vision = _patches(config.vision_config, rows.image_tokens)
+    else:
+        tiles = _tiles if hasattr(config, "image_grid_pinpoints") else _square_tiles
+        image, vision = tiles(config, rows.image_tokens)
     if image + 2 + rows.answers > rows.tokens:
         raise ConfigError(
             f"the smallest image of {config.model_type} has {image} tokens, and rows of {rows.tokens} tokens have no "
@@ -52,10 +63,20 @@ def row_of(config, rows: Rows) -> dict[str, Tensor]:
     labels = torch.full_like(ids, -100)
     labels[:, -rows.answers :] = ids[:, -rows.answers :]
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **vision}
-    if not tiled:
-        ids[:, 0], ids[:, 1 + image] = config.vision_start_token_id, config.vision_end_token_id
+    if fixed is not None:
+        row["token_type_ids"] = (ids == config.image_token_id).long()
+    elif marked:
+        kind = "vision" if hasattr(config, "vision_start_token_id") else "image"  # GLM's
+        ids[:, 0] = getattr(config, f"{kind}_start_token_id")
+        ids[:, 1 + image] = getattr(config, f"{kind}_end_token_id")
         row["mm_token_type_ids"] = (ids == config.image_token_id).long()
     return row
+
+
+def vision_inputs(config) -> list[str]:
+    """What an image processor of the family names its tensors, as far as rows are collated by them."""
+    names = ["pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"]
+    return [*names, TILE_MASK] if config.model_type == "smolvlm" else names
 
 
 def _patches(vision, tokens: int) -> tuple[int, dict[str, Tensor]]:
@@ -85,3 +106,12 @@ def _tiles(config, tokens: int) -> tuple[int, dict[str, Tensor]]:
         "image_sizes": torch.tensor([[height, width]]),
         "batch_num_images": torch.tensor([1]),
     }
+
+
+def _square_tiles(config, tokens: int) -> tuple[int, dict[str, Tensor]]:
+    """InternVL, SmolVLM: as many tiles of equal size as give at most so many tokens, and at least one."""
+    side, patch = (side_of(getattr(config.vision_config, name)) for name in ("image_size", "patch_size"))
+    of_tile = (side // patch) ** 2 // family_of(config).merge(config)
+    tiles = max(1, tokens // of_tile)
+    shape = (1, tiles) if config.model_type == "smolvlm" else (tiles,)
+    return tiles * of_tile, {"pixel_values": torch.zeros(*shape, 3, side, side)}

@@ -26,6 +26,7 @@ from vlsi_kernels import TeacherTargets
 
 from ...acceleration import attention_name, use_packing
 from ...attention import VARLEN, set_varlen
+from ...backbones import family_of
 from ...config import RunConfig
 from ...data.collate import Collator
 from ...data.packing import Packer
@@ -33,12 +34,13 @@ from ...hidden_states import Held, VerbalizedBackbone
 from ...loading import cut_config
 from ...losses import AnswerLoss, LogitL2, MatchedDivergence, OwnOutputLoss, PairwiseKL
 from ...matching import draw_generator
-from ...ranks.shard_loading import model_class
+from ...ranks.shard_loading import empty_model, model_class
 from ...stages import STAGE_CLASSES
 from ...stages import stage as stages
 from ...stages.batches import StageCollator, restore_shared, to_device
 from ...stages.interact import InteractStage
-from ...teacher import held
+from ...stages.verbalize import VerbalizeStage
+from ...teacher import drop_head, held
 from ...teacher_cache.forms import pack_targets
 from ...teacher_cache.recalling import Said
 from ...verbalizer import Verbalizers
@@ -49,13 +51,10 @@ from ..report import Rows
 from ..shapes import ModelShape
 from .device import DEVICE
 from .optimizers import Masters, Plain, tensors_of
-from .rows import row_of, shorter
+from .rows import row_of, shorter, vision_inputs
 from .tape import Tape
 
 LOSSES = (AnswerLoss, LogitL2, MatchedDivergence, OwnOutputLoss, PairwiseKL)
-
-
-VISION_INPUTS = ["pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"]
 
 
 class UnloadedRole(stages.Role):
@@ -68,8 +67,15 @@ class UnloadedRole(stages.Role):
         self.folder = Path(self.settings.path)
         self.config, self.layers = models.configs[name], models.layers[name]
         self.processor = SimpleNamespace(
-            tokenizer=SimpleNamespace(pad_token_id=0), image_processor=SimpleNamespace(model_input_names=VISION_INPUTS)
+            tokenizer=SimpleNamespace(pad_token_id=0),
+            image_processor=SimpleNamespace(model_input_names=vision_inputs(self.config)),
         )
+
+        self._models = models
+
+    @property
+    def _student(self) -> UnloadedRole:
+        return UnloadedRole("student", self.run, self._models)
 
     def trained_verbalizers(self) -> Verbalizers:
         """Theirs in shape."""
@@ -105,14 +111,13 @@ class _Cache:
         self._recalled, self._dtype = recalled_of(models), getattr(torch, models.config.dtype)
         self.config = models.configs["teacher"]
         self.layers = list(range(1, self._recalled.layers + 1))
-        rows = (model.get_text_config().vocab_size for model in (self.config, models.configs["student"]))
-        self.identity = {"vocab_size": min(rows)}
+        self.identity = {"vocab_size": min(self._recalled.rows, models.shapes["student"].vocab)}
+        self.form = self._recalled.form
         self.weight: Tensor | None = None
 
-    def head(self, device: torch.device) -> Tensor | None:
+    def head(self, device: torch.device) -> Tensor:
         """On the device, beside hidden states."""
-        if self._recalled.has_states:
-            self.weight = torch.empty(self._recalled.rows, self._recalled.width, dtype=self._dtype, device=device)
+        self.weight = torch.empty(self._recalled.rows, self._recalled.width, dtype=self._dtype, device=device)
         return self.weight
 
     def row(self, labels: Tensor) -> Said:
@@ -152,7 +157,10 @@ class DryStage:
         if setup.teacher_mode == "cached" and "teacher" in self.config.interact.roles:
             self.cache = _Cache(models)
             stage.caches = [self.cache]
-        self.packed = {role: use_packing(self.config.data.padding_free, self._attention(role)) for role in stage.roles}
+        self.packed = {
+            name: use_packing(self.config.data.padding_free, self._attention(name), role.config)
+            for name, role in stage.roles.items()
+        }
 
     def _attention(self, name: str) -> str:
         """As the stage chooses it on a machine without flash-attn, whose operators take no tensors without storage."""
@@ -177,6 +185,10 @@ class DryStage:
         with (
             mock.patch.object(stages, "load_backbone", self._student),
             mock.patch.object(stages, "load_teacher", self._teacher),
+            mock.patch.object(stages, "read_head", self._head),
+            mock.patch.object(stages, "final_norm_of", self._norm),
+            mock.patch.object(VerbalizeStage, "_translation", self._translation),
+            mock.patch.object(VerbalizeStage, "_common_tokens", self._common_tokens),
             mock.patch.object(stages.Stage, "_attention", lambda stage, name: self._attention(name)),
             mock.patch.object(InteractStage, "_window", lambda stage: 1),
             mock.patch.object(stages.Stage, "_persists_heads", lambda stage: False),
@@ -199,8 +211,12 @@ class DryStage:
     def _student(self, folder, dtype: str, attention: str, depth: int | None = None) -> nn.Module:
         return self._empty("student", dtype, attention, depth)
 
-    def _teacher(self, folder, mode: str, dtype: str, attention: str, depth: int | None, args) -> nn.Module | Held:
+    def _teacher(
+        self, folder, mode: str, dtype: str, attention: str, depth: int | None, args, has_head: bool
+    ) -> nn.Module | Held:
         model = self._empty("teacher", dtype, attention, depth)
+        if not has_head:
+            drop_head(model)
         if mode == "zero3":
             return model
         if mode != "replicated":
@@ -211,8 +227,29 @@ class DryStage:
         with torch.device("meta"), no_init_weights():
             return stock_model(self.models.configs[role], dtype, attention, depth)
 
+    # what translating verbalizers start from and speak through
+
+    def _head(self, folder, config, dtype: str) -> Tensor:
+        text = config.get_text_config()
+        return torch.empty(text.vocab_size, text.hidden_size, dtype=getattr(torch, dtype), device="meta")
+
+    def _norm(self, folder, config, dtype: torch.dtype, device) -> nn.Module:
+        return copy.deepcopy(family_of(config).final_norm(empty_model(config))).to(dtype).requires_grad_(False)
+
+    def _translation(self) -> Tensor:
+        widths = (self.models.shapes[name].width for name in ("student", "teacher"))
+        return torch.empty(*widths, device="meta")
+
+    def _common_tokens(self) -> Tensor:
+        vocabulary = min(shape.vocab for shape in self.models.shapes.values())  # at most
+        return torch.empty(2, vocabulary, dtype=torch.long, device="meta")
+
     def _hold(self, tape: Tape) -> None:
         """Weights to the columns of the planner."""
+        languages = [backbone.language for backbone in backbones_of(self.module).values()]
+        for language in filter(None, languages):  # a head that is the student's own is moved to its column below
+            for tensor in (*language.final_norm.parameters(), language.head_weight):
+                tape.hold(tensor, "teacher")
         for role, backbone in backbones_of(self.module).items():
             for tensor in (*backbone.model.parameters(), *backbone.model.buffers(), *backbone.parameters()):
                 frozen = role == "teacher" and not tensor.requires_grad
@@ -245,7 +282,8 @@ class DryStage:
         count = self.training.per_device_train_batch_size
         made: dict[tuple, list[dict]] = {}
         rows: list[dict] = [{"id": str(i), "skipped": []} for i in range(count)]
-        for name, role in self.stage.roles.items():
+        roles = {name: self.stage.roles[name] for name in self.module.roles}
+        for name, role in roles.items():
             found = row_of(role.config, self.rows)
             self.planned[name] = self._planned(found, self.models.shapes[name], count, self.packed[name])
             key = (role.config.model_type, *(tuple(value.shape) for value in found.values()))
@@ -256,10 +294,10 @@ class DryStage:
                 row[name] = encoded
                 if self.cache is not None:
                     row["taught"] = self.cache.row(encoded["labels"])
-        packers = {name: Packer(role.config) for name, role in self.stage.roles.items() if self.packed[name]}
-        processors = {name: role.processor for name, role in self.stage.roles.items()}
+        packers = {name: Packer(role.config) for name, role in roles.items() if self.packed[name]}
+        processors = {name: role.processor for name, role in roles.items()}
         collate = Collator(processors, packers=packers)
-        whole = StageCollator(collate, tuple(self.stage.roles))(rows)
+        whole = StageCollator(collate, self.module.roles)(rows)
         batch = to_device(whole["batch"], DEVICE)
         restore_shared(batch, whole["facts"])
         own = list({id(tensor): tensor for tensor in tensors_of(batch)}.values())
@@ -274,9 +312,9 @@ class DryStage:
         """The same micro-batch for the planner."""
         tokens, answers = row["input_ids"].shape[1], int((row["labels"][:, 1:] != -100).sum())
         patches = row["pixel_values"].shape[0]
-        if "image_sizes" in row:
-            patches = row["pixel_values"].shape[1] * (row["pixel_values"].shape[-1] // shape.image_size) ** 2
-        return Batch(rows, tokens, rows * answers, rows * patches, masked=rows > 1 and not packed)
+        if row["pixel_values"].dim() > 2:  # whole pictures or tiles, one row's
+            patches = row["pixel_values"].shape[:-3].numel() * (row["pixel_values"].shape[-1] // shape.image_size) ** 2
+        return Batch(rows, tokens, rows * answers, rows * patches, masked=rows > 1 and not packed or shape.masked)
 
     # ---- the step ----
 

@@ -432,6 +432,7 @@ def _formulas() -> dict:
         aten.bmm: lambda a, b, *_, **__: _product(a, b),
         aten.addmm: lambda c, a, b, *_, **__: _product(a, b),
         aten.addmm_: lambda c, a, b, *_, **__: _product(a, b),
+        aten._grouped_mm: lambda a, b, *_, **__: _product(a, b),  # each row of [S, K] meets one of [E, K, N]
         aten.baddbmm: lambda c, a, b, *_, **__: _product(a, b),
         aten.baddbmm_: lambda c, a, b, *_, **__: _product(a, b),
         aten._scaled_dot_product_flash_attention: lambda q, k, *_, **__: _attention(q, k.shape[-2], 2),
