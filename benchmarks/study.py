@@ -335,7 +335,8 @@ def plot(result: dict[str, Any], path: Path) -> str | None:
     if not rows:
         return None
     orders = [order for order in result["order"] if order["paper_means"]]
-    size = (7 + 3 * len(orders), 1.2 + 0.35 * len(rows))
+    width = 5 + max(2, max(len(entry["name"]) for entry in rows) * 0.08)  # inches, of names and our means
+    size = (width + 3 * len(orders), 1.2 + 0.35 * len(rows))
     figure, axes = pyplot.subplots(1, 1 + len(orders), figsize=size, sharey=True, squeeze=False)
     places = list(range(len(rows)))[::-1]
     ours, *theirs = axes[0]
