@@ -257,6 +257,7 @@ def test_stored_spec_is_readable(backbone_config, tmp_path):
         "norm": True,
         "residual": True,
         "output_size": None,
+        "translates": False,
         "model_type": "qwen2_vl",
         "backbone_config": None,
         "made_for": {},

@@ -170,11 +170,11 @@ class FollowedRows(CachedRows):
         """Where the stage's last step ends: rows behind it are read ahead, and not waited for."""
         self._silence, self._is_gone = Silence(), False
 
-    def __call__(self, sample: Sample, labels: Tensor) -> dict[str, Tensor] | CacheError:
+    def __call__(self, sample: Sample, labels: Tensor) -> tuple[dict[str, Tensor] | CacheError, Tensor | None]:
         try:
             return super().__call__(sample, labels)
         except CacheError as error:
-            return error  # raised where the row is used, so as it is, and not in a worker
+            return error, None  # raised where the row is used, so as it is, and not in a worker
 
     def find(self, key: bytes):
         """Where a row is, once it is there.
