@@ -12,9 +12,6 @@ rows). Heads of students of smaller widths, of one vocabulary:
 | leading   | the teacher's head on its own leading directions (SVD): best of its width | a student of the family |
 | unrelated | random numbers                                                           | the worst there is      |
 
-With `--pair TEACHER STUDENT ROWS` two checkpoints of their own are compared instead, on the answers of ROWS (JSONL of
-reader messages): heads that were trained apart.
-
 Measured over answer tokens: how often the top token stays what it was, and how often it is the right one. In the least
 squares all tokens count alike; or by how often answers have them, which is what stage verbalize does; or as the teacher
 itself expects them, which would take a pass of the teacher over rows first. Counts and expectations are of other rows
@@ -33,13 +30,9 @@ from typing import Any
 import torch
 from real_lm import Bench
 from seeds import machine
-from transformers import AutoConfig
 
-from vlsi_fast import load_config
-from vlsi_fast.data.alignment import common_tokens
-from vlsi_fast.data.processors import load_processor
 from vlsi_fast.lineage import code_commit, versions
-from vlsi_fast.translation import final_norm_of, gain_of, start_map, token_weights
+from vlsi_fast.translation import start_map, token_weights
 
 RESULT = Path(__file__).resolve().parent / "results" / "translation_start.json"
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)
@@ -107,45 +100,16 @@ def against_widths(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def of_pair(teacher: Path, student: Path, rows: Path, bench: Bench) -> dict[str, Any]:
-    """Two checkpoints of their own."""
-    bench.config = lambda changes, split="": load_config(  # type: ignore[method-assign]
-        {
-            "output_dir": str(bench.work / "unused"),
-            "teacher": {"path": str(teacher)},
-            "student": {"path": str(student)},
-            "data": {"train": [{"reader": "messages", "path": str(rows), "image_root": str(rows.parent)}]},
-        }
-    )
-    hidden, labels, head = bench.states(teacher, "")
-    _, said, own = bench.states(student, "")
-    config = AutoConfig.from_pretrained(student)
-    own = own * gain_of(final_norm_of(student, config, torch.float32), own.shape[1])
-    tokens = common_tokens(*(load_processor(folder).tokenizer for folder in (student, teacher)))
-    found = {"tokens": len(labels), "width": head.shape[1], "student_width": own.shape[1], "common": tokens.shape[1]}
-    often = token_weights(torch.bincount(said, minlength=len(own)), tokens[0])
-    for kind, weight in {"alike": None, "by frequency": often}.items():
-        found[kind] = survival(hidden, labels, head, own, tokens, weight)
-    return found
-
-
 def main() -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work-dir", default="runs/real_lm", help="real_lm.py's folder (default: %(default)s)")
-    parser.add_argument("--pair", nargs=3, type=Path, metavar=("TEACHER", "STUDENT", "ROWS"), help="two checkpoints")
     parser.add_argument("--out", type=Path, default=RESULT, help="default: %(default)s")
     arguments = parser.parse_args()
     bench = Bench(Path(arguments.work_dir))
-    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    if arguments.pair:
-        name = " to ".join(folder.name for folder in arguments.pair[:2])
-        result.setdefault("pairs", {})[name] = of_pair(*arguments.pair, bench)
-    else:
-        result |= against_widths(bench)
-    result |= {"machine": machine(), "versions": versions(), "commit": code_commit()}
+    result = against_widths(bench) | {"machine": machine(), "versions": versions(), "commit": code_commit()}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result.get("pairs") if arguments.pair else result["rows"]))
+    print(json.dumps(result["rows"]))
 
 
 if __name__ == "__main__":

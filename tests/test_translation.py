@@ -213,6 +213,15 @@ def test_own_language_takes_one_tokenizer(foreign, tmp_path):
         start(foreign, tmp_path / "run", verbalizer={"language": "own"})
 
 
+def test_own_output_of_another_tokenizer_is_warned_of(foreign, folder, tmp_path, capsys):
+    start(foreign, tmp_path / "run", "verbalize", verbalize={"objective": "both", "models": ["teacher"]})
+    said = capsys.readouterr()
+    assert "verbalize.objective both with another tokenizer" in said.out + said.err
+    start(folder, tmp_path / "same", "verbalize", verbalize={"objective": "both", "models": ["teacher"]})
+    said = capsys.readouterr()
+    assert "another tokenizer" not in said.out + said.err
+
+
 def test_a_teacher_of_another_tokenizer(foreign, tmp_path):
     """All stages; and from a cache to the last bit what the teacher in the job teaches."""
     output = start(foreign, tmp_path / "live", "verbalize interact sft")

@@ -18,9 +18,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..config import ConfigError
 from ..data.alignment import common_tokens
 from ..data.encoding import end_of_turn
+from ..data.tokens import shared_tokens
 from ..hidden_states import VerbalizedBackbone
 from ..losses import AnswerLoss, OperatorOptions, OwnHead, OwnOutputLoss
 from ..ranks.sharding import rank
+from ..terminal import say
 from ..translation import answer_counts, some_answers, start_between, token_weights
 from ..verbalizer import Verbalizers
 from .module import StageModule
@@ -77,6 +79,14 @@ class VerbalizeStage(Stage):
         return self.config.verbalizer.translates and "teacher" in self.settings.models
 
     def check_predecessors(self) -> None:
+        if self._translates and self.settings.needs_last and rank() == 0:
+            tokenizers = (self.roles[name].processor.tokenizer for name in ("student", "teacher"))
+            if shared_tokens(*tokenizers).problem is not None:
+                say(
+                    f"verbalize.objective {self.settings.objective} with another tokenizer: where the teacher cuts "
+                    "words into pieces, its own output is the first piece, and the student learns to say that; answers "
+                    "is safer"
+                )
         for name in self.settings.models:
             role = self.roles[name]
             if role.settings.verbalizers is not None:
