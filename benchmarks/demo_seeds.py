@@ -27,7 +27,7 @@ PAIRS = (
     ("last_layer", None),
     ("unlabelled", None),
     ("unlabelled", VLSI),
-    ("unlabelled", "unlabelled_sft"),
+    ("unlabelled", "unlabelled_vlsi"),
     (VLSI, "student_before"),
 )
 """Gains told beside VLsI's over sft: of the first over the second, None being the better sft."""

@@ -351,7 +351,7 @@ def collect(bench: Bench, seeds: int) -> dict[str, Any]:
         },
         "differences": {f"{a} - {b}": less(a, b) for a, b in pairs},
         "settings": {
-            "learning_rates": bench.learning_rates,
+            "learning_rates": LADDER,
             "steps": bench.steps,
             "verbalize_steps": bench.verbalize_steps,
         }

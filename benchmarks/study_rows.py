@@ -128,6 +128,7 @@ def table_main() -> list[Row]:
         Row("VLsI, with the teacher's answers", data=both),
         Row("last-layer KL, with the teacher's answers", "last", data=both),
         Row("sft, with the teacher's answers", "sft", data=both),
+        Row(f"sft, with the teacher's answers, {FULL // 2} steps", "sft", FULL // 2, data=both),
     ]
     return [VLSI, *controls(), EQUAL_OPERATIONS, *(replace(row, rates=COARSE) for row in unlabelled)]
 

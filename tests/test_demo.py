@@ -128,7 +128,8 @@ def test_arms_differ_in_what_they_say_only(tmp_path):
         assert own.output_dir == str(tmp_path if arm is arms.VLSI else tmp_path / arm.name)
         assert own.data.eval == vlsi.data.eval and own.data.train[0] == vlsi.data.train[0]
         assert len(own.data.train) == 1 + arm.answered
-        assert (own.stages == ["sft"] and own.sft.start_from == "base") == arm.control
+        plain = own.stages == ["sft"] and own.sft.start_from == "base"
+        assert plain == (arm.control or arm.name == "unlabelled")
         for stage in own.stages:
             training_of = own.stage_training(stage)
             assert training_of.min_learning_rate == pytest.approx(training_of.learning_rate / 30, rel=0.05)
@@ -148,7 +149,7 @@ def test_a_step_has_the_same_rows_on_any_number_of_ranks():
 
 def test_the_file_of_sft_only_has_vlsis_steps():
     """So that it can be run alone, too."""
-    vlsi, own = (load_config(arms.arm_file(arm, DEMO)) for arm in (arms.VLSI, arms.ARMS[1]))
+    vlsi, own = (load_config(arms.arm_file(arm, DEMO)) for arm in (arms.VLSI, arms.FURTHER[0]))
     assert own.stage_training("sft").max_steps == sum(vlsi.stage_training(s).max_steps for s in vlsi.stages)
 
 
@@ -157,11 +158,11 @@ def test_what_is_run():
         words: [arm.name for arm in arms.chosen(*words)]
         for words in [(False, True), (True, True), (False, False), (True, False), (False, True, True)]
     }
-    assert names[False, True] == ["sft_best", "sft_only", "last_layer", "student_after", "unlabelled"]
-    assert names[True, True] == ["sft_best", "sft_only", "student_after"]
+    assert names[False, True] == ["sft_best", "last_layer", "student_after", "unlabelled"]
+    assert names[True, True] == ["sft_best", "student_after"]
     assert names[False, False] == ["last_layer", "student_after", "unlabelled"]
     assert names[True, False] == ["student_after"]
-    assert names[False, True, True] == [*names[False, True], "unlabelled_sft"]
+    assert names[False, True, True] == [*names[False, True], "sft_only", "unlabelled_vlsi"]
 
 
 def test_wrong_configs_are_refused(tmp_path, capsys):
@@ -255,7 +256,7 @@ def test_the_time_left_is_by_shares(monkeypatch, capsys):
 def test_it_says_first_what_will_happen(tmp_path):
     chosen = arms.chosen(quick=True, control=True)
     told = run.introduction(load_config(DEMO, {"output_dir": str(tmp_path)}), chosen, 290)
-    assert "300 pictures have descriptions" in told and "3 ways (sft alone, best steps; " in told
+    assert "300 pictures have descriptions" in told and "2 ways (sft alone, best steps; VLsI)" in told
     assert "about 5 minutes" in told and str(tmp_path / "report.html") in told
 
 
@@ -270,7 +271,7 @@ def invented(name, right):
 @pytest.fixture
 def summary(tmp_path):
     vlsi = arms.arm_config(arms.VLSI, DEMO, load_config(DEMO, {"output_dir": str(tmp_path)}))
-    configs = {arm: arms.arm_config(arm, DEMO, vlsi) for arm in arms.chosen(True, True)}
+    configs = {arm: arms.arm_config(arm, DEMO, vlsi) for arm in (*arms.chosen(True, True), arms.FURTHER[0])}
     for own in configs.values():
         for stage in own.stages:
             steps = own.stage_training(stage).max_steps
@@ -284,7 +285,7 @@ def test_the_summary_holds_every_score(summary, tmp_path, capsys):
     names = ("teacher", "student_before", "student_after", "sft_only")
     assert [summary[f"{name}_accuracy"] for name in names] == [1, 0, 0.7, 0.1]
     assert summary["sft_best_accuracy"] == 0.2 and summary["last_layer_accuracy"] is None
-    assert summary["unlabelled_accuracy"] is None and "unlabelled_sft_accuracy" not in summary
+    assert summary["unlabelled_accuracy"] is None and summary["unlabelled_vlsi_accuracy"] is None
     assert summary["f1"]["student_after"] == pytest.approx(0.85) and summary["f1"]["last_layer"] is None
     assert summary["arms"]["sft_only"]["optimizer_steps"] == summary["arms"]["student_after"]["optimizer_steps"] == 400
     assert list(summary["stages"]) == ["verbalize", "interact"] and summary["stages_seconds"] == 3.0
@@ -363,7 +364,7 @@ def test_the_demo_end_to_end(tmp_path, monkeypatch, capfd):
         assert 0 <= summary[f"{arm.name}_accuracy"] <= 1 and 0 <= summary["f1"][arm.name] <= 1
     assert summary["teacher_accuracy"] > summary["student_before_accuracy"]
     assert list(summary["stages"]) == ["verbalize", "interact"]
-    assert summary["arms"]["sft_only"]["optimizer_steps"] == 4
+    assert summary["sft_only_accuracy"] is None and summary["arms"]["last_layer"]["optimizer_steps"] == 2
     assert summary["peak_rss_bytes"] > 1e8 and summary["versions"]["deepspeed"] != "absent"
     assert len((output / "answers.jsonl").read_text().splitlines()) == 6 * (2 + len(arms.ARMS))
     page = html.unescape((output / "report.html").read_text())

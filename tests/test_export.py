@@ -149,7 +149,8 @@ def test_what_may_be_overwritten(finished, tmp_path, capsys):
 def test_the_card_says_what_is_known_and_no_more(finished, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
-    summary = {"teacher_accuracy": 0.99, "student_after_accuracy": 0.75, "sft_only_accuracy": None, "questions": 40}
+    summary = {"teacher_accuracy": 0.99, "student_after_accuracy": 0.75, "sft_best_accuracy": 0.5}
+    summary |= {"sft_only_accuracy": None, "questions": 40}
     (copy / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "eval.json").write_text(json.dumps(EVAL | {"models": {"one": EVAL["models"]["distilled"]}}))
     words = ["--base-model", "org/small", "--teacher-model", "org/big", "--datasets", "org/rows"]
@@ -168,7 +169,8 @@ def test_the_card_says_what_is_known_and_no_more(finished, tmp_path, capsys):
     assert "| rows.jsonl | messages | 12 | **[to be filled in]** |" in text  # source, format, rows found, licence
     assert "| target layers of the teacher | 1, 2, 3, 4, 5 |" in text and "rank 8, alpha 8" in text
     assert "| this model | rows | exact_match | 50.00% | 40.00% to 60.00% | 100 |" in text
-    assert "| teacher | 99.00% |" in text and "control" not in text
+    assert "| teacher | 99.00% |" in text and "its best number of optimizer steps | 50.00% |" in text
+    assert "equally many optimizer steps" not in text
     assert "| sft | LoRA (rank 8, alpha 8): cross-entropy of the answers | 2 | 8 |" in text
     assert "Teacher, `org/big`: **[to be filled in]**" in text and "bsd-3-clause (its model card)" in text
     assert text.count("[to be filled in]") == 5

@@ -158,6 +158,40 @@ def test_settings_are_chosen_on_validation_alone(tmp_path):
         real_lm.collect(bench, 1)
 
 
+def test_the_report_pairs_arms_by_seed(tmp_path, capsys):
+    """Of results that are there; a seed that an arm lacks is left out of all."""
+    bench = real_lm.Bench(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+
+    def scores(loss):
+        return {"loss": loss, "agreement": 0.5, "kl": 1.0, "accuracy": 0.5, "tokens": 9}
+
+    for role in ("teacher", "student"):
+        bench._keep(role, {"test": scores(2.0 if role == "teacher" else 9.0)})
+    worse = {"sft": 0.0, "last_kl": -0.25, "vlsi": -0.5}
+    for arm in real_lm.ARMS:
+        while bench.chosen(arm) is None:
+            for trial in bench.candidates(arm):
+                best = (trial.learning_rate, trial.steps) == (1e-3, bench.steps)
+                found = {"validation": scores(3.0 if best else 4.0), "cpu_seconds": {"sft": 2.0}}
+                bench._keep(trial.key, found | ({"test": scores(3.0 + worse[arm])} if best else {}))
+        for seed in (1, 2):
+            if (arm, seed) != ("vlsi", 2):
+                trial = replace(bench.chosen(arm), seed=seed)
+                found = {"validation": scores(3.0), "test": scores(3.0 + worse[arm] * (1 + seed))}
+                bench._keep(trial.key, found | {"cpu_seconds": {"sft": 2.0}})
+    found = real_lm.collect(bench, 3)
+    assert found["seeds"] == [0, 1] and found["models"]["teacher"]["loss"] == 2
+    assert found["arms"]["vlsi"]["chosen"] == {"learning_rate": 1e-3, "steps": 90}
+    assert found["differences"]["vlsi - sft"]["loss"]["values"] == pytest.approx([-0.5, -1.0])
+    assert found["differences"]["vlsi - last_kl"]["loss"]["values"] == pytest.approx([-0.25, -0.5])
+    assert all("test" not in each for arm in found["arms"].values() for each in arm["validation"])
+    assert json.loads(json.dumps(found))["settings"]["learning_rates"] == list(real_lm.LADDER)
+    real_lm.print_table(found)
+    assert "vlsi - last_kl" in capsys.readouterr().out
+
+
 # ---- a Llama language model ----
 
 

@@ -24,7 +24,7 @@ class Arm:
     seconds: float
     """About what it takes on two cores; only shares of it count, for the time that is left."""
     control: bool = False
-    """sft alone: --no-control leaves it out."""
+    """sft on the labels alone: --no-control leaves it out."""
     quick: bool = False
     """Part of --quick."""
     answered: bool = False
@@ -36,14 +36,16 @@ RANKS = 2
 VLSI = Arm("student_after", "student after VLsI", 195, quick=True)
 ARMS = (
     Arm("sft_best", "sft alone, best steps", 65, control=True, quick=True),
-    Arm("sft_only", "sft alone, VLsI's steps", 115, control=True, quick=True),
     Arm("last_layer", "last-layer KL", 185),
     VLSI,
-    Arm("unlabelled", "VLsI, + unlabelled pictures", 195, answered=True),
+    Arm("unlabelled", "sft, + teacher's answers", 65, answered=True),
 )
 """In the order of their runs."""
-FURTHER = (Arm("unlabelled_sft", "sft alone, + unlabelled pictures", 115, control=True, answered=True),)
-"""Not part of the demo; `benchmarks/demo_seeds.py` runs them too."""
+FURTHER = (
+    Arm("sft_only", "sft alone, VLsI's steps", 115, control=True),
+    Arm("unlabelled_vlsi", "VLsI, + teacher's answers", 195, answered=True),
+)
+"""Not part of the demo but with --all-arms; `benchmarks/demo_seeds.py` runs them too."""
 BASES = {"teacher": "teacher", "student_before": "student before"}
 """What is scored as it is: name in summary.json -> label."""
 LABELS = BASES | {arm.name: arm.label for arm in (*ARMS, *FURTHER)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
-from .arms import FURTHER, LABELS, VLSI, Arm
+from .arms import LABELS, VLSI, Arm
 
 
 def summarise_run(configs: dict[Arm, RunConfig], answers: dict[str, list]) -> dict[str, Any]:
@@ -29,11 +29,10 @@ def summarise_run(configs: dict[Arm, RunConfig], answers: dict[str, list]) -> di
     order = {VLSI.name: answers[VLSI.name]} | answers
     found = summarise(order, {name: {} for name in order})
     scores, metrics = found["models"], found["metrics"]
-    names = [name for name in LABELS if name in answers or name not in {arm.name for arm in FURTHER}]
     arms = {arm.name: _of_arm(config) for arm, config in configs.items()}
     stages = arms[VLSI.name]["stages"]
-    return {f"{name}_accuracy": scores[name][metrics[0]]["mean"] if name in scores else None for name in names} | {
-        "f1": {name: scores[name][metrics[-1]]["mean"] if name in scores else None for name in names},
+    return {f"{name}_accuracy": scores[name][metrics[0]]["mean"] if name in scores else None for name in LABELS} | {
+        "f1": {name: scores[name][metrics[-1]]["mean"] if name in scores else None for name in LABELS},
         "scores": {name: _scores(name, scores[name], metrics, arms) for name in LABELS if name in answers},
         "differences": found["differences"],
         "metrics": metrics,

@@ -90,6 +90,7 @@ def summary_scores(run: Run) -> tuple[str, list[tuple[str, float]]]:
             "teacher_accuracy": "teacher",
             "student_before_accuracy": "student before",
             "student_after_accuracy": THIS,
+            "sft_best_accuracy": "control: the student after plain sft alone, its best number of optimizer steps",
             "sft_only_accuracy": "control: the student after plain sft alone, equally many optimizer steps",
         }
         rows = [(label, float(summary[key])) for key, label in labels.items() if summary.get(key) is not None]
