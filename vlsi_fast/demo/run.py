@@ -48,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="another seed than the config's")
     parser.add_argument("--quick", action="store_true", help="only VLsI and sft alone")
     parser.add_argument("--no-control", dest="control", action="store_false", help="without sft alone")
-    parser.add_argument("--all-arms", action="store_true", help="also sft alone for as many steps as VLsI, and VLsI on the teacher's answers")
+    parser.add_argument(
+        "--all-arms",
+        action="store_true",
+        help="also sft alone for as many steps as VLsI, and VLsI on the teacher's answers",
+    )
     parser.add_argument("--fresh", action="store_true", help="delete an earlier run of the demo in the same folder")
 
 
