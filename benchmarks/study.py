@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--seeds must be between 0 and 10")
     rows = TABLES[options.table]()
     study_models.keep_rows()
+    study_models.keep_states()
     if options.prepare:
         study_models.prepare(options.work_dir, models_of(rows))
     missing = [name for name in models_of(rows) if not (options.work_dir / "models" / name).is_dir()]

@@ -7,16 +7,20 @@ saw is one that a study gave it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from tokenizer_baselines import WholeAnswers
 
 from vlsi_fast.data.answering import answer
 from vlsi_fast.data.dataset import VlsiDataset
 from vlsi_fast.demo import models, pictures
+from vlsi_fast.hidden_states import VerbalizedBackbone
 from vlsi_fast.shrinking import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +94,44 @@ def keep_rows() -> None:
 
     for dataset in (VlsiDataset, WholeAnswers):
         keep(dataset)
+
+
+def keep_states() -> None:
+    """What a frozen backbone says of a row is computed once a job: a job sees its 300 rows up to sixteen times.
+
+    A row's states are those of the first batch that held it, so later ones differ by rounding. A job's operations are
+    those of its first step, which computes everything; its seconds are fewer than they would be without this. Decoder
+    verbalizers read whole sequences, of which nothing is kept.
+    """
+    compute = VerbalizedBackbone.states
+
+    def states(self, inputs, index, everywhere):
+        if self.train_backbone or everywhere or "packed" in inputs:
+            return compute(self, inputs, index, everywhere)
+        known = self.__dict__.setdefault("_known_states", {})
+        keys = list(_keys(inputs))
+        if not all(key in known for key in keys):
+            hidden, attention, last = compute(self, inputs, index, everywhere)
+            counts = torch.bincount(index // inputs["input_ids"].shape[1], minlength=len(keys)).tolist()
+            parts = zip(*(state.split(counts) for state in (*hidden, *([] if last is None else [last]))))
+            known.update((key, [state.clone() for state in row]) for key, row in zip(keys, parts))
+            return hidden, attention, last
+        found = [torch.cat(rows) for rows in zip(*(known[key] for key in keys))]
+        last = found.pop() if self.needs_last and not self.last_translated else None
+        return found, [], last
+
+    VerbalizedBackbone.states = states
+
+
+def _keys(inputs: dict) -> Iterator[tuple[bytes, bytes]]:
+    """Of each row of a padded batch: its tokens, and a digest of its one picture."""
+    sizes = [t * h * w for t, h, w in torch.as_tensor(inputs["image_grid_thw"]).tolist()]
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    if len(sizes) != len(ids):
+        raise ValueError(f"{len(sizes)} pictures in {len(ids)} rows: the studies' rows have one each")
+    pictures = torch.as_tensor(inputs["pixel_values"]).split(sizes)
+    for row, picture, real in zip(ids, pictures, mask):
+        yield row[real].numpy().tobytes(), hashlib.blake2b(picture.numpy().tobytes()).digest()
 
 
 def prepare(work: Path, roles: list[str], splits: dict = pictures.SPLITS, changes: dict | None = None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -18,9 +19,16 @@ import study_models  # noqa: E402
 import study_rows  # noqa: E402
 import tokenizer_baselines  # noqa: E402
 
+from vlsi_fast.config import VerbalizerConfig  # noqa: E402
+from vlsi_fast.data.collate import Collator  # noqa: E402
 from vlsi_fast.data.dataset import VlsiDataset  # noqa: E402
+from vlsi_fast.data.processors import load_processor  # noqa: E402
+from vlsi_fast.data.sources import build_source  # noqa: E402
 from vlsi_fast.demo import models  # noqa: E402
+from vlsi_fast.hidden_states import VerbalizedBackbone, answer_positions  # noqa: E402
+from vlsi_fast.loading import load_backbone  # noqa: E402
 from vlsi_fast.paper import load_table  # noqa: E402
+from vlsi_fast.verbalizer import Verbalizers, VerbalizerSpec  # noqa: E402
 
 RESULTS = Path(study.ROOT) / "benchmarks" / "results"
 
@@ -90,13 +98,52 @@ def test_every_row_is_one_that_the_config_takes():
 def work(tmp_path_factory):
     """The demo's teacher, its students, and a few rows."""
     folder, kinds = tmp_path_factory.mktemp("study"), (VlsiDataset, tokenizer_baselines.WholeAnswers)
-    encode = [kind._encode for kind in kinds]
+    encode, states = [kind._encode for kind in kinds], VerbalizedBackbone.states
     study_models.keep_rows()
     splits = {"teacher_train": 4, "train": 12, "validation": 5, "test": 6}
     study_models.prepare(folder, ["teacher", "student"], splits)
     yield folder
     for kind, method in zip(kinds, encode):
         kind._encode = method
+    VerbalizedBackbone.states = states
+
+
+def test_states_of_frozen_models_are_computed_once_a_row(work, monkeypatch):
+    """In other batches, of other lengths, they are what the model says there; what learns is always computed."""
+    processors = {"student": load_processor(work / "models" / "teacher")}
+    rows = [study_models.rows_of(work / "data" / "train.jsonl")]
+    data = study_jobs.load_config(study_jobs.CONFIG, {"data.train": rows}).data
+    dataset, collate = VlsiDataset(build_source(data.train), processors, data), Collator(processors)
+    model = load_backbone(work / "models" / "teacher", "float32")
+    runs = []
+    monkeypatch.setattr(VerbalizedBackbone, "states", VerbalizedBackbone.states)
+    monkeypatch.setattr(
+        VerbalizedBackbone, "_run", lambda self, x, run=VerbalizedBackbone._run: runs.append(1) or run(self, x)
+    )
+
+    def say(backbone, rows):
+        inputs = dict(collate([dataset[i] for i in rows])["student"])
+        index, _ = answer_positions(inputs.pop("labels"))
+        return backbone.states(inputs, index, everywhere=False)
+
+    def backbone(trained=False):
+        spec = VerbalizerSpec.of(model.config, [2, 5], VerbalizerConfig())
+        return VerbalizedBackbone(model, [2, 5], Verbalizers(spec), train_backbone=trained)
+
+    batches = ([0, 1, 2], [3, 4], [4, 2], [1, 3, 0], [5, 0])
+    expected = [say(backbone(), rows) for rows in batches]
+    study_models.keep_states()
+    kept = backbone()
+    runs.clear()
+    for rows, (hidden, _, last) in zip(batches, expected):
+        found, _, found_last = say(kept, rows)
+        torch.testing.assert_close(torch.stack(found), torch.stack(hidden), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found_last, last, atol=1e-5, rtol=1e-4)
+    assert len(runs) == 3, "rows 0 to 4 once, and row 5"
+    runs.clear()
+    for _ in range(2):
+        say(backbone(trained=True), [0, 1])
+    assert len(runs) == 2
 
 
 def test_conditions(work):

@@ -137,10 +137,7 @@ class VerbalizedBackbone(nn.Module):
             unless `needs_last`). With a `language` verbalized has its width; so has last where it is translated.
         """
         decoder = self.verbalizers is not None and self.verbalizers.spec.is_decoder
-        with contextlib.nullcontext() if self.train_backbone else torch.no_grad():
-            with self._record(None if decoder else index) as (hidden, attention):
-                last = self._run(inputs)
-            last = _take(last, index) if self.needs_last and not self.last_translated else None
+        hidden, attention, last = self.states(inputs, index, everywhere=decoder)
         if self.verbalizers is None:
             return None, last
         spoken = self.verbalizers(hidden, attention if decoder else None, self.heard_layers)
@@ -152,6 +149,26 @@ class VerbalizedBackbone(nn.Module):
             return spoken, last
         count = len(self.target_layers)  # they rise, and the last layer is none of them or their last
         return spoken[:count] if count else None, spoken[-1]
+
+    def states(
+        self, inputs: dict[str, Tensor], index: Tensor, everywhere: bool
+    ) -> tuple[list[Tensor], list[dict], Tensor | None]:
+        """What the backbone itself says, before any verbalizer.
+
+        Args:
+            inputs: as for `forward`.
+            index: as for `forward`.
+            everywhere: the target layers' states at all positions, not only at the answers'.
+
+        Returns:
+            The states of each heard layer, [N, d] or [B, T, d]; with `everywhere` also the arguments that each layer
+            was called with; the last layer's state [N, d], or None where it is not spoken as it is.
+        """
+        with contextlib.nullcontext() if self.train_backbone else torch.no_grad():
+            with self._record(None if everywhere else index) as (hidden, attention):
+                last = self._run(inputs)
+            last = _take(last, index) if self.needs_last and not self.last_translated else None
+        return hidden, attention, last
 
     @property
     def _final_norm(self) -> nn.Module:
