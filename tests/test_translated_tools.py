@@ -14,6 +14,9 @@ from vlsi_fast import load_config, run
 from vlsi_fast.backbones import family_of
 from vlsi_fast.cli import main
 from vlsi_fast.config import ConfigError
+from vlsi_fast.data.dataset import VlsiDataset
+from vlsi_fast.data.processors import load_processor
+from vlsi_fast.data.sources import build_source
 from vlsi_fast.planner.checks import command
 from vlsi_fast.planner.checks.device import probes_of
 from vlsi_fast.planner.checks.subject import FAILURE, PASS, Subject
@@ -199,6 +202,30 @@ def test_checks(folder, tmp_path):
     )
     assert "x 32 random head" in translated["KL self-check"].detail and "x 48" in own["KL self-check"].detail
     assert "rows of the student's" in translated["head rows"].detail
+    assert (
+        "state for 100% of" in translated["answer alignment"].detail and "state" not in own["answer alignment"].detail
+    )
+
+
+def test_the_check_tells_how_many_tokens_are_taught(folder, tmp_path):
+    """A student of shorter tokens than its teacher's: as many as training itself leaves in the labels."""
+    for name in ("student", "teacher", "images"):
+        shutil.copytree(folder / name, tmp_path / name)
+    shutil.copy(folder / "rows.jsonl", tmp_path)
+    file = tmp_path / "student" / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree["model"]["merges"] = tree["model"]["merges"][: len(tree["model"]["merges"]) // 8]
+    file.write_text(json.dumps(tree))
+    other_tokenizer(tmp_path)
+    config = config_of(tmp_path, tmp_path / "run")
+    found = {r.name: r for r in command.look(Subject(config, rows=16))}
+    processors = {role: load_processor(tmp_path / role) for role in ("student", "teacher")}
+    dataset = VlsiDataset(build_source(config.data.train), processors, config.data, translated=True)
+    rows = [dataset[i] for i in range(16)]
+    whole, left_out = (sum(counts) for counts in zip(*(((r["whole"] != -100).sum(), r["unaligned"]) for r in rows)))
+    assert 0 < left_out < whole
+    assert f"state for {100 * (1 - left_out / whole):.0f}% of" in found["answer alignment"].detail
+    assert "with a state of the teacher's" in found["chat templates"].detail
 
 
 def test_probes_have_the_widths_that_run(folder, tmp_path):

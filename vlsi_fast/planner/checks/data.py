@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from ...data.dataset import AnswerMismatchError, check_same_answers
+from ...data.dataset import ROLES, AnswerMismatchError, align_answers, check_same_answers, comparable
 from ...data.encoding import IGNORED, configure_image_bounds, encode
 from ...data.images import check_pixels, load_image
 from ...data.messages import Sample
@@ -51,7 +51,7 @@ def check_data(subject: Subject) -> str:
 
 
 def check_alignment(subject: Subject) -> str:
-    """Teacher and student have the same answer tokens on sampled rows."""
+    """Teacher and student have the same answer tokens on sampled rows; a translating teacher has states for them."""
     lengths = []
     for opened in subject.sources().values():
         source = opened()
@@ -62,8 +62,11 @@ def check_alignment(subject: Subject) -> str:
                 continue  # `data` counts them
     if not lengths:
         raise Unchecked("no sampled row can be used")
-    tokens, answers = (sum(column) / len(lengths) for column in zip(*lengths))
-    return f"{len(lengths)} rows; mean {tokens:.0f} tokens, {answers:.0f} of them answers (for plan's --mean-tokens)"
+    tokens, answers, taught = (sum(column) / len(lengths) for column in zip(*lengths))
+    told = f"{len(lengths)} rows; mean {tokens:.0f} tokens, {answers:.0f} of them answers (for plan's --mean-tokens)"
+    if not subject.config.verbalizer.translates:
+        return told
+    return f"{told}; the teacher has a state for {100 * taught / answers:.0f}% of the answers' tokens"
 
 
 def _named(name: str, error: Unchecked) -> str:
@@ -93,26 +96,29 @@ def _sample(subject: Subject, source: ConcatSource) -> tuple[list[tuple[str, Unu
     return bad, len(indices)
 
 
-def _encoded(subject: Subject, sample: Sample, role: str) -> dict[str, torch.Tensor]:
+def _encoded(subject: Subject, sample: Sample, role: str, with_answers: bool = False) -> dict[str, torch.Tensor]:
     data, processor = subject.config.data, subject.processor(role)
     configure_image_bounds(processor, data.min_pixels, data.max_pixels)
     check_pixels(sample.images, data.max_image_pixels, data.max_row_pixels)
-    return encode(sample, processor, data, partial(load_image, max_image_pixels=data.max_image_pixels))
+    loader = partial(load_image, max_image_pixels=data.max_image_pixels)
+    return encode(sample, processor, data, loader, with_answers=with_answers)
 
 
-def aligned(subject: Subject, sample: Sample) -> tuple[int, int]:
-    """Tokens and answer tokens of a row, the student's; Failed where the roles differ and are compared token by
-    token."""
-    roles = ("student", "teacher")
-    rows = {role: _encoded(subject, sample, role) for role in roles}
-    if subject.config.verbalizer.translates:
-        return _lengths(rows["student"])
+def aligned(subject: Subject, sample: Sample) -> tuple[int, int, int]:
+    """Of a row of the student's: tokens, answer tokens, and those of them that the teacher has a state for.
+
+    Raises:
+        Failed: the roles' answers differ, token by token or, where the teacher translates, in their words.
+        UnusableRow: the row cannot be trained on.
+    """
+    processors = {role: subject.processor(role) for role in ROLES}
+    translated = subject.config.verbalizer.translates and not comparable(processors)
+    rows = {role: _encoded(subject, sample, role, with_answers=translated) for role in ROLES}
+    tokens, answers = rows["student"]["input_ids"].shape[1], int((rows["student"]["labels"] != IGNORED).sum())
     try:
-        check_same_answers(sample.id, rows, {role: subject.processor(role) for role in roles})
+        if translated:
+            return tokens, answers, len(align_answers(sample.id, rows))
+        check_same_answers(sample.id, rows, processors)
     except AnswerMismatchError as error:
-        raise Failed(str(error), "set the same chat template on both processors") from error
-    return _lengths(rows["student"])
-
-
-def _lengths(row: dict[str, torch.Tensor]) -> tuple[int, int]:
-    return row["input_ids"].shape[1], int((row["labels"] != IGNORED).sum())
+        raise Failed(str(error), "set chat templates on both processors that write an answer alike") from error
+    return tokens, answers, answers

@@ -105,7 +105,9 @@ def check_templates(subject: Subject) -> str:
     turns = [("user", "What is it?"), ("assistant", "A red circle."), ("user", "Sure?"), ("assistant", "Yes, sure.")]
     messages = [{"role": who, "content": [{"type": "text", "text": text}]} for who, text in turns]
     sample = Sample(id="preflight conversation", messages=messages, images=[])
-    return f"{aligned(subject, sample)[1]} answer tokens in two turns"
+    _, answers, taught = aligned(subject, sample)
+    told = f"{answers} answer tokens in two turns"
+    return told if taught == answers else f"{told}, {taught} of them with a state of the teacher's"
 
 
 def check_images(subject: Subject) -> str:
