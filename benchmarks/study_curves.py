@@ -13,12 +13,12 @@ ARMS = {
     "sft": ("sft alone", "tab:gray", "^"),
 }
 PANELS = {
-    "labels": ("labelled pictures", True),
-    "operations": ("TFLOP of training", True),
-    "wordings": ("wordings at each place", False),
-    "wrong": ("wrong labels, %", False),
+    "labels": ("labelled pictures", (30, 100, 300, 1000, 2500)),
+    "operations": ("TFLOP of training", (0.2, 0.5, 1, 2, 5)),
+    "wordings": ("wordings at each place", ()),
+    "wrong": ("wrong labels, %", ()),
 }
-"""Table -> label of the axis, and whether it is logarithmic."""
+"""Table -> label of the axis, and the ticks of a logarithmic one."""
 PLACES = {"one wording": 1, "two wordings": 2, "all wordings": 3}
 
 
@@ -57,13 +57,15 @@ def plot(folder: Path) -> str:
         raise FileNotFoundError(f"{folder} has no results of {', '.join(PANELS)}; run study.py --table labels first")
     figure, axes = pyplot.subplots(1, len(results), figsize=(3.6 * len(results), 3.4), sharey=True, squeeze=False)
     for axis, (name, result) in zip(axes[0], results.items()):
-        label, logarithmic = PANELS[name]
+        label, ticks = PANELS[name]
         for arm, values in points(result).items():
             title, color, marker = ARMS[arm]
             x, y, half = zip(*values)
             axis.errorbar(x, y, yerr=half, label=title, color=color, marker=marker, ms=4, capsize=2, lw=1.4)
-        if logarithmic:
+        if ticks:
             axis.set_xscale("log")
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.minorticks_off()
         if name == "wordings":
             axis.set_xticks(list(PLACES.values()), ["one", "two", "all"])
         axis.set_xlabel(label)
