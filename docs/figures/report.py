@@ -1,6 +1,6 @@
 """Makes report.png, the head of a run's report. After a change of the page: python docs/figures/report.py [RUN]
 
-RUN is a folder that `vlsi-fast demo` wrote; the committed picture is of `vlsi-fast demo --all-arms`. Without it: the
+RUN is a folder that `vlsi-fast demo` wrote; the committed picture is of `make demo`. Without it: the
 shipped example, whose pictures are drawn and whose models are scored here (minutes). Needs Chromium
 (`apt-get install chromium`).
 """

@@ -33,17 +33,17 @@ class Arm:
 
 RANKS = 2
 """That the configs' rows of a rank are meant for."""
-VLSI = Arm("student_after", "student after VLsI", 195, quick=True)
+VLSI = Arm("student_after", "student after VLsI", 200, quick=True)
 ARMS = (
     Arm("sft_best", "sft alone, best steps", 65, control=True, quick=True),
-    Arm("last_layer", "last-layer KL", 185),
+    Arm("last_layer", "last-layer KL", 175),
     VLSI,
-    Arm("unlabelled", "sft, + teacher's answers", 65, answered=True),
+    Arm("unlabelled", "sft, + teacher's answers", 60, answered=True),
 )
 """In the order of their runs."""
 FURTHER = (
     Arm("sft_only", "sft alone, VLsI's steps", 115, control=True),
-    Arm("unlabelled_vlsi", "VLsI, + teacher's answers", 195, answered=True),
+    Arm("unlabelled_vlsi", "VLsI, + teacher's answers", 200, answered=True),
 )
 """Not part of the demo but with --all-arms; `benchmarks/demo_seeds.py` runs them too."""
 BASES = {"teacher": "teacher", "student_before": "student before"}

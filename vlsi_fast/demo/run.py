@@ -32,7 +32,7 @@ PREPARING, ASKING, SCORING, REPORT = (
     "Scoring the results",
     "Asking every layer, writing the report",
 )
-SECONDS = {PREPARING: 8, ASKING: 25, SCORING: 25, REPORT: 30}
+SECONDS = {PREPARING: 4, ASKING: 21, SCORING: 11, REPORT: 8}
 """About what the parts between the arms take on two cores."""
 
 
