@@ -172,8 +172,8 @@ def table_operations() -> list[Row]:
     return rows + [Row(f"sft alone, {steps} steps", "sft", steps) for steps in (50, 100, 200, 400, 1600)]
 
 
-def _then_sft(steps: int) -> Row:
-    return Row(f"VLsI, then {steps} steps of sft", "sft", steps, after=VLSI, rates=GENTLE)
+def _then_sft(steps: int, after: Row = VLSI) -> Row:
+    return Row(f"{after.name}, then {steps} steps of sft", "sft", steps, after=after, rates=GENTLE)
 
 
 def table_4b() -> list[Row]:
@@ -200,6 +200,9 @@ def table_4c() -> list[Row]:
         replace(VLSI, paper=("VLsI-7B",)),
         replace(_then_sft(half), paper=("VLsI-7B +50% sft",)),
         replace(_then_sft(whole), paper=("VLsI-7B +100% sft",)),
+        LAST,
+        _then_sft(half, LAST),
+        _then_sft(whole, LAST),
         TEACHER,
     ]
 
