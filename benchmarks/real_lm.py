@@ -192,12 +192,13 @@ class Bench:
         except NonFiniteLossError as error:
             self._keep(trial.key, {"trial": asdict(trial), "validation": None, "diverged": str(error)})
             return
-        if record["summary"]["optimizer_steps"] != steps or record["summary"]["skipped_rows"]:
-            raise RuntimeError(f"{folder}: not the {steps} steps on all rows that were asked for: {record['summary']}")
+        if record["summary"]["optimizer_steps"] != steps:
+            raise RuntimeError(f"{folder}: not the {steps} steps that were asked for: {record['summary']}")
         seconds[stage] = time.process_time() - began
         for heavy in (*(folder / stage).glob("checkpoint-*"), folder / stage / "adapter"):
             shutil.rmtree(heavy, ignore_errors=True)
-        result = {"trial": asdict(trial), "cpu_seconds": seconds}
+        skipped = record["summary"]["skipped_rows"]  # the next row takes its place, in all arms of a seed
+        result = {"trial": asdict(trial), "cpu_seconds": seconds, "skipped_rows": skipped}
         self._keep(trial.key, result | {"validation": self.scores(folder / stage / "student", "validation")})
 
     def _verbalize(self, seed: int) -> dict[str, Any]:
