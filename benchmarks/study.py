@@ -241,8 +241,8 @@ def collect(runner: Runner, table: str, rows: list[Row], seeds: range, split: st
         "processors": sorted({result["processor"] for result in scored}),
         "versions": versions(),
         "commit": commit.strip(),
-        "note": "The machine was shared: seconds are those of the processor, and indicative only. Jobs since 2026-11-30 "
-        "compute the states of frozen models once a row.",
+        "note": "The machine was shared: seconds are those of the processor, and indicative only. "
+        "Jobs since 2026-11-30 compute the states of frozen models once a row.",
     }
 
 
