@@ -109,6 +109,8 @@ def training(stage: str, rate: float, steps: int) -> dict[str, Any]:
 
 VLSI = Row("VLsI")
 LAST = Row("last-layer KL", arm="last")
+BOTTOM = Row("bottom-1", changes={"matching.strategy": "bottom"}, rates=COARSE)
+"""Each student layer is matched to the one teacher layer of least KL."""
 BEST_SFT = Row("sft alone, its best steps", arm="sft", budget="best")
 EQUAL_STEPS = Row("sft alone, equal steps", arm="sft")
 EQUAL_OPERATIONS = Row("sft alone, equal operations", arm="sft", budget="operations")
@@ -203,6 +205,8 @@ def table_4c() -> list[Row]:
         LAST,
         _then_sft(half, LAST),
         _then_sft(whole, LAST),
+        BOTTOM,
+        _then_sft(half, BOTTOM),
         TEACHER,
     ]
 
@@ -235,7 +239,7 @@ def table_4e() -> list[Row]:
     rows = [
         Row("random", paper=("Random Index",), changes={"matching.strategy": "random"}),
         Row("uniform", paper=("Uniform Index",), changes={"matching.strategy": "uniform"}),
-        Row("bottom-1", paper=("Bottom-1 Index",), changes={"matching.strategy": "bottom"}),
+        replace(BOTTOM, paper=("Bottom-1 Index",)),
         Row("bottom-3", paper=("Bottom-3 Index",), changes={"matching.strategy": "bottom", "matching.k": 3}),
         Row("multinomial", paper=("Multinomial Sampling",), changes=multinomial | off),
         Row("+ search range", paper=("+Search Range",), changes=multinomial | off | {"matching.search_range": True}),
@@ -322,6 +326,7 @@ def table_layers() -> list[Row]:
         Row("the student's deepest target layer alone", verbalizer=deepest),
         Row("the student's middle target layer alone", verbalizer=thinned),
         Row("no order in matching: uniform", changes={"matching.strategy": "uniform"}),
+        replace(BOTTOM, name="the teacher layer of least KL: bottom-1"),
     ]
     return [replace(row, rates=FINE) for row in rows]
 
