@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -10,6 +11,12 @@ import tiny_runs as runs  # noqa: E402
 from kernels_util import make_interpreter_round_to_nearest  # noqa: E402
 
 make_interpreter_round_to_nearest()
+
+
+def pytest_collection_finish():
+    """A stage collects garbage several times; what is imported and collected by now need not be searched each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -566,6 +566,7 @@ def test_a_source_with_a_teacher_needs_caches(workspace, folder, teachers, tmp_p
 # ---- two ranks ----
 
 
+@pytest.mark.slow
 def test_two_zero3_ranks(workspace, folder, teachers, tmp_path):
     """A build and runs on two ranks under ZeRO-3: one teacher to the last bit, two teachers without a deadlock."""
     training = runs.settings(workspace, tmp_path)["training"] | {

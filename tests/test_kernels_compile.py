@@ -40,6 +40,7 @@ def report():
     return json.loads(done.stdout.splitlines()[-1]) | {"status": done.returncode}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 90])
 def test_what_is_launched_breaks_no_rule(report, capability):
     rows = [row for row in report["rows"] if row["capability"] == capability]
@@ -49,6 +50,7 @@ def test_what_is_launched_breaks_no_rule(report, capability):
     assert products and all(row["product_rows"] and row["mma"] + row["wgmma"] for row in products)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_launched(report):
     assert report["escaped_kernels"] == [] and report["stopped"] == {} and report["status"] == 0
 

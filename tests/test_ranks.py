@@ -136,6 +136,7 @@ def test_parameters_were_sharded(two_ranks):
     assert 0 < trainable < total / 4
 
 
+@pytest.mark.slow
 def test_ranks_draw_their_own_matches(workspace, two_ranks, tmp_path):
     """And a two-rank run continues to the same losses. (test_scaling.py kills ranks.)"""
     whole = runs.metrics(two_ranks.parent / "whole", "interact")
@@ -170,6 +171,7 @@ def other_paths_on_one_rank(workspace, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_other_paths_go_through_on_two_ranks(workspace, other_paths_on_one_rank, tmp_path, launcher):
     """Same as in one process."""

@@ -135,7 +135,7 @@ def ranks_of(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_job_by_name_and_resume_continues(workspace, rescaled, tmp_path, victim):
     config, folder = config_of(workspace, tmp_path / "run"), tmp_path / "run" / "sft"
     with (tmp_path / "said").open("w") as said:
@@ -191,6 +191,7 @@ def watched(mode: str, machines: list[int], folder: Path) -> list[subprocess.Pop
     return ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [3, 0])
 def test_ranks_of_other_machines_end_too(tmp_path, victim):
     """No launcher helps, and no collective fails: each waits as on a GPU whose peer is gone. Rank 0 keeps the store
@@ -213,6 +214,7 @@ def test_sigterm_ends_a_waiting_rank_at_once(tmp_path):
     assert [process.wait(timeout=20) for process in ranks] == [143, 143]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_waited_for_no_longer_than_asked(tmp_path):
     """`ddp_timeout`, in a group of DeepSpeed's own too, and on the CPU."""
     ranks = watched("collective", [0, 0], tmp_path)

@@ -176,6 +176,7 @@ def short(monkeypatch):
     return rows
 
 
+@pytest.mark.slow
 def test_study_end_to_end_tunes_resumes_and_pairs(work, tmp_path, short, capsys):
     started = []
     words = ["--table", "main", "--seeds", "2", "--work-dir", str(work), "--out", str(tmp_path), *FEW]
@@ -271,6 +272,7 @@ def test_results_of_earlier_studies_are_found_again(work, table):
             assert all(study_.result(each) for each in job.chain())
 
 
+@pytest.mark.slow
 def test_a_teacher_with_another_tokenizer(work):
     """Rows of table tokenizers: what runs, for how many steps, on which answers."""
     folder = work / "models" / "teacher_other"
