@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import re
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     runner = Runner(study, options.jobs, _deadline(options.until))
     chosen = [row for row in rows if re.search(options.only or "", row.name)]
     warm(study, chosen)
+    gc.freeze()  # jobs are forked from this process, and each would look through what is imported here for garbage
     runner.tune(chosen)
     runner.fresh(chosen, range(1, options.seeds + 1), options.split)
     result = collect(runner, options.table, rows, range(1, options.seeds + 1), options.split)
@@ -132,10 +134,11 @@ class Runner:
         """What tuning found: each candidate with its validation scores. None: not all of them are done."""
         found = []
         for setting in self._candidates(row) or ():
-            result = self.study.result(self._job(row, setting, 0, "validation"))
+            job = self._job(row, setting, 0, "validation")
+            result, fit = self.study.result(job), self.study.fit(job)
             if result is None:
                 return None
-            found.append(setting | {"f1": result["f1"], "exact": result["exact"]})
+            found.append(setting | {"f1": result["f1"], "exact": result["exact"]} | ({"fit": fit} if fit else {}))
         return found or None
 
     def setting(self, row: Row) -> Setting | None:

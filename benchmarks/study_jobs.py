@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import statistics
 import sys
 import time
 import traceback
@@ -38,6 +39,8 @@ MAX_ANSWER = 96
 """Tokens after which an answer is cut; the longest right one has fewer."""
 MAX_ANSWERS = {"teacher_other": 128}
 """The same, of a base model whose tokens are shorter."""
+FIT_STEPS = 20
+"""Steps over which `Study.fit` takes a mean."""
 KEPT = ("stage", "steps", "flops", "exact", "f1", "rows", "cpu_seconds", "processor")
 """Of a job's result, in the file of records."""
 
@@ -91,6 +94,23 @@ class Study:
             return json.loads((self.work / "jobs" / job.key / "job.json").read_text())
         return self._recorded.get(job.key)
 
+    def fit(self, job: Job) -> dict[str, float] | None:
+        """How well interact, the last stage under a score, learnt its rows: the loss of the last layer (of KL:
+        nats a token), mean of 20 steps half way and of the last 20. None: no such stage, or nothing known of it."""
+        stages = [each for each in job.chain() if each.stage != "score"]
+        if not stages or stages[-1].stage != "interact":
+            return None
+        return self._fit(stages[-1].key) or self._recorded.get(stages[-1].key, {}).get("fit")
+
+    def _fit(self, key: str) -> dict[str, float] | None:
+        file = self.work / "jobs" / key / "interact" / "metrics.jsonl"
+        steps = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        losses = [step["loss/last"] for step in steps if "loss/last" in step]
+        if len(losses) < 2 * FIT_STEPS:
+            return None
+        half = len(losses) // 2 - FIT_STEPS // 2
+        return {"half": statistics.fmean(losses[half:][:FIT_STEPS]), "end": statistics.fmean(losses[-FIT_STEPS:])}
+
     def todo(self, job: Job, *, needed: bool = False) -> list[Job]:
         """What is to be run, first things first, so that all results of its chain are known.
 
@@ -106,7 +126,10 @@ class Study:
         """Write the results of all jobs done here and recorded before, a line each; what jobs made stays here."""
         for file in (self.work / "jobs").glob("*/job.json"):
             result = json.loads(file.read_text())
-            self._recorded[file.parent.name] = {name: result[name] for name in KEPT if name in result}
+            key = file.parent.name
+            self._recorded[key] = {name: result[name] for name in KEPT if name in result}
+            if fit := self._fit(key):
+                self._recorded[key]["fit"] = fit
         lines = [json.dumps({"key": key} | self._recorded[key]) + "\n" for key in sorted(self._recorded)]
         self.records.write_text("".join(lines))
 

@@ -331,6 +331,15 @@ def table_layers() -> list[Row]:
     return [replace(row, rates=FINE) for row in rows]
 
 
+def table_rates() -> list[Row]:
+    """Why VLsI bears twice the rate of last-layer KL: all weights of the intermediate losses at that rate."""
+    rows = [LAST]
+    for weight in (0.1, 0.3, 1, 3):
+        changes = {} if weight == 1 else {"interact.intermediate_weight": weight}
+        rows.append(Row(VLSI.name if weight == 1 else f"intermediate weight {weight:g}", changes=changes))
+    return [replace(row, rates=(1e-2,)) for row in rows]
+
+
 def table_tokenizers() -> list[Row]:
     """A teacher with another tokenizer than the student, against one with the same; translating verbalizers against
     its own words where both are possible; other losses across tokenizers."""
@@ -371,6 +380,7 @@ TABLES = {
     "fig4": figure_4,
     "depth": table_depth,
     "layers": table_layers,
+    "rates": table_rates,
     "tokenizers": table_tokenizers,
 }
 TITLES = {
@@ -387,6 +397,7 @@ TITLES = {
     "fig4": "teacher -> student",
     "depth": "how many layers the student keeps",
     "layers": "what may make intermediate layers pay",
+    "rates": "weight of the intermediate losses, at a high rate",
     "tokenizers": "a teacher with another tokenizer",
 }
 PAPER = {

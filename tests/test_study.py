@@ -248,6 +248,23 @@ def test_failed_jobs_are_told_and_not_counted(work, monkeypatch):
     assert study_jobs.run_jobs(study_, [job], 1, told.append, deadline=1.0) == []
 
 
+def test_how_well_a_stage_fits_its_rows(tmp_path):
+    """Of interact, half way and at the end; kept with the results when its folder is gone."""
+    study_ = study_jobs.Study(tmp_path, records=tmp_path / "records.jsonl")
+    sft, interact = (study_jobs.Job(stage, "{}") for stage in ("sft", "interact"))
+    score = study_jobs.Job("score", "{}", (interact,))
+    assert study_.fit(score) is None and study_.fit(study_jobs.Job("score", "{}", (sft,))) is None
+    folder = tmp_path / "jobs" / interact.key
+    (folder / "interact").mkdir(parents=True)
+    (folder / "job.json").write_text('{"stage": "interact", "steps": 100}')
+    (folder / "interact" / "metrics.jsonl").write_text("".join(f'{{"loss/last": {i}}}\n' for i in range(100)))
+    assert study_.fit(score) == {"half": np.mean(range(40, 60)), "end": np.mean(range(80, 100))}
+    study_.record()
+    shutil.rmtree(folder)
+    later = study_jobs.Study(tmp_path, records=tmp_path / "records.jsonl")
+    assert later.fit(score) == {"half": 49.5, "end": 89.5} and later.result(interact)["steps"] == 100
+
+
 def test_seeds_and_changes_make_other_jobs(work):
     study_, setting = study_jobs.Study(work), {"rate": 1e-2, "steps": 4}
     keys = {study_.job(study_rows.VLSI, setting, seed, "test").key for seed in range(3)}
