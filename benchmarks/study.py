@@ -258,6 +258,9 @@ def _entry(runner: Runner, row: Row, done: dict[int, Job]) -> dict[str, Any]:
         return entry
     for measure in ("exact", "f1"):
         entry[measure] = interval([study.result(job)[measure] for job in done.values()])
+    fits = [fit for job in done.values() if (fit := study.fit(job))]
+    if len(fits) == len(done):
+        entry["fit"] = {when: statistics.fmean(fit[when] for fit in fits) for when in ("half", "end")}
     chains = [[study.result(each) for each in job.chain()[:-1]] for job in done.values()]
     entry["steps"] = {result["stage"]: result["steps"] for result in chains[0]}
     entry["tflop"] = statistics.fmean(sum(result["flops"] for result in chain) for chain in chains) / 1e12
