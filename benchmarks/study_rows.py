@@ -308,6 +308,7 @@ def table_depth() -> list[Row]:
 def table_layers() -> list[Row]:
     """Do intermediate layers pay? What may help them, each at its own best rate of a finer grid, on validation."""
     own, both = {"verbalize.objective": "own_output"}, {"verbalize.objective": "both"}
+    jsd = {"interact.divergence": "jsd"}
     deepest, thinned = {"student.layers": [3]}, {"student.layers": [2]}
     rows = [
         VLSI,
@@ -316,7 +317,9 @@ def table_layers() -> list[Row]:
         Row("verbalizers learn both", verbalize=both),
         Row("verbalize for as long as interact", verbalize={"verbalize.training.max_steps": FULL - FULL // 4}),
         Row("the layers that the student was cut from", verbalizer={"teacher.layers": [1, 3, 6]}),
-        Row("jsd", changes={"interact.divergence": "jsd"}),
+        Row("jsd", changes=jsd),
+        replace(LAST, name="last layer alone, jsd", changes=jsd),
+        replace(BOTTOM, name="bottom-1, jsd", changes=BOTTOM.changes | jsd),
         Row("reverse KL", changes={"interact.divergence": "reverse_kl"}),
         Row("temperature 2", changes={"interact.temperature": 2}),
         Row("last-layer KL, temperature 2", "last", changes={"interact.temperature": 2}),
@@ -326,9 +329,15 @@ def table_layers() -> list[Row]:
         Row("the student's deepest target layer alone", verbalizer=deepest),
         Row("the student's middle target layer alone", verbalizer=thinned),
         Row("no order in matching: uniform", changes={"matching.strategy": "uniform"}),
-        replace(BOTTOM, name="the teacher layer of least KL: bottom-1"),
+        BOTTOM,
     ]
     return [replace(row, rates=FINE) for row in rows]
+
+
+def table_promising() -> list[Row]:
+    """What table layers found promising on validation, and what it is compared with, on test."""
+    names = ("VLsI", "last-layer KL", "bottom-1", "jsd", "last layer alone, jsd", "bottom-1, jsd")
+    return [row for row in table_layers() if row.name in names]
 
 
 def table_rates() -> list[Row]:
@@ -380,6 +389,7 @@ TABLES = {
     "fig4": figure_4,
     "depth": table_depth,
     "layers": table_layers,
+    "promising": table_promising,
     "rates": table_rates,
     "tokenizers": table_tokenizers,
 }
@@ -397,6 +407,7 @@ TITLES = {
     "fig4": "teacher -> student",
     "depth": "how many layers the student keeps",
     "layers": "what may make intermediate layers pay",
+    "promising": "what may make intermediate layers pay, on unseen pictures",
     "rates": "weight of the intermediate losses, at a high rate",
     "tokenizers": "a teacher with another tokenizer",
 }
