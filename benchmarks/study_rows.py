@@ -336,8 +336,9 @@ def table_layers() -> list[Row]:
 
 def table_promising() -> list[Row]:
     """What table layers found promising on validation, and what it is compared with, on test."""
-    names = ("VLsI", "last-layer KL", "bottom-1", "jsd", "last layer alone, jsd", "bottom-1, jsd")
-    return [row for row in table_layers() if row.name in names]
+    names = {name: name for name in ("VLsI", "bottom-1", "jsd", "last layer alone, jsd", "bottom-1, jsd")}
+    names[LAST.name] = f"{LAST.name} (default)"
+    return [replace(row, name=names[row.name]) for row in table_layers() if row.name in names]
 
 
 def table_rates() -> list[Row]:
