@@ -336,18 +336,13 @@ def table_layers() -> list[Row]:
 
 def table_promising() -> list[Row]:
     """What table layers found promising on validation, and what it is compared with, on test."""
-    names = {name: name for name in ("VLsI", "bottom-1", "jsd", "last layer alone, jsd", "bottom-1, jsd")}
-    names[LAST.name] = f"{LAST.name} (default)"
-    return [replace(row, name=names[row.name]) for row in table_layers() if row.name in names]
-
-
-def table_rates() -> list[Row]:
-    """Why VLsI bears twice the rate of last-layer KL: all weights of the intermediate losses at that rate."""
-    rows = [LAST]
-    for weight in (0.1, 0.3, 1, 3):
-        changes = {} if weight == 1 else {"interact.intermediate_weight": weight}
-        rows.append(Row(VLSI.name if weight == 1 else f"intermediate weight {weight:g}", changes=changes))
-    return [replace(row, rates=(1e-2,)) for row in rows]
+    names = (
+        *("VLsI", "last-layer KL", "last-layer KL, temperature 2", "bottom-1", "intermediate weight 0.3"),
+        *("the layers that the student was cut from", "jsd", "last layer alone, jsd", "bottom-1, jsd"),
+    )
+    rows = {row.name: row for row in table_layers()}
+    default = replace(rows.pop(LAST.name), name=f"{LAST.name} (default)")
+    return [default, *(rows[name] for name in names if name in rows)]
 
 
 def table_tokenizers() -> list[Row]:
@@ -391,7 +386,6 @@ TABLES = {
     "depth": table_depth,
     "layers": table_layers,
     "promising": table_promising,
-    "rates": table_rates,
     "tokenizers": table_tokenizers,
 }
 TITLES = {
@@ -409,7 +403,6 @@ TITLES = {
     "depth": "how many layers the student keeps",
     "layers": "what may make intermediate layers pay",
     "promising": "what may make intermediate layers pay, on unseen pictures",
-    "rates": "weight of the intermediate losses, at a high rate",
     "tokenizers": "a teacher with another tokenizer",
 }
 PAPER = {
