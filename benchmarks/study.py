@@ -82,14 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
     rows = TABLES[options.table]()
     study_models.keep_rows()
     study_models.keep_states()
+    chosen = [row for row in rows if re.search(options.only or "", row.name)]
     if options.prepare:
-        study_models.prepare(options.work_dir, models_of(rows))
-    missing = [name for name in models_of(rows) if not (options.work_dir / "models" / name).is_dir()]
+        study_models.prepare(options.work_dir, models_of(chosen))
+    missing = [name for name in models_of(chosen) if not (options.work_dir / "models" / name).is_dir()]
     if missing:
         parser.error(f"{options.work_dir} has no {', '.join(missing)}; add --prepare")
     study = Study(options.work_dir, parse_overrides(rest), options.out / "study_jobs.jsonl")
     runner = Runner(study, options.jobs, _deadline(options.until))
-    chosen = [row for row in rows if re.search(options.only or "", row.name)]
     warm(study, chosen)
     gc.freeze()  # jobs are forked from this process, and each would look through what is imported here for garbage
     runner.tune(chosen)
