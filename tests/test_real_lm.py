@@ -162,14 +162,14 @@ def test_the_report_pairs_arms_by_seed(tmp_path, capsys):
     """Of results that are there; a seed that an arm lacks is left out of all."""
     bench = real_lm.Bench(tmp_path)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "manifest.json").write_text("{}")
+    (tmp_path / "data" / "manifest.json").write_text('{"splits": {"train": 1}}')
 
     def scores(loss):
         return {"loss": loss, "agreement": 0.5, "kl": 1.0, "accuracy": 0.5, "tokens": 9}
 
     for role in ("teacher", "student"):
         bench._keep(role, {"test": scores(2.0 if role == "teacher" else 9.0)})
-    worse = {"sft": 0.0, "last_kl": -0.25, "vlsi": -0.5}
+    worse = {"sft": 0.0, "last_kl": -0.25, "last_l2": -0.125, "vlsi": -0.5}
     for arm in real_lm.ARMS:
         while bench.chosen(arm) is None:
             for trial in bench.candidates(arm):
@@ -188,6 +188,13 @@ def test_the_report_pairs_arms_by_seed(tmp_path, capsys):
     assert found["differences"]["vlsi - last_kl"]["loss"]["values"] == pytest.approx([-0.25, -0.5])
     assert all("test" not in each for arm in found["arms"].values() for each in arm["validation"])
     assert json.loads(json.dumps(found))["settings"]["learning_rates"] == list(real_lm.LADDER)
+    # an arm run again elsewhere, the others as they were found; seed 2 is still what vlsi lacks
+    assert real_lm.collect(bench, 3, ["last_l2"], json.loads(json.dumps(found))) == found
+    assert found["differences"]["last_l2 - last_kl"]["loss"]["values"] == pytest.approx([0.125, 0.25])
+    with pytest.raises(RuntimeError, match="no results of sft, last_kl, vlsi are there"):
+        real_lm.collect(bench, 3, ["last_l2"])
+    with pytest.raises(RuntimeError, match="other rows or another config"):
+        real_lm.collect(bench, 3, ["last_l2"], json.loads(json.dumps(found)) | {"settings": {}})
     real_lm.print_table(found)
     assert "vlsi - last_kl" in capsys.readouterr().out
 
@@ -322,8 +329,9 @@ def test_a_step_of_every_stage(bench):
         assert found["test"] == found["validation"] and found["test"]["loss"] < before["loss"]
         (record,) = runs.metrics(bench.work / "trials" / trial.key, stage)
         assert record["answer_tokens"] == before["tokens"]
-        last = {"sft": "loss/answer", "last_kl": "loss/last", "vlsi": "loss/last"}[arm]
-        assert record[last] == pytest.approx(before["loss" if arm == "sft" else "kl"], rel=1e-4)
+        if arm != "last_l2":  # whose loss is not among the measures
+            last = "loss/answer" if arm == "sft" else "loss/last"
+            assert record[last] == pytest.approx(before["loss" if arm == "sft" else "kl"], rel=1e-4)
         assert not (bench.work / "trials" / trial.key / stage / "student").exists()
     assert [len(row) for row in record["kl"]] == [2], "one student layer, two of the teacher's"
     (record,) = runs.metrics(bench.work / "trials" / "verbalize-0", "verbalize")
