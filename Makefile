@@ -1,5 +1,5 @@
 # make demo          distil a tiny model end to end, minutes on a laptop (DEMO_ARGS=--quick: the shortest)
-# make test          lint and the test suite, but for tests of a minute and more
+# make test          lint and the test suite, but for tests of half a minute and more, and most of several ranks
 # make test-all      all of it
 # make docs          the documentation as a site, in site/
 # make demo-models   train the demo's teacher again, from scratch (ten minutes on a core)

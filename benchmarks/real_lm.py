@@ -91,6 +91,15 @@ class Bench:
         paths["data.train"] = [{"reader": "messages", "path": str(self.work / "data" / f"{split}.jsonl")}]
         return load_config(CONFIG, paths | self.overrides | changes)
 
+    def settings(self) -> dict[str, Any]:
+        """What results of other places must agree in."""
+        steps = {"learning_rates": list(LADDER), "steps": self.steps, "verbalize_steps": self.verbalize_steps}
+        return steps | {"config": self.config({}).model_dump(mode="json", exclude={"output_dir", "seed"})}
+
+    def data(self) -> dict[str, Any]:
+        """The manifest of the rows."""
+        return json.loads((self.work / "data" / "manifest.json").read_text())
+
     # ---- rows and models ----
 
     def prepare(self) -> None:
@@ -320,22 +329,13 @@ def collect(bench: Bench, seeds: int, arms: list[str] | None = None, earlier: di
         earlier: what an earlier call found, of the same rows and config; it has the other arms.
 
     Raises:
-        RuntimeError: not every arm has its settings chosen yet, or the earlier results are of something else.
+        RuntimeError: not every arm has its settings chosen yet; or as `others` has it.
     """
     arms = list(arms or ARMS)
     if not all(bench.chosen(arm) for arm in arms):
         raise RuntimeError(f"the settings of not all arms are chosen yet; run --step train --work-dir {bench.work}")
-    data = json.loads((bench.work / "data" / "manifest.json").read_text())
-    settings = {"learning_rates": list(LADDER), "steps": bench.steps, "verbalize_steps": bench.verbalize_steps}
-    settings |= {"config": bench.config({}).model_dump(mode="json", exclude={"output_dir", "seed"})}
-    found = {arm: _found(bench, arm, seeds) for arm in arms}
-    if others := [arm for arm in ARMS if arm not in arms]:
-        known = earlier or {"arms": {}}
-        if missing := [arm for arm in others if arm not in known["arms"]]:
-            raise RuntimeError(f"no results of {', '.join(missing)} are there; run all arms once, without --arms")
-        if (known["data"]["splits"], known["settings"]) != (data["splits"], settings):
-            raise RuntimeError("the results that are there are of other rows or another config; run all arms once")
-        found = {arm: found.get(arm) or _earlier(known, arm) for arm in ARMS}
+    found = {arm: _found(bench, arm, seeds) for arm in arms} | others(bench, arms, earlier)
+    found = {arm: found[arm] for arm in ARMS}
     done = sorted(set.intersection(*(set(each["tests"]) for each in found.values())))
     tests = {arm: [each["tests"][seed] for seed in done] for arm, each in found.items()}
 
@@ -363,12 +363,28 @@ def collect(bench: Bench, seeds: int, arms: list[str] | None = None, earlier: di
             for arm, each in found.items()
         },
         "differences": {f"{a} - {b}": less(a, b) for a, b in pairs},
-        "settings": settings,
-        "data": data,
+        "settings": bench.settings(),
+        "data": bench.data(),
         "machine": machine() | {"threads": torch.get_num_threads()},
         "versions": versions(),
         "commit": commit.strip(),
     }
+
+
+def others(bench: Bench, arms: list[str], earlier: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The arms that are not run here, as `earlier` has them.
+
+    Raises:
+        RuntimeError: it lacks one of them, or is of other rows or another config.
+    """
+    names = [arm for arm in ARMS if arm not in arms]
+    if not names:
+        return {}
+    if missing := [arm for arm in names if arm not in (earlier or {"arms": {}})["arms"]]:
+        raise RuntimeError(f"no results of {', '.join(missing)} are there; run all arms once, without --arms")
+    if (earlier["data"]["splits"], earlier["settings"]) != (bench.data()["splits"], bench.settings()):
+        raise RuntimeError("the results that are there are of other rows or another config; run all arms once")
+    return {arm: _earlier(earlier, arm) for arm in names}
 
 
 def _found(bench: Bench, arm: str, seeds: int) -> dict[str, Any]:
@@ -435,11 +451,13 @@ def main() -> int:
     try:
         if options.step != "report":
             bench.prepare()
+        file = options.out / "real_lm.json"
+        earlier = json.loads(file.read_text()) if file.is_file() else None
+        if options.step != "prepare":
+            others(bench, options.arms, earlier)  # before hours of training
         if options.step in ("all", "train"):
             bench.train_all(options.seeds, options.arms)
         if options.step in ("all", "report"):
-            file = options.out / "real_lm.json"
-            earlier = json.loads(file.read_text()) if file.is_file() else None
             result = collect(bench, options.seeds, options.arms, earlier)
             options.out.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(result, indent=1) + "\n")

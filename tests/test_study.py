@@ -248,6 +248,14 @@ def test_failed_jobs_are_told_and_not_counted(work, monkeypatch):
     assert study_jobs.run_jobs(study_, [job], 1, told.append, deadline=1.0) == []
 
 
+def test_models_of_rows_that_are_not_run_need_not_be_there(work, tmp_path, capsys):
+    words = ["--table", "depth", "--seeds", "0", "--work-dir", str(work), "--out", str(tmp_path), "--only"]
+    assert study.main([*words, "^nothing$"]) == 0
+    with pytest.raises(SystemExit):
+        study.main([*words, "student_2"])
+    assert "has no student_2; add --prepare" in capsys.readouterr().err
+
+
 def test_how_well_a_stage_fits_its_rows(tmp_path):
     """Of interact, half way and at the end; kept with the results when its folder is gone."""
     study_ = study_jobs.Study(tmp_path, records=tmp_path / "records.jsonl")
