@@ -88,6 +88,7 @@ def main(out: str, *jobs: str) -> None:
         results[name] = watch.found
     if rank() == 0:
         Path(out).write_text(json.dumps(results))
+    runs.leave_ranks()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 
 import live_bytes
+import tiny_runs as runs
 from deepspeed.comm.torch import TorchBackend
 from pytest import MonkeyPatch
 from transformers import TrainerCallback
@@ -65,3 +66,4 @@ if __name__ == "__main__":
     if rank() == 0:
         with open(out, "w") as stream:
             json.dump(results, stream)
+    runs.leave_ranks()

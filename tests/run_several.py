@@ -6,6 +6,8 @@ Stage `build` is `vlsi-fast teacher build` with exact targets.
 import gc
 import sys
 
+import tiny_runs as runs
+
 from vlsi_fast import load_config, run
 from vlsi_fast.teacher_cache.build import Chosen, build
 
@@ -18,3 +20,4 @@ if __name__ == "__main__":
         else:
             run(load_config(config), stage, resume == "--resume")
         gc.freeze()  # imported modules are not looked through again: that takes longer than a tiny stage
+    runs.leave_ranks()

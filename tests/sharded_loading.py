@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import deepspeed
+import tiny_runs as runs
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
@@ -72,8 +73,8 @@ def main() -> None:
         shards = sum(p.ds_tensor.numel() * p.element_size() for p in model.parameters())
         report[name] = {"size": size, "shards": shards, "peak": peak, "differing": differing(model, folder, dtype)}
     del config
-    dist.barrier()
     (workspace / f"report_{dtype}_{dist.get_rank()}.json").write_text(json.dumps(report))
+    runs.leave_ranks()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import tiny
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 from vlsi_fast.lineage import read_record, write_record
@@ -143,6 +144,19 @@ def launch_ranks(script: str, ranks: int, *arguments: str, port: int = 28000, co
         stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def leave_ranks() -> None:
+    """End a launched script's rank at once, without the interpreter's clean-up.
+
+    A thread of gloo that is late to drop a finished collective's tensors asks for the interpreter's lock while that
+    ends, and the process aborts (pytorch/pytorch#179291). It happens on busy machines. DeepSpeed holds the process
+    groups, so `destroy_process_group` does not join these threads.
+    """
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def begin_job(job: str) -> tuple[str, str, str, bool]:
