@@ -87,6 +87,9 @@ class _TorchTiles:
         dtype = compute_dtype(*heads)
         if by_onednn(heads.student_weight.device, dtype):  # which makes two tiles of its own beside these
             self.vocab_chunk = min(self.vocab_chunk, max(MIN_VOCAB_CHUNK, self.vocab_chunk * 2 // 3))
+        # The plan rounds chunks up for Triton's tiles; these four stay within the workspace.
+        fitting = options.head.workspace_bytes // (4 * dtype.itemsize * max(1, self.row_chunk))
+        self.vocab_chunk = min(self.vocab_chunk, max(MIN_VOCAB_CHUNK, fitting))
         size = 4 * self.row_chunk * self.vocab_chunk
         self.buffer = torch.empty(size, dtype=dtype, device=heads.student_weight.device)
 
