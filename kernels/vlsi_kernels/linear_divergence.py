@@ -89,7 +89,7 @@ class _TorchTiles:
             self.vocab_chunk = min(self.vocab_chunk, max(MIN_VOCAB_CHUNK, self.vocab_chunk * 2 // 3))
         # The plan rounds chunks up for Triton's tiles; these four stay within the workspace.
         fitting = options.head.workspace_bytes // (4 * dtype.itemsize * max(1, self.row_chunk))
-        self.vocab_chunk = min(self.vocab_chunk, max(MIN_VOCAB_CHUNK, fitting))
+        self.vocab_chunk = min(self.vocab_chunk, max(MIN_VOCAB_CHUNK, fitting // 64 * 64))
         size = 4 * self.row_chunk * self.vocab_chunk
         self.buffer = torch.empty(size, dtype=dtype, device=heads.student_weight.device)
 
