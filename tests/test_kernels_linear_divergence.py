@@ -12,7 +12,7 @@ import torch
 from kernels_util import VOCAB, LargestTensor, MatmulSettings, randn, regime, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlsi_kernels import DEFAULT_WORKSPACE_BYTES, layer_kl_matrix, teacher_targets
+from vlsi_kernels import DEFAULT_WORKSPACE_BYTES, _common, layer_kl_matrix, teacher_targets
 from vlsi_kernels._common import HeadOptions
 from vlsi_kernels.divergence_triton import TILE_COLUMNS, DivergenceOptions, HeadPair, plan
 from vlsi_kernels.linear_divergence import linear_divergence, reference_linear_divergence
@@ -342,8 +342,11 @@ def test_cost(beta):
         assert flops(lambda: call(student, weight))[1] == passes * logits
 
 
+@pytest.mark.parametrize("slow_mkl", [False, True])
 @pytest.mark.parametrize("beta", BETAS)
-def test_nothing_of_size_tokens_by_vocabulary(beta):
+def test_nothing_of_size_tokens_by_vocabulary(beta, slow_mkl, monkeypatch):
+    """On processors whose products are MKL's, and on those that give them to oneDNN, whichever this one is."""
+    monkeypatch.setattr(_common, "_slow_mkl", lambda: slow_mkl)
     student, weight, *teacher = problem(150, VOCAB, 4, 6)
     workspace = DEFAULT_WORKSPACE_BYTES["cpu"]
     with LargestTensor() as largest:
