@@ -59,7 +59,7 @@ def run(page: Path, script: str, folder: Path, width: int = 1100, dark: bool = F
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     found = re.search(r"<pre id=[\"']probe[\"']>(.*?)</pre>", done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]

@@ -324,7 +324,7 @@ def test_two_ranks_write_what_one_writes(launcher, options, pictures, model, tmp
         [*map(str, launch), "vlsi_fast", "data", "answer", *map(str, words)],
         cwd=runs.ROOT,
         env=runs.environment(),
-        timeout=300,
+        timeout=runs.LIMIT,
         text=True,
         capture_output=True,
     )

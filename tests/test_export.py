@@ -68,7 +68,8 @@ def test_a_stranger_loads_the_same_student(finished, tmp_path, capsys):
     inputs = _example(processor)
     save_file({name: value.contiguous() for name, value in inputs.items()}, tmp_path / "inputs.safetensors")
     command = [sys.executable, "-I", "-c", ALONE, "out", "inputs.safetensors", "logits.pt"]
-    done = subprocess.run(command, cwd=tmp_path, env=runs.environment(), text=True, capture_output=True, timeout=300)
+    environment = runs.environment()
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=runs.LIMIT)
     assert done.returncode == 0, done.stderr
     name, tokens, image_processor = done.stdout.split()
     assert name == "Qwen2VLForConditionalGeneration" and int(tokens) == len(processor.tokenizer)

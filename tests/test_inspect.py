@@ -47,7 +47,7 @@ def test_a_run_without_torch(finished):
     code = "import sys; from vlsi_fast.cli import main; code = main(['inspect', sys.argv[1], '--json']); "
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
     command = [sys.executable, "-c", code, str(finished)]
-    done = subprocess.run(command, env=runs.environment(), text=True, capture_output=True, timeout=100)
+    done = subprocess.run(command, env=runs.environment(), text=True, capture_output=True, timeout=runs.LIMIT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["kind"] == "run" and list(found["stages"]) == ["verbalize", "interact", "sft"]

@@ -36,7 +36,7 @@ def python(code: str, *arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
         env=environment,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=1200,
     )
 
 

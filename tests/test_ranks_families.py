@@ -6,9 +6,6 @@ every second row has no image, so that in many steps only one of the two ranks h
 
 import gc
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import tiny_families as families
@@ -106,19 +103,8 @@ def folder(tmp_path_factory):
         run(load_config(write(folder, name, folder / "one" / name, 1)), stage)
         gc.freeze()  # as in run_several.py
     gc.unfreeze()
-    launched = [f"{stage}={write(folder, name, folder / 'two' / name, 2)}" for stage, name in jobs()]
-    port = str(25500 + os.getpid() % 500)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    done = subprocess.run(
-        [*command, str(runs.ROOT / "tests" / "run_several.py"), "--fresh", *launched],
-        cwd=runs.ROOT,
-        timeout=300,
-        env=runs.environment(HF_HUB_OFFLINE="1"),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    launched = [(stage, write(folder, name, folder / "two" / name, 2)) for stage, name in jobs()]
+    runs.train_several("--fresh", *launched, launcher="torchrun")
     return folder
 
 

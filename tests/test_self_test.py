@@ -201,9 +201,8 @@ def test_two_ranks_take_one_decision(tmp_path):
     """Rank 1's operator is wrong, and rank 0 goes on without it as well."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "26817"]
     script = Path(__file__).with_name("self_test_rank.py")
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)], env=runs.environment(), capture_output=True, text=True, timeout=300
-    )
+    command += [str(script), str(tmp_path)]
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=runs.LIMIT)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["switched_off"] == second["switched_off"] == {"liger": False}

@@ -65,7 +65,7 @@ def reports(tmp_path_factory):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
         script = str(runs.ROOT / "tests" / "sharded_loading.py")
         done = subprocess.run(
-            [*command, script, str(folder), dtype, *names], cwd=runs.ROOT, timeout=600, text=True,
+            [*command, script, str(folder), dtype, *names], cwd=runs.ROOT, timeout=runs.LIMIT, text=True,
             # freed blocks go back to the system at once, so that resident memory is what is held
             env=runs.environment(MALLOC_MMAP_THRESHOLD_="65536", HF_HUB_OFFLINE="1"),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -232,7 +232,7 @@ def test_killed_and_resumed_equals_uninterrupted(workspace, tmp_path):
         stderr=subprocess.DEVNULL,
     )
     folder = tmp_path / "killed" / "interact"
-    deadline = time.time() + 120
+    deadline = time.time() + runs.LIMIT
     while not list(folder.glob("checkpoint-*/manifest.json")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.02)

@@ -118,14 +118,14 @@ def start(workspace, tmp_path, *arguments, ranks=0, **settings):
     )  # fmt: skip
 
 
-def interrupt(process, folder, steps=3, timeout=300):
+def interrupt(process, folder, steps=3, timeout=runs.LIMIT):
     """Ctrl-C as a terminal sends it, to the whole group, once some steps are made. Returns the output."""
     metrics, until = folder / "verbalize" / "metrics.jsonl", time.monotonic() + timeout
     while not metrics.is_file() or len(metrics.read_text().splitlines()) < steps:
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    return process.communicate(timeout=120)[0]
+    return process.communicate(timeout=runs.LIMIT)[0]
 
 
 @pytest.mark.slow

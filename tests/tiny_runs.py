@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from vlsi_fast.lineage import read_record, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 1200
+"""Seconds a launched process may take: far more than on a slow and busy machine, for it only ends what hangs."""
 COLORS = ["red", "green", "blue", "yellow", "black", "gray"]
 
 
@@ -108,7 +110,7 @@ def train_command(config: Path, stage: str, *arguments: str, ranks: int = 0) -> 
     return [*launcher, str(ROOT / "vlsi_fast" / "train.py"), "--stage", stage, "--config", str(config), *arguments]
 
 
-def train(config: Path, stage: str, *arguments: str, ranks: int = 0, timeout: int = 600):
+def train(config: Path, stage: str, *arguments: str, ranks: int = 0, timeout: int = LIMIT):
     """Run train.py to its end. Returns the finished process; its output is in `.stdout`."""
     return subprocess.run(
         train_command(config, stage, *arguments, ranks=ranks),
@@ -138,7 +140,7 @@ def launch_ranks(script: str, ranks: int, *arguments: str, port: int = 28000, co
         [*launcher, str(ROOT / "tests" / script), *arguments],
         cwd=ROOT,
         env=environment(PYTHONPATH=search),
-        timeout=900,
+        timeout=LIMIT,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -187,7 +189,7 @@ def train_several(mode: str, *jobs: tuple[str, Path], launcher: str = "deepspeed
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
     command += [str(Path(__file__).with_name("run_several.py")), mode, *(f"{stage}={config}" for stage, config in jobs)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), timeout=900, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=ROOT, env=environment(), timeout=LIMIT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
