@@ -294,16 +294,17 @@ def figure_4() -> list[Row]:
 
 def table_depth() -> list[Row]:
     """Do intermediate layers pay? Students cut to several depths, from teachers of several depths."""
+    higher = (*RATES, 1.5e-2)  # in the deeper pairs VLsI is at its best with the highest of RATES
     pairs = (
-        ("teacher", "student"),
-        ("teacher", "student_3"),
-        ("teacher", "student_2"),
-        ("teacher_12", "student_6_of_12"),
-        ("teacher_16", "student_8_of_16"),
+        ("teacher", "student", RATES),
+        ("teacher", "student_3", RATES),
+        ("teacher", "student_2", RATES),
+        ("teacher_12", "student_6_of_12", higher),
+        ("teacher_16", "student_8_of_16", higher),
     )
     rows = []
-    for teacher, student in pairs:
-        common = {"teacher": teacher, "student": student}
+    for teacher, student, rates in pairs:
+        common = {"teacher": teacher, "student": student, "rates": rates}
         rows += [Row(f"{student}: VLsI", **common), Row(f"{student}: last-layer KL", "last", **common)]
         rows += [replace(BEST_SFT, name=f"{student}: sft alone", student=student)]
     return rows
